@@ -22,6 +22,10 @@ class ConfigError(ValueError):
     """A configuration that cannot work; the message says what to write instead."""
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on, though its configuration is sound; the message says what to try."""
+
+
 class Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -129,8 +133,8 @@ class ParallelConfig(Group):
     def _check(self) -> Self:
         for key, name in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context")):
             degree = getattr(self, key)
-            _refuse(degree != 1, f"parallel.{key}={degree}: {name} parallelism is not built yet; write parallel.{key}=1 "
-                    "and spread the ranks over parallel.dp_shard and parallel.ep")
+            _refuse(degree != 1, f"parallel.{key}={degree}: {name} parallelism is not built yet; write "
+                    f"parallel.{key}=1 and spread the ranks over parallel.dp_shard and parallel.ep")
         _refuse(self.dp_shard == 0, "parallel.dp_shard=0: write -1 for all ranks that are left, or a number from 1")
         return self
 
@@ -315,7 +319,8 @@ def _check_keys(values: Mapping[str, Any], model: type[BaseModel], where: tuple[
             near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
             hint = ".".join((*where, near[0])) if near else homes[0] if homes else None
             known = ", ".join(model.model_fields)
-            raise ConfigError(f"{source}: unknown key {path}; " + (f"did you mean {hint}?" if hint else f"known: {known}"))
+            advice = f"did you mean {hint}?" if hint else f"known: {known}"
+            raise ConfigError(f"{source}: unknown key {path}; {advice}")
         if not where:
             annotation = Config.model_fields[key].annotation
             _refuse(not isinstance(value, Mapping), f"{source}: {key} is a group: write its keys below it, e.g. "

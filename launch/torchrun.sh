@@ -1,0 +1,14 @@
+#!/bin/sh
+# Start one run on several nodes, the same line on each node:
+#   NODES=4 HEAD=node0:29500 launch/torchrun.sh configs/mixtral_8x7b.yaml run.dir=/shared/runs/mixtral
+# NODES   how many nodes (1)          HEAD      host:port of any one of them (localhost:29500)
+# RANKS   ranks on this node (one a GPU, or one a core)   JOB   a name that tells two jobs on one head apart
+set -eu
+NODES=${NODES:-1}
+HEAD=${HEAD:-localhost:29500}
+if [ -z "${RANKS:-}" ]; then
+    RANKS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    [ "$RANKS" -gt 0 ] || RANKS=$(nproc)
+fi
+exec torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
+    --rdzv-id "${JOB:-moescale}" -m moescale train "$@"

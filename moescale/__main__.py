@@ -1,0 +1,3 @@
+from moescale.cli import main
+
+main()

@@ -1,0 +1,87 @@
+"""The command line: `moescale train | generate`; also `python -m moescale`, alone or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moescale.config import ConfigError, TrainingError, load_config
+
+app = typer.Typer(
+    help="Train mixtures of experts, from one laptop process to a torchrun cluster.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+)
+
+
+@app.command(no_args_is_help=True)
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. parallel.ep=2 run.steps=100.")
+    ] = None,
+) -> None:
+    """Train a model, going on from the last checkpoint in run.dir if there is one.
+
+    On one process:   moescale train configs/quickstart.yaml
+
+    On many:          torchrun --nproc-per-node 2 -m moescale train configs/quickstart.yaml parallel.ep=2
+
+    The run directory then holds config.yaml (every key, with its value), metrics.jsonl (a line a logging step) and
+    checkpoints/. Every key of the YAML can be changed on the command line as group.key=value; values are YAML, so
+    null, [1, 2] and true mean what they do there.
+    """
+    from moescale.trainer import train as run  # torch is imported only by commands that need it
+
+    run(load_config(config, overrides or []))
+
+
+@app.command(no_args_is_help=True)
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its last one.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from; empty starts a new document.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="Below 1: safer; 0: always the likeliest token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest K tokens only.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+) -> None:
+    """Let a trained model go on from a text, on one process, whatever layout it was trained in.
+
+    moescale generate runs/quickstart --prompt "def main(" --tokens 200 --temperature 0.8
+    """
+    from moescale.generate import generate_text
+
+    sys.stdout.write(prompt)
+    pieces = generate_text(checkpoint, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def main() -> None:
+    """Run a command; the user's mistakes end with one line and exit status 2, silent on ranks other than 0."""
+    from click import ClickException
+
+    first_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        app(standalone_mode=False)
+    except ConfigError as error:
+        _fail(str(error), 2, first_rank)
+    except TrainingError as error:
+        _fail(str(error), 1, first_rank)
+    except ClickException as error:
+        _fail(error.format_message(), 2, first_rank)
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 2, first_rank)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from the last checkpoint", 130, first_rank)
+
+
+def _fail(message: str, status: int, show: bool) -> None:
+    if show:
+        print(f"moescale: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,104 @@
+"""The engine on torch's own parts: FSDP2, DTensor experts, AdamW, distributed checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from moescale.checkpoint.store import load_checkpoint, save_checkpoint
+from moescale.config import Config
+from moescale.data.batches import Batch
+from moescale.engine.base import StepLosses
+from moescale.model.language_model import LossSums
+from moescale.ops.collectives import all_reduce_sum
+from moescale.optim.gradient_norm import clip_gradients
+from moescale.optim.optimizer import STATE, build_optimizer
+from moescale.optim.schedule import learning_rate
+from moescale.parallel.mesh import Mesh
+from moescale.parallel.parallelize import build_parallel_model
+
+
+class NativeEngine:
+    """Runs steps on this rank. config: settled by `Config.for_world`."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.model = build_parallel_model(config, mesh)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.step_count = 0
+
+    def forward_backward(self, batches: Sequence[Batch]) -> StepLosses:
+        """Add up the gradients of this rank's micro-batches; every loss is a global sum over one global count."""
+        self.model.train()
+        model, moe = self.config.model, self.config.moe
+        num_targets, num_tokens = self._global_counts(batches)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
+        for index, batch in enumerate(batches):
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(index == len(batches) - 1)
+            losses: LossSums = self.model(batch.tokens, batch.targets, batch.positions, batch.serial)
+            loss = (losses.cross_entropy + model.z_loss_coefficient * losses.output_z) / num_targets
+            loss = loss + moe.load_balance_coefficient * losses.load_balance / num_tokens
+            loss = loss + moe.router_z_coefficient * losses.router_z / num_tokens
+            loss.backward()
+            sums += torch.stack(losses).detach()
+        sums = all_reduce_sum(sums, self.mesh.batch_group)
+        router_count = num_tokens * max(1, self.config.num_moe_layers)
+        return StepLosses(sums[0] / num_targets, sums[2] / router_count, sums[3] / router_count)
+
+    def step(self) -> Tensor:
+        """Clip, update every weight, clear the gradients. -> the gradient norm before clipping"""
+        optim = self.config.optim
+        norm = clip_gradients(self.model.parameters(), optim.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step_count += 1
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the step to come."""
+        return learning_rate(self.step_count, self.config.run.steps, self.config.optim)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """-> cross entropy in nats a target, over all ranks' batches"""
+        self.model.eval()
+        num_targets, _ = self._global_counts(batches)
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for batch in batches:
+            total += self.model(batch.tokens, batch.targets, batch.positions, batch.serial).cross_entropy
+        return float(all_reduce_sum(total, self.mesh.batch_group) / num_targets)
+
+    def save(self, run_dir: Path, files: dict[str, str]) -> Path:
+        """Write weights, optimizer state and step. The data's order and all random draws follow from seed and step."""
+        return save_checkpoint(
+            run_dir, self.step_count, self._tensors(), {"seed": self.config.run.seed}, files,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint, whatever layout wrote it."""
+        self.step_count = load_checkpoint(checkpoint, self._tensors())["step"]
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self.step_count)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, by name; sharded tensors as DTensors."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.data
+            for key in STATE:
+                tensors[f"optim.{key}.{name}"] = self.optimizer.state[parameter][key]
+        return tensors
+
+    def _global_counts(self, batches: Sequence[Batch]) -> Tensor:
+        """-> [2] float32: targets that are not ignored and tokens that are not padding, over all ranks"""
+        counts = [torch.stack(((batch.targets != -100).sum(), (batch.serial >= 0).sum())) for batch in batches]
+        return all_reduce_sum(torch.stack(counts).sum(0), self.mesh.batch_group).float().clamp(min=1)

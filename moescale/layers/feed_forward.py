@@ -1,0 +1,31 @@
+"""Dense feed-forward layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moescale.layers.linear import Linear
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
+GATED = frozenset({"swiglu", "geglu"})  # these multiply the activation with a second projection (GLU Variants, 2020)
+
+
+class FeedForward(nn.Module):
+    """Widen to d_ff, activate, narrow again: a dense channel mixer."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str, init: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gate = Linear(d_model, d_ff, init) if activation in GATED else None
+        self.up = Linear(d_model, d_ff, init)
+        self.down = Linear(d_ff, d_model, init)
+
+    def forward(self, x: Tensor, serial: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [batch, seq, d_model]. serial: [batch, seq], not used. -> like x; the two losses of a router: zeros"""
+        hidden = self.up(x)  # [batch, seq, d_ff]
+        hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x)) * hidden
+        return self.down(hidden), torch.zeros(2, device=x.device)

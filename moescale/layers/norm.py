@@ -1,0 +1,42 @@
+"""Norms over features: scale, no bias, statistics in float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moescale.layers.linear import ones
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root of the mean square, then scale. weight: [d_model]"""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.initial = {"weight": ones}
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., d_model], any dtype. -> the same"""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(x.dtype).to(wide.dtype), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Take away the mean, divide by the standard deviation, scale; no bias (PaLM). weight: [d_model]"""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.initial = {"weight": ones}
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., d_model], any dtype. -> the same"""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.layer_norm(wide, self.weight.shape, self.weight.to(x.dtype).to(wide.dtype), None, self.eps).to(x.dtype)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

@@ -1,0 +1,41 @@
+"""Multi-head, multi-query and grouped-query attention with rotary positions and a sliding window."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moescale.layers.linear import Linear
+from moescale.layers.positions import rotary_angles, rotate
+from moescale.ops.attention import attention
+
+
+class Attention(nn.Module):
+    """Let positions of one document look back at each other: a mixer."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        window: int | None,
+        rope_theta: float | None,
+        init: str,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.window, self.rope_theta = head_dim, window, rope_theta
+        self.q = Linear(d_model, num_heads * head_dim, init)
+        self.k = Linear(d_model, num_kv_heads * head_dim, init)
+        self.v = Linear(d_model, num_kv_heads * head_dim, init)
+        self.o = Linear(num_heads * head_dim, d_model, init)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x: [batch, seq, d_model]. positions: [batch, seq] int64, restart at 0 with a document. -> like x"""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
+        if self.rope_theta is not None:
+            angles = rotary_angles(positions, self.head_dim, self.rope_theta)
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        out = attention(q, k, v, window=self.window, positions=positions)  # [batch, seq, heads, head_dim]
+        return self.o(out.flatten(2))

@@ -1,0 +1,61 @@
+"""Names in YAML -> classes: the only place that knows every table."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moescale.config import Config
+from moescale.layers.feed_forward import FeedForward
+from moescale.layers.linear import Embedding, Linear
+from moescale.layers.norm import NORMS
+from moescale.mixers.attention import Attention
+from moescale.model.block import Block
+from moescale.model.language_model import LanguageModel
+from moescale.moe.experts import Experts
+from moescale.moe.layer import MoELayer
+from moescale.moe.routers import ROUTERS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_model(config: Config, device: torch.device | str = "meta") -> LanguageModel:
+    """Make the model that the configuration describes, its parameters not yet filled.
+
+    device: where they lie; "meta" takes no memory.
+    """
+    model = config.model
+    with torch.device(device):
+        return LanguageModel(
+            Embedding(model.vocab_size, model.d_model, model.init),
+            [_block(config, index) for index in range(model.num_layers)],
+            NORMS[model.norm](model.d_model, model.norm_eps),
+            None if model.tied_embeddings else Linear(model.d_model, model.vocab_size, model.init),
+            logit_scale=model.d_model**-0.5 if model.scale_logits else 1.0,
+            output_z=model.z_loss_coefficient > 0,
+            compute_dtype=DTYPES[config.precision.compute],
+        )
+
+
+def _block(config: Config, index: int) -> Block:
+    model = config.model
+    return Block(
+        NORMS[model.norm](model.d_model, model.norm_eps),
+        Attention(
+            model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, window=model.window,
+            rope_theta=model.rope_theta if model.positions == "rope" else None, init=model.init,
+        ),
+        None if model.block == "parallel" else NORMS[model.norm](model.d_model, model.norm_eps),
+        _channel_mixer(config, index),
+    )
+
+
+def _channel_mixer(config: Config, index: int) -> nn.Module:
+    model, moe = config.model, config.moe
+    if model.layers[index].channel_mixer == "feed_forward":
+        return FeedForward(model.d_model, model.d_ff, model.activation, model.init)
+    router = ROUTERS[moe.router](
+        model.d_model, moe.num_experts, moe.top_k, capacity_factor=moe.capacity_factor, jitter=moe.jitter,
+        salt=(config.run.seed * model.num_layers + index) * 2, init=model.init,
+    )
+    return MoELayer(router, Experts(moe.num_experts, model.d_model, moe.d_ff, moe.activation, model.init))

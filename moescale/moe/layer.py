@@ -1,0 +1,36 @@
+"""A mixture of experts as a channel mixer: route, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moescale.moe.dispatchers import AllToAllDispatcher, LocalDispatcher
+from moescale.moe.experts import Experts
+from moescale.moe.routers import Router
+from moescale.moe.statistics import Statistics
+
+
+class MoELayer(nn.Module):
+    """Send each token to a few experts and add up their answers."""
+
+    dispatcher: LocalDispatcher | AllToAllDispatcher
+
+    def __init__(self, router: Router, experts: Experts) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.dispatcher = LocalDispatcher()
+        self.statistics = Statistics(router.num_experts)
+
+    def forward(self, x: Tensor, serial: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [batch, seq, d_model]; a sequence is a routing group. serial: [batch, seq] int64, -1 = padding.
+
+        -> like x; [2] float32: load-balance and router z-loss, summed over valid tokens
+        """
+        routing, losses = self.router(x, serial)
+        rows, tokens_per_expert, handle = self.dispatcher.dispatch(x.flatten(0, 1), routing)
+        rows = self.experts(rows, tokens_per_expert)
+        y = self.dispatcher.combine(rows, routing, handle)
+        if self.training:
+            self.statistics.add(routing, serial)
+        return y.view_as(x), losses

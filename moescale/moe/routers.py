@@ -1,0 +1,125 @@
+"""Routers: which experts a token goes to, and how much of each it takes. All in float32.
+
+| router  | experts | weight                          | balance loss counts | drops                    | causal |
+|---------|---------|---------------------------------|---------------------|--------------------------|--------|
+| mixtral | top_k   | softmax over the chosen logits  | all choices         | nothing                  | yes    |
+| switch  | 1       | raw probability                 | the choice          | beyond capacity          | yes    |
+| gshard  | 2       | normalised over both, then drop | first choices       | beyond capacity, by coin | no     |
+
+Capacity and the balance loss are counted per sequence, before dropping. In evaluation nothing is dropped and nothing
+is random.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moescale.layers.linear import matrix_fill
+from moescale.moe.losses import load_balance_loss, router_z_loss
+from moescale.moe.routing import Routing, sort_by_expert, within_capacity
+from moescale.ops.random import uniform, uniform_features
+
+
+class Router(nn.Module):
+    """What all routers share: logits, losses, capacity, padding. weight: [experts, d_model]"""
+
+    balance_choices: int | None = None  # how many of a token's choices the balance loss counts; None = all
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        capacity_factor: float | None,
+        jitter: float,
+        salt: int,
+        init: str,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
+        self.jitter, self.salt = jitter, salt
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.initial = {"weight": matrix_fill(init, d_model)}
+
+    def forward(self, x: Tensor, serial: Tensor) -> tuple[Routing, Tensor]:
+        """Route the tokens of each group.
+
+        x: [groups, tokens, d_model]. serial: [groups, tokens] int64, -1 = padding, which goes nowhere.
+        -> Routing of the flattened tokens; [2] float32: load-balance and router z-loss, summed over valid tokens
+        """
+        valid = serial >= 0
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 router diverges (Switch, sec. 2.4)
+        if self.training and self.jitter:
+            noise = uniform_features(serial, self.salt, x.shape[-1])
+            wide = wide * (1 + self.jitter * (2 * noise - 1))
+        logits = F.linear(wide, self.weight.to(wide.dtype))  # [groups, tokens, experts]
+        probs = logits.softmax(-1)
+        expert, weight = self.choose(logits, probs)  # [groups, tokens, choices]
+        wanted = self.wanted(weight, serial) & valid.unsqueeze(-1)
+        if self.training and self.capacity_factor is not None:
+            wanted = within_capacity(expert, wanted, self._capacity(valid), self.num_experts)
+        counted = expert[..., : self.balance_choices]
+        ones = valid.unsqueeze(-1).expand_as(counted).to(probs.dtype)
+        assignments = probs.new_zeros(len(x), self.num_experts)
+        assignments.scatter_add_(1, counted.flatten(1), ones.flatten(1))  # [groups, experts]
+        losses = torch.stack((load_balance_loss(probs, assignments, valid), router_z_loss(logits, valid)))
+        routing = sort_by_expert(expert.flatten(0, 1), weight.flatten(0, 1), wanted.flatten(0, 1), self.num_experts)
+        return routing, losses
+
+    def _capacity(self, valid: Tensor) -> Tensor:
+        """Slots of one expert in each group: its even share times the factor, at least one. -> [groups] int64"""
+        assert self.capacity_factor is not None
+        share = valid.sum(1).double() * self.top_k / self.num_experts
+        return (self.capacity_factor * share).long().clamp(min=1)
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """logits, probs: [groups, tokens, experts]. -> expert, weight: [groups, tokens, choices], the best first"""
+        raise NotImplementedError
+
+    def wanted(self, weight: Tensor, serial: Tensor) -> Tensor:
+        """Say which choices a token wants before capacity is counted. -> [groups, tokens, choices] bool"""
+        return torch.ones_like(weight, dtype=torch.bool)
+
+
+class MixtralRouter(Router):
+    """The top_k experts, weighed by a softmax over their logits alone (Mixtral of Experts, sec. 2.1)."""
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, expert = top_k(logits, self.top_k)
+        return expert, chosen.softmax(-1)
+
+
+class SwitchRouter(Router):
+    """The best expert, weighed by its raw probability, within a capacity (Switch Transformers, eq. 1 to 3)."""
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        weight, expert = top_k(probs, 1)
+        return expert, weight
+
+
+class GShardRouter(Router):
+    """The best two, normalised over both; the second at random in proportion to its weight (GShard, algorithm 1)."""
+
+    balance_choices = 1
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        weight, expert = top_k(probs, 2)
+        return expert, weight / weight.sum(-1, keepdim=True)
+
+    def wanted(self, weight: Tensor, serial: Tensor) -> Tensor:
+        wanted = super().wanted(weight, serial)
+        if self.training:
+            wanted[..., 1] = 2 * weight[..., 1].detach() > uniform(serial, self.salt + 1)
+        return wanted
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Take the k largest along the last dim, the best first, the lower index among equals. -> values, indices"""
+    values, indices = scores.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]
+
+
+ROUTERS: dict[str, type[Router]] = {"mixtral": MixtralRouter, "switch": SwitchRouter, "gshard": GShardRouter}

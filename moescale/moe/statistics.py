@@ -1,0 +1,30 @@
+"""Running sums of the routing, kept on the device, outside the gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moescale.moe.routing import Routing
+
+
+class Statistics(nn.Module):
+    """Counts since the last reset, of this rank's tokens. tokens_per_expert: [experts] int64. dropped: scalar int64"""
+
+    tokens_per_expert: Tensor
+    dropped: Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.register_buffer("tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def add(self, routing: Routing, serial: Tensor) -> None:
+        """Count one pass. serial: [groups, tokens] int64; a choice of a valid token that has no row was dropped."""
+        self.tokens_per_expert += routing.tokens_per_expert
+        self.dropped += (serial >= 0).sum() * routing.row.shape[1] - len(routing.token)
+
+    def reset(self) -> None:
+        self.tokens_per_expert.zero_()
+        self.dropped.zero_()

@@ -1,0 +1,46 @@
+"""Where figures go: one line of JSON a logging step, and whatever other sink is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+Metrics = Mapping[str, Any]
+
+
+class Sink(Protocol):
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Take the figures of one step: numbers, and lists of numbers."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+class JsonLines:
+    """`metrics.jsonl`: one object a line. Lines of steps that a resumed run does again are dropped first."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """first_step: the step that comes next; lines from it on belong to a run that was cut off."""
+        self.path = path
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step]
+            beside = path.with_suffix(".partial")
+            beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            beside.replace(path)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinity for one that was cut off in the middle."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,84 @@
+"""Copy tokens to rows sorted by expert, and bring rows back: gathers in both directions, forward and backward.
+
+Autograd's own backward of `x[token]` scatters row by row; with the inverse map at hand it is a gather and a sum over
+each token's choices, which is deterministic and many times faster.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def permute(x: Tensor, token: Tensor, row: Tensor) -> Tensor:
+    """Copy each assignment's token into its row.
+
+    x: [tokens, d_model]. token: [assignments] int64, the token of each row.
+    row: [tokens, choices] int64, the inverse: the row of each choice, -1 = none.
+    -> [assignments, d_model]
+    """
+    return _Permute.apply(x, token, row)
+
+
+def unpermute(rows: Tensor, weight: Tensor, token: Tensor, row: Tensor) -> Tensor:
+    """Add up each token's rows, weighed; sums in float32, a token without rows gives zeros.
+
+    rows: [assignments, d_model]. weight: [assignments] float32. token, row: as in `permute`.
+    -> [tokens, d_model] in the dtype of rows
+    """
+    return _Unpermute.apply(rows, weight, token, row)
+
+
+def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Take rows in another order. order, inverse: [rows] int64, permutations of each other. -> [rows, d_model]"""
+    return _Permute.apply(rows, order, inverse.unsqueeze(1))
+
+
+def _sum_of_rows(rows: Tensor, weight: Tensor | None, row: Tensor) -> Tensor:
+    """Sum over choices of weight * rows[row] in at least float32; weight: [tokens, choices] or None for ones."""
+    accumulate = torch.promote_types(rows.dtype, torch.float32)
+    partial = len(rows) != row.numel()  # some choices have no row
+    total = rows.new_zeros(row.shape[0], rows.shape[1], dtype=accumulate)
+    if len(rows) == 0:
+        return total
+    for choice in range(row.shape[1]):
+        index = row[:, choice]
+        chosen = rows.index_select(0, index.clamp(min=0))  # [tokens, d_model]
+        if partial:
+            chosen = chosen.masked_fill_((index < 0).unsqueeze(1), 0)
+        if weight is None:
+            total += chosen
+        else:
+            total.addcmul_(chosen.to(accumulate), weight[:, choice].to(accumulate).unsqueeze(1))
+    return total
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (row,) = ctx.saved_tensors
+        if row.shape[1] == 1 and len(grad) == len(row):
+            return grad.index_select(0, row[:, 0]), None, None
+        return _sum_of_rows(grad, None, row).to(grad.dtype), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, token)
+        by_choice = weight.new_zeros(row.shape) if len(rows) == 0 else weight[row.clamp(min=0)]
+        return _sum_of_rows(rows, by_choice, row).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weight, token = ctx.saved_tensors
+        grad_of_row = grad.index_select(0, token)  # [assignments, d_model]
+        grad_weight = torch.linalg.vecdot(grad_of_row.to(weight.dtype), rows.to(weight.dtype))
+        return grad_of_row * weight.unsqueeze(1).to(grad.dtype), grad_weight, None, None

@@ -1,0 +1,176 @@
+"""The loop: batch -> engine -> monitor -> checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moescale.checkpoint.store import latest_checkpoint, read_state
+from moescale.config import Config, ConfigError, TrainingError
+from moescale.data.batches import Batches, check_vocabulary, held_out_batches
+from moescale.data.token_file import TokenCorpus, prepare_tokens
+from moescale.data.tokenizer import load_tokenizer, tokenizer_file
+from moescale.engine.base import Engine, StepLosses
+from moescale.engine.native import NativeEngine
+from moescale.monitor.metrics import JsonLines, Sink
+from moescale.monitor.routing import reset_statistics, routing_metrics
+from moescale.monitor.terminal import Terminal
+from moescale.monitor.wandb import Wandb
+from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh, world_size
+from moescale.planner.cluster import peak_flops
+from moescale.planner.count import count_parameters, model_flops_per_token
+
+
+def train(config: Config) -> None:
+    """Run from the last checkpoint of the run directory, or from the start, to the last step.
+
+    Raises ConfigError, before any process group starts wherever that is possible, and TrainingError.
+    """
+    config = config.for_world(world_size())
+    if config.monitor.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("monitor.wandb needs the package wandb: pip install 'moescale[wandb]', "
+                          "or write monitor.wandb=off")
+    run_dir = Path(config.run.dir).expanduser()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir} cannot be made: {error.strerror}") from None
+    _check_resume(run_dir, config)
+    check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
+    corpus = prepare_tokens(config.data)
+    data = config.data
+    batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed)
+    try:
+        mesh = start_mesh(config)
+        _Run(config, mesh, run_dir, corpus, batches).loop()
+    finally:
+        stop_mesh()
+
+
+def _check_resume(run_dir: Path, config: Config) -> None:
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        return
+    seed = read_state(checkpoint)["seed"]
+    if seed != config.run.seed:
+        raise ConfigError(f"{checkpoint} was written with run.seed={seed}: write run.seed={seed} to go on from it, "
+                          "or another run.dir to start anew")
+
+
+class _Run:
+    """One run on one rank."""
+
+    def __init__(self, config: Config, mesh: Mesh, run_dir: Path, corpus: TokenCorpus, batches: Batches) -> None:
+        self.config, self.mesh, self.run_dir, self.corpus, self.batches = config, mesh, run_dir, corpus, batches
+        self.engine: Engine = NativeEngine(config, mesh)
+        checkpoint = latest_checkpoint(run_dir)
+        if checkpoint is not None:
+            self.engine.load(checkpoint)
+        self.terminal = Terminal(self.engine.step_count, config.run.steps) if mesh.rank == 0 else None
+        self.sinks: list[Sink] = self._open_sinks() if mesh.rank == 0 else []
+        self._greet(checkpoint)
+
+    def loop(self) -> None:
+        """Train to the last step, then leave."""
+        try:
+            while self.engine.step_count < self.config.run.steps:
+                self._stretch()
+        finally:
+            for sink in self.sinks:
+                sink.close()
+
+    def _stretch(self) -> None:
+        """Run up to the next step that is logged, evaluated or saved, and do what falls due there."""
+        engine, config = self.engine, self.config
+        started, first = time.perf_counter(), engine.step_count
+        while True:
+            step = engine.step_count + 1  # counted from 1: the number of steps done when it is
+            last = step == config.run.steps
+            log = last or step % config.monitor.every == 0
+            evaluate = last or (config.monitor.eval_every is not None and step % config.monitor.eval_every == 0)
+            save = last or step % config.checkpoint.every == 0
+            lr = engine.learning_rate
+            if log or evaluate:
+                reset_statistics(engine.model)
+            micro_batches = self.batches.micro_batches(
+                engine.step_count, self.mesh.batch_rank, self.mesh.batch_size, config.data.micro_batch or 1
+            )
+            losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches])
+            grad_norm = engine.step()
+            if self.terminal is not None:
+                self.terminal.advance(step)
+            if log or evaluate or save:
+                break
+        if log or evaluate:
+            self._log(losses, grad_norm, lr, first, started, evaluate)
+        if save:
+            files = {"config.yaml": config.to_yaml(), **tokenizer_file(config.data.tokenizer)}
+            engine.save(self.run_dir, files)
+
+    def _log(
+        self, losses: StepLosses, grad_norm: Tensor, lr: float, first: int, started: float, evaluate: bool
+    ) -> None:
+        """Write the figures of the step just done; those of speed are means since step `first`."""
+        engine, config = self.engine, self.config
+        step, tokens_per_step = engine.step_count, config.data.global_batch * config.data.seq_len
+        routing = routing_metrics(engine.model, self.mesh.batch_group)
+        metrics = {
+            "tokens": step * tokens_per_step,
+            "loss": losses.cross_entropy.item(),
+            "load_balance_loss": losses.load_balance.item(),
+            "router_z_loss": losses.router_z.item(),
+            "grad_norm": grad_norm.item(),
+            "lr": lr,
+        }
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise TrainingError(f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
+                                "try a lower optim.lr or a longer optim.warmup_steps; the last good checkpoint is "
+                                f"{latest_checkpoint(self.run_dir) or 'none'}")
+        seconds = time.perf_counter() - started
+        metrics["tokens_per_second"] = (step - first) * tokens_per_step / seconds
+        metrics["seconds_left"] = (config.run.steps - step) * seconds / (step - first)
+        if self.mesh.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(), config.precision.compute)
+            if peak is not None:
+                flops = model_flops_per_token(config) * metrics["tokens_per_second"]
+                metrics["mfu"] = flops / (peak * self.mesh.world_size)
+        if evaluate:
+            held_out = held_out_batches(
+                self.corpus.held_out, seq_len=config.data.seq_len, num_sequences=config.monitor.eval_sequences,
+                rank=self.mesh.batch_rank, num_ranks=self.mesh.batch_size, micro_batch=config.data.micro_batch or 1,
+            )
+            metrics["eval_loss"] = engine.evaluate([batch.to(self.mesh.device) for batch in held_out])
+            tokens_per_byte = self.corpus.held_out.num_tokens / self.corpus.held_out.text_bytes
+            metrics["eval_bits_per_byte"] = metrics["eval_loss"] * tokens_per_byte / math.log(2)
+        for sink in self.sinks:
+            sink.write(step, {**metrics, **routing})
+
+    def _open_sinks(self) -> list[Sink]:
+        assert self.terminal is not None
+        config = self.config
+        (self.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        sinks: list[Sink] = [self.terminal, JsonLines(self.run_dir / "metrics.jsonl", self.engine.step_count + 1)]
+        if config.monitor.wandb != "off":
+            mode, values = config.monitor.wandb, config.model_dump(mode="json")
+            sinks.append(Wandb(self.run_dir, config.monitor.wandb_project, mode, values))
+        return sinks
+
+    def _greet(self, checkpoint: Path | None) -> None:
+        if self.terminal is None:
+            return
+        count, parallel = count_parameters(self.config), self.config.parallel
+        self.terminal.say(
+            f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M of them active a token; "
+            f"{self.mesh.world_size} ranks (dp_replicate {parallel.dp_replicate}, dp_shard {parallel.dp_shard}, "
+            f"ep {parallel.ep}) on {self.mesh.device.type}; {self.corpus.train.num_tokens / 1e6:,.1f}M tokens of "
+            f"{self.corpus.train.num_documents:,} documents; into {self.run_dir}"
+        )
+        if checkpoint is not None:
+            left = self.config.run.steps - self.engine.step_count
+            self.terminal.say(f"going on from {checkpoint}" + ("" if left > 0 else
+                              f": the run is complete; write run.steps above {self.config.run.steps} for more"))

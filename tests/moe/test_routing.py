@@ -1,0 +1,166 @@
+"""Routers and capacity against loops written from the papers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moescale.moe.experts import Experts
+from moescale.moe.layer import MoELayer
+from moescale.moe.routers import ROUTERS, Router
+from moescale.ops.random import uniform
+
+CASES = [
+    ("mixtral", 2, None), ("mixtral", 3, None), ("switch", 1, 0.7), ("switch", 1, 1.25), ("gshard", 2, 0.6),
+    ("gshard", 2, 2.0),
+]
+
+
+def make_router(name: str, top_k: int, capacity_factor: float | None, num_experts: int = 5, d_model: int = 8) -> Router:
+    router = ROUTERS[name](
+        d_model, num_experts, top_k, capacity_factor=capacity_factor, jitter=0.0, salt=6, init="fan_in"
+    )
+    torch.nn.init.normal_(router.weight)
+    return router
+
+
+def loop(router: Router, x: torch.Tensor, serial: torch.Tensor, top_k: int) -> tuple[dict, float]:
+    """Route one sequence token by token. -> {(token, expert): weight}, the balance loss times the tokens"""
+    name = next(name for name, kind in ROUTERS.items() if type(router) is kind)
+    num_experts = router.num_experts
+    valid = [t for t in range(len(x)) if serial[t] >= 0]
+    logits = x @ router.weight.detach().T
+    probs = logits.softmax(-1)
+    ranked = {t: sorted(range(num_experts), key=lambda e, t=t: (-float(logits[t, e]), e))[:top_k] for t in valid}
+    slots = float("inf")
+    if router.capacity_factor is not None and router.training:
+        slots = max(1, int(router.capacity_factor * (len(valid) * top_k / num_experts)))
+    used = [0] * num_experts
+    out: dict[tuple[int, int], float] = {}
+    for choice in range(top_k):
+        for t in valid:
+            expert = ranked[t][choice]
+            chosen = [float(logits[t, e]) for e in ranked[t]]
+            weight = float(probs[t, expert]) if name == "switch" else float(torch.tensor(chosen).softmax(0)[choice])
+            coin = float(uniform(serial[t], router.salt + 1))
+            if name == "gshard" and choice == 1 and router.training and not 2 * weight > coin:
+                continue
+            if used[expert] < slots:
+                used[expert] += 1
+                out[t, expert] = weight
+    counted = 1 if name == "gshard" else top_k
+    balance = 0.0
+    for e in range(num_experts):
+        share = sum(e in ranked[t][:counted] for t in valid) / (counted * max(1, len(valid)))
+        balance += num_experts * share * sum(float(probs[t, e]) for t in valid)
+    return out, balance
+
+
+@pytest.mark.parametrize(("name", "top_k", "factor"), CASES)
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), groups=st.integers(1, 3), tokens=st.integers(1, 14), train=st.booleans())
+def test_router_equals_the_paper(
+    name: str, top_k: int, factor: float | None, seed: int, groups: int, tokens: int, train: bool
+) -> None:
+    torch.manual_seed(seed)
+    router = make_router(name, top_k, factor).train(train)
+    x = torch.randn(groups, tokens, 8)
+    serial = torch.arange(groups * tokens).view(groups, tokens)
+    serial = torch.where(torch.rand(groups, tokens) < 0.2, -1, serial)
+    routing, losses = router(x, serial)
+    expected, balance = {}, 0.0
+    for group in range(groups):
+        out, loss = loop(router, x[group], serial[group], top_k)
+        expected.update({(group * tokens + t, e): w for (t, e), w in out.items()})
+        balance += loss
+    experts = torch.arange(5).repeat_interleave(routing.tokens_per_expert).tolist()
+    got = dict(zip(zip(routing.token.tolist(), experts, strict=True), routing.weight.tolist(), strict=True))
+    assert got.keys() == expected.keys()
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert float(losses[0]) == pytest.approx(balance, rel=1e-4, abs=1e-5)
+    rows = [(t, r) for t, choices in enumerate(routing.row.tolist()) for r in choices if r >= 0]
+    assert sorted(r for _, r in rows) == list(range(len(routing.token)))
+    assert all(int(routing.token[r]) == t for t, r in rows)
+
+
+def test_equal_logits_take_the_lowest_experts() -> None:
+    router = make_router("mixtral", 2, None)
+    torch.nn.init.zeros_(router.weight)
+    routing, losses = router(torch.randn(1, 10, 8), torch.arange(10).view(1, 10))
+    assert routing.tokens_per_expert.tolist() == [10, 10, 0, 0, 0]
+    assert float(losses[0]) == pytest.approx(10)  # uniform probabilities: one a token
+
+
+def test_balance_loss_is_one_when_balanced_and_the_number_of_experts_when_collapsed() -> None:
+    router = make_router("switch", 1, None, num_experts=4, d_model=8)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(4, 8) * 200)
+    serial = torch.arange(12).view(1, 12)
+    assert float(router(torch.eye(4, 8).repeat(3, 1).unsqueeze(0), serial)[1][0]) / 12 == pytest.approx(1)
+    assert float(router(torch.eye(4, 8)[:1].repeat(12, 1).unsqueeze(0), serial)[1][0]) / 12 == pytest.approx(4)
+
+
+@pytest.mark.parametrize(("name", "top_k", "factor"), CASES)
+def test_padding_changes_nothing(name: str, top_k: int, factor: float | None) -> None:
+    torch.manual_seed(1)
+    layer = make_layer(name, top_k, factor)
+    x, serial = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
+    padded = torch.cat((x, torch.randn(2, 4, 8) * 100), 1)
+    padded_serial = torch.cat((serial, torch.full((2, 4), -1)), 1)
+    y, losses = layer(x, serial)
+    counts = layer.statistics.tokens_per_expert.clone(), layer.statistics.dropped.clone()
+    layer.statistics.reset()
+    y_padded, losses_padded = layer(padded, padded_serial)
+    torch.testing.assert_close(y_padded[:, :9], y)
+    assert not y_padded[:, 9:].any()
+    torch.testing.assert_close(losses_padded, losses)
+    assert torch.equal(layer.statistics.tokens_per_expert, counts[0])
+    assert torch.equal(layer.statistics.dropped, counts[1])
+    assert int(counts[0].sum() + counts[1]) == 18 * top_k
+
+
+@pytest.mark.parametrize(("name", "top_k", "factor"), CASES)
+def test_causality_is_as_the_table_says(name: str, top_k: int, factor: float | None) -> None:
+    torch.manual_seed(2)
+    layer = make_layer(name, top_k, factor)
+    x, serial = torch.randn(1, 24, 8), torch.arange(24).view(1, 24)
+    before = layer(x, serial)[0]
+    leaks = False
+    for token in range(1, 24):
+        changed = x.clone()
+        changed[:, token] = torch.randn(8) * 3
+        leaks |= not torch.allclose(layer(changed, serial)[0][:, :token], before[:, :token], atol=1e-6)
+    assert leaks == (name == "gshard" and factor == 0.6)
+
+
+def test_equal_experts_are_a_dense_layer_forward_and_backward() -> None:
+    torch.manual_seed(3)
+    layer = make_layer("mixtral", 3, None)
+    with torch.no_grad():
+        for weight in layer.experts.parameters():
+            weight.copy_(weight[:1].clone().expand_as(weight))
+    x = torch.randn(2, 7, 8, requires_grad=True)
+    y, _ = layer(x, torch.arange(14).view(2, 7))
+    experts = layer.experts
+    assert experts.gate is not None
+    dense = (torch.nn.functional.silu(x @ experts.gate[0].T) * (x @ experts.up[0].T)) @ experts.down[0].T
+    torch.testing.assert_close(y, dense, atol=1e-5, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (y, dense))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_few_tokens_give_every_expert_a_gradient(tokens: int) -> None:
+    layer = make_layer("switch", 1, 1.0)
+    y, losses = layer(torch.randn(1, tokens, 8), torch.arange(tokens).view(1, tokens))
+    (y.sum() + losses.sum()).backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def make_layer(name: str, top_k: int, factor: float | None) -> MoELayer:
+    experts = Experts(5, 8, 16, "swiglu", "fan_in")
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return MoELayer(make_router(name, top_k, factor), experts).train()

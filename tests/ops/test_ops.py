@@ -1,0 +1,108 @@
+"""Every op against its plain form: outputs and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moescale.ops.attention import attention
+from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
+from moescale.ops.permute import permute, unpermute
+from moescale.ops.random import uniform, uniform_features
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    b = b.double()
+    return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 130), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_grouped_gemm_equals_a_loop(sizes: list[int], dtype: torch.dtype) -> None:
+    torch.manual_seed(sum(sizes))
+    counts = torch.tensor(sizes)
+    rows = torch.randn(sum(sizes), 16, dtype=dtype)
+    weight = torch.randn(len(sizes), 24, 16, dtype=dtype)
+    grad = torch.randn(sum(sizes), 24, dtype=dtype)
+    results = []
+    for function, to in ((grouped_gemm, dtype), (grouped_gemm_reference, torch.float64)):
+        r, w = rows.to(to, copy=True).requires_grad_(), weight.to(to, copy=True).requires_grad_()
+        out = function(r, w, counts)
+        out.backward(grad.to(to))
+        results.append((out, r.grad, w.grad))
+    for ours, exact in zip(*results, strict=True):
+        assert ours.shape == exact.shape
+        assert relative(ours.detach(), exact.detach()) < (1e-5 if dtype == torch.float32 else 1e-2)
+    for index, size in enumerate(sizes):
+        if size == 0:
+            assert not results[0][2][index].any(), "an expert without rows has a gradient of zeros"
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_permute_and_unpermute_equal_indexing(partial: bool) -> None:
+    torch.manual_seed(0)
+    tokens, choices, d_model = 37, 3, 8
+    order = torch.randperm(tokens * choices)
+    order = order[: tokens * 2] if partial else order
+    token = order // choices
+    row = torch.full((tokens * choices,), -1)
+    row[order] = torch.arange(len(order))
+    row = row.view(tokens, choices)
+    x = torch.randn(tokens, d_model, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(len(order), dtype=torch.float64, requires_grad=True)
+    rows = permute(x, token, row)
+    torch.testing.assert_close(rows, x[token])
+    expected = torch.zeros_like(x).index_add(0, token, rows * weight.unsqueeze(1))
+    torch.testing.assert_close(unpermute(rows, weight, token, row), expected)
+    assert torch.autograd.gradcheck(lambda x: permute(x, token, row), (x,))
+    assert torch.autograd.gradcheck(lambda r, w: unpermute(r, w, token, row), (rows.detach().requires_grad_(), weight))
+
+
+def test_permute_without_a_row() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    none, row = torch.zeros(0, dtype=torch.int64), torch.full((4, 2), -1)
+    y = unpermute(permute(x, none, row), torch.zeros(0), none, row)
+    y.sum().backward()
+    assert not y.any()
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 40), st.sampled_from([(4, 4), (4, 1), (4, 2)]), st.one_of(st.none(), st.integers(1, 50)),
+    st.lists(st.integers(1, 40), max_size=4), st.sampled_from([torch.float32, torch.float64]),
+)
+def test_attention_equals_the_reference(
+    seq: int, heads: tuple[int, int], window: int | None, restarts: list[int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(seq)
+    positions = torch.arange(seq).repeat(2, 1)
+    for restart in restarts:
+        if restart < seq:
+            positions[1, restart:] = torch.arange(seq - restart)
+    shapes = [(2, seq, count, 8) for count in (heads[0], heads[1], heads[1])]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    results = []
+    for backend, to in (("auto", dtype), ("reference", torch.float64)):
+        q, k, v = (tensor.to(to, copy=True).requires_grad_() for tensor in inputs)
+        out = attention(q, k, v, window=window, positions=positions, backend=backend)  # type: ignore[arg-type]
+        out.square().sum().backward()
+        results.append((out.detach(), q.grad, k.grad, v.grad))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+def test_random_numbers_belong_to_tokens() -> None:
+    serial = torch.arange(200_000)
+    draws = uniform(serial, salt=3)
+    assert torch.equal(draws[1000:1100], uniform(serial[1000:1100], salt=3))
+    assert 0 <= draws.min() < 1e-3
+    assert 0.999 < draws.max() < 1
+    assert abs(float(draws.mean()) - 0.5) < 5e-3
+    assert abs(float(draws.var()) - 1 / 12) < 2e-3
+    other = torch.stack((draws, uniform(serial, salt=4), draws.roll(1)))
+    assert (torch.corrcoef(other) - torch.eye(3)).abs().max() < 0.01
+    assert uniform_features(serial[:50], 0, 7).flatten().unique().numel() > 345

@@ -1,0 +1,121 @@
+"""N ranks equal one rank: losses, gradient norms, every gradient, every count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moescale.config import Config, parse_config
+from moescale.data.batches import Batch
+from moescale.engine.native import NativeEngine
+from moescale.monitor.routing import reset_statistics, routing_metrics
+from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
+from tests.ranks import run_ranks
+
+SEQ, GLOBAL_BATCH, VOCAB = 24, 8, 64
+MODEL = {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "mixtral": {"model": {**MODEL, "window": 7, "init": "fan_in"},
+                "moe": {"num_experts": 8, "top_k": 2, "d_ff": 16, "router_z_coefficient": 1e-3}},
+    "switch": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+               "moe": {"num_experts": 4, "top_k": 1, "router": "switch", "capacity_factor": 1.0, "d_ff": 16,
+                       "jitter": 0.01, "activation": "relu"}},
+    "gshard": {"model": {**MODEL, "init": "fan_in", "norm": "layernorm"},
+               "moe": {"num_experts": 8, "top_k": 2, "router": "gshard", "capacity_factor": 1.0, "d_ff": 16}},
+    "palm": {"model": {**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
+                       "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
+                       "pattern": [{"channel_mixer": "feed_forward"}]}},
+}
+LAYOUTS = [  # ranks, parallel degrees
+    (2, {"ep": 1}), (2, {"ep": 2}), (2, {"dp_replicate": 2}), (4, {"ep": 1}), (4, {"ep": 2}), (4, {"ep": 4}),
+    (4, {"ep": 2, "dp_replicate": 2}), (4, {"ep": 1, "dp_replicate": 2}),
+]
+
+
+def make_config(family: str, parallel: dict[str, int], compute: str = "float32") -> Config:
+    return parse_config({
+        **FAMILIES[family], "parallel": parallel, "precision": {"compute": compute},
+        "data": {"seq_len": SEQ, "global_batch": GLOBAL_BATCH, "micro_batch": 2, "tokenizer": "none.json"},
+        "optim": {"lr": 3e-3, "warmup_steps": 5}, "run": {"steps": 20, "seed": 5},
+    }, "test").for_world(world_size())
+
+
+def make_batches(step: int, rank: int, num_ranks: int) -> list[Batch]:
+    """Documents of unequal length, ignored targets, and padding that fills one sequence almost whole."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = (torch.randn(GLOBAL_BATCH, SEQ, generator=generator).abs() * 20).long().clamp(max=VOCAB - 1)
+    targets = torch.cat((tokens[:, 1:], tokens[:, :1]), 1)
+    targets[torch.rand(GLOBAL_BATCH, SEQ, generator=generator) < 0.1] = -100
+    positions = torch.arange(SEQ).repeat(GLOBAL_BATCH, 1)
+    positions[1, 5:] -= 5
+    positions[3, 20:] -= 20
+    serial = torch.arange(GLOBAL_BATCH * SEQ).view(GLOBAL_BATCH, SEQ) + step * GLOBAL_BATCH * SEQ
+    for row, length in ((2, 15), (7, 3)):
+        serial[row, length:], targets[row, length:], positions[row, length:] = -1, -100, 0
+    share = GLOBAL_BATCH // num_ranks
+    parts = zip(*(part[rank * share : (rank + 1) * share].split(2) for part in (tokens, targets, positions, serial)),
+                strict=True)
+    return [Batch(*part) for part in parts]
+
+
+def run_steps(family: str, parallel: dict[str, int], compute: str, steps: int) -> dict:
+    config = make_config(family, parallel, compute)
+    mesh = start_mesh(config)
+    engine = NativeEngine(config, mesh)
+    first = {name: _whole(parameter.data) for name, parameter in engine.model.named_parameters()}
+    history, gradients = [], {}
+    for step in range(steps):
+        reset_statistics(engine.model)
+        losses = engine.forward_backward(make_batches(step, mesh.batch_rank, mesh.batch_size))
+        if step == 0:
+            gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
+        norm = engine.step()
+        figures = [float(x) for x in (losses.cross_entropy, losses.load_balance, losses.router_z, norm)]
+        history.append((figures, routing_metrics(engine.model, mesh.batch_group)))
+    evaluated = engine.evaluate(make_batches(99, mesh.batch_rank, mesh.batch_size))
+    stop_mesh()
+    return {"first": first, "gradients": gradients, "history": history, "evaluated": evaluated}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().clone()
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict:
+    return {family: run_ranks(1, run_steps, family, {}, "float32", 20)[0] for family in FAMILIES}
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS, ids=lambda value: str(value))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layout_equals_one_rank(one_rank: dict, family: str, ranks: int, parallel: dict[str, int]) -> None:
+    if family == "palm" and parallel.get("ep", 1) > 1:
+        return  # a dense model has no experts to spread; the configuration refuses it
+    expected = one_rank[family]
+    for result in run_ranks(ranks, run_steps, family, parallel, "float32", 20):
+        compare(result, expected, 1e-5)
+
+
+def compare(result: dict, expected: dict, tolerance: float) -> None:
+    assert result["first"].keys() == expected["first"].keys() == result["gradients"].keys()
+    for name, weight in expected["first"].items():
+        assert torch.equal(result["first"][name], weight), f"{name} starts differently"
+        ours, theirs = result["gradients"][name].double(), expected["gradients"][name].double()
+        scale = float(ours.norm() / theirs.norm())
+        assert scale == pytest.approx(1, abs=tolerance), f"{name}: gradient {scale:.3f} times too large"
+        assert float((ours - theirs).norm() / theirs.norm()) < tolerance, f"{name}: gradient differs"
+    for step, ((ours, counts), (theirs, expected_counts)) in enumerate(
+        zip(result["history"], expected["history"], strict=True)
+    ):
+        assert ours == pytest.approx(theirs, rel=tolerance), f"step {step}"
+        assert counts == expected_counts, f"step {step}"
+    assert result["evaluated"] == pytest.approx(expected["evaluated"], rel=tolerance)
+
+
+def test_bfloat16_stays_near_float32(one_rank: dict) -> None:
+    expected = [figures[0] for figures, _ in one_rank["mixtral"]["history"]]
+    for ranks, parallel in ((1, {}), (2, {"ep": 2}), (4, {"ep": 2})):
+        result = run_ranks(ranks, run_steps, "mixtral", parallel, "bfloat16", 20)[0]
+        assert [figures[0] for figures, _ in result["history"]] == pytest.approx(expected, rel=2e-2)
+        assert all(gradient.dtype == torch.float32 for gradient in result["gradients"].values())

@@ -1,0 +1,70 @@
+"""Run a function on several gloo ranks of this machine, one core each, with a hard time-out."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120) -> list[Any]:
+    """Call function(*args) on each rank, with the environment that torchrun would set. -> what each returned
+
+    Raises AssertionError with the first rank's traceback, or when a rank is still busy at the time-out.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
+    ranks = [
+        context.Process(target=_rank, args=(rank, num_ranks, port, send, function, args), daemon=True)
+        for rank, (_, send) in enumerate(pipes)
+    ]
+    for rank in ranks:
+        rank.start()
+    for _, send in pipes:
+        send.close()
+    try:
+        return _collect([receive for receive, _ in pipes], time.monotonic() + timeout_seconds)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for index, pipe in enumerate(pipes) if index not in results]
+        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        assert ready, f"ranks {[pipes.index(pipe) for pipe in waiting]} did not end in time"
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                good, value = pickle.loads(pipe.recv_bytes())  # not recv: it would share tensors with a rank that is gone
+            except EOFError:
+                raise AssertionError(f"rank {rank} died") from None
+            assert good, f"rank {rank}:\n{value}"
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(rank: int, num_ranks: int, port: int, send: Connection, function: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        result = (True, function(*args))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    send.send_bytes(pickle.dumps(result))

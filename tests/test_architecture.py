@@ -1,0 +1,73 @@
+"""The house keeps its walls: who imports whom, and who may read the environment."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moescale"
+MAY_IMPORT = {
+    "config": set(), "ops": set(), "data": {"config"}, "optim": {"config"}, "layers": {"ops"},
+    "mixers": {"ops", "layers"}, "moe": {"ops", "layers"}, "model": {"config", "layers", "mixers", "moe"},
+    "parallel": {"config", "ops", "layers", "mixers", "moe", "model"}, "checkpoint": {"config"},
+    "planner": {"config"}, "monitor": {"moe"},
+    "engine": {"config", "data", "model", "ops", "parallel", "optim", "checkpoint"},
+}
+FREE = {"cli", "trainer", "generate", "__init__", "__main__"}
+FOREIGN = {"deepspeed", "megatron", "wandb", "transformers", "triton"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_keeps_to_its_room(path: Path) -> None:
+    tree, here = ast.parse(path.read_text()), room(path)
+    for name in imports(tree):
+        parts = name.split(".")
+        if parts[0] == "moescale" and here not in FREE:
+            assert len(parts) > 1, "import from the room, not from the package"
+            assert parts[1] == here or parts[1] in MAY_IMPORT[here], f"{here} may not import {name}"
+        if parts[0] in FOREIGN:
+            allowed = path.stem == parts[0] or (parts[0] == "triton" and path.stem.endswith("_triton"))
+            assert allowed, f"{parts[0]} belongs into a file named after it"
+        assert not (here == "planner" and parts[0] == "torch"), "the planner runs without torch"
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Global), "no global statement"
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}:
+            assert path.relative_to(PACKAGE).as_posix() in {"parallel/mesh.py", "cli.py"}, "environment read elsewhere"
+
+
+def test_every_room_is_known() -> None:
+    assert {room(path) for path in FILES} == set(MAY_IMPORT) | FREE
+    assert not {path.name for path in PACKAGE.rglob("*")} & {"utils", "common", "helpers", "core", "misc"}
+
+
+def test_import_needs_torch_alone() -> None:
+    code = """
+import sys
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"pydantic", "yaml", "typer", "rich", "tokenizers", "wandb", "transformers", "triton"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Wall())
+import moescale
+assert callable(moescale.load)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,141 @@
+"""One training step beside transformers' Mixtral: the same weights, tokens and optimizer, in alternation.
+
+    python tools/benchmark/step.py [--threads 2] [--rounds 15]
+
+Before timing, the losses and gradient norms of both are compared. transformers runs its `eager` and its `grouped_mm`
+experts, in bfloat16 with bfloat16 weights and optimizer state, which is its fastest; MoEScale keeps float32 weights
+and optimizer state in both. Its step computes the balance loss, transformers' does not. Prints medians and the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from moescale.config import Config, parse_config
+from moescale.data.batches import Batch
+from moescale.engine.native import NativeEngine
+from moescale.optim.gradient_norm import clip_gradients
+from moescale.parallel.mesh import start_mesh
+
+BATCH, SEQ = 8, 256
+MODEL = {
+    "vocab_size": 1024, "d_model": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32,
+    "window": 128, "rope_theta": 1e6,
+}
+MOE = {"num_experts": 8, "top_k": 2, "d_ff": 512}
+
+
+def make_config(compute: str) -> Config:
+    return parse_config(
+        {"model": MODEL, "moe": MOE, "precision": {"compute": compute}, "data": {"seq_len": SEQ, "global_batch": BATCH},
+         "optim": {"weight_decay": 0.0, "lr": 1e-4, "schedule": "constant"}}, "benchmark",
+    ).for_world(1)
+
+
+def make_peer(ours: nn.Module, experts: str, dtype: torch.dtype) -> MixtralForCausalLM:
+    """Build transformers' Mixtral with our weights."""
+    config = MixtralConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=32, sliding_window=128, num_local_experts=8, num_experts_per_tok=2,
+        rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=False,
+        use_cache=False, router_jitter_noise=0.0, output_router_logits=False, attention_dropout=0.0,
+    )
+    config._experts_implementation = experts
+    peer = MixtralForCausalLM(config)
+    weights = ours.state_dict()
+    renamed = {
+        "model.embed_tokens.weight": weights["embedding.weight"], "model.norm.weight": weights["norm.weight"],
+        "lm_head.weight": weights["head.weight"],
+    }
+    for index in range(4):
+        here, there = f"blocks.{index}.", f"model.layers.{index}."
+        for name in "qkvo":
+            renamed[f"{there}self_attn.{name}_proj.weight"] = weights[f"{here}mixer.{name}.weight"]
+        renamed[there + "input_layernorm.weight"] = weights[here + "mixer_norm.weight"]
+        renamed[there + "post_attention_layernorm.weight"] = weights[here + "channel_norm.weight"]
+        renamed[there + "mlp.gate.weight"] = weights[here + "channel_mixer.router.weight"]
+        expert = here + "channel_mixer.experts."
+        renamed[there + "mlp.experts.gate_up_proj"] = torch.cat((weights[expert + "gate"], weights[expert + "up"]), 1)
+        renamed[there + "mlp.experts.down_proj"] = weights[expert + "down"]
+    peer.load_state_dict({name: weight.clone() for name, weight in renamed.items()})
+    return peer.to(dtype).train()
+
+
+def peer_step(peer: MixtralForCausalLM, tokens: Tensor) -> Callable[[], tuple[float, float]]:
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step() -> tuple[float, float]:
+        loss = peer(input_ids=tokens, labels=tokens).loss  # predicts tokens 1 to SEQ-1 of each row
+        loss.backward()
+        norm = clip_gradients(peer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), norm.item()
+
+    return step
+
+
+def our_step(engine: NativeEngine, tokens: Tensor) -> Callable[[], tuple[float, float]]:
+    targets = torch.cat((tokens[:, 1:], torch.full((BATCH, 1), -100)), 1)
+    serial = torch.arange(BATCH * SEQ).view(BATCH, SEQ)
+    batch = Batch(tokens, targets, serial % SEQ, serial)
+
+    def step() -> tuple[float, float]:
+        losses = engine.forward_backward([batch])
+        return losses.cross_entropy.item(), engine.step().item()
+
+    return step
+
+
+def compare(compute: str, rounds: int) -> list[str]:
+    """Check, then time. -> a row of the table"""
+    dtype = getattr(torch, compute)
+    config = make_config(compute)
+    config = config.model_copy(update={"moe": config.moe.model_copy(update={"load_balance_coefficient": 0.0})})
+    engine = NativeEngine(config, start_mesh(config))
+    tokens = torch.randint(MODEL["vocab_size"], (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    steps = {"moescale": our_step(engine, tokens)}
+    for experts in ("eager", "grouped_mm"):
+        steps[experts] = peer_step(make_peer(engine.model, experts, dtype), tokens)
+    first = {name: step() for name, step in steps.items()}
+    tolerance = 1e-5 if compute == "float32" else 2e-2
+    for name, values in first.items():
+        for ours, theirs in zip(first["moescale"], values, strict=True):
+            assert abs(ours - theirs) <= tolerance * abs(ours), f"{compute}: {name} differs: {first}"
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    peer = min(medians["eager"], medians["grouped_mm"])
+    return [compute, *(f"{median * 1000:.0f} ms" for median in medians.values()), f"{peer / medians['moescale']:.2f}",
+            f"{first['moescale'][0]:.6f} {first['grouped_mm'][0]:.6f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    table = Table("compute", "moescale", "transformers eager", "grouped_mm", "ratio", "first loss, ours and theirs",
+                  title=f"one training step, {BATCH} x {SEQ} tokens, {arguments.threads} threads, medians")
+    for compute in ("float32", "bfloat16"):
+        table.add_row(*compare(compute, arguments.rounds))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
