@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -34,9 +36,11 @@ def train(
     checkpoints/. Every key of the YAML can be changed on the command line as group.key=value; values are YAML, so
     null, [1, 2] and true mean what they do there.
     """
-    from moescale.trainer import train as run  # torch is imported only by commands that need it
+    with _one_line_errors():
+        settled = load_config(config, overrides or [])
+        from moescale.trainer import train as run  # torch comes in only when there is something to do
 
-    run(load_config(config, overrides or []))
+        run(settled)
 
 
 @app.command(no_args_is_help=True)
@@ -52,36 +56,33 @@ def generate(
 
     moescale generate runs/quickstart --prompt "def main(" --tokens 200 --temperature 0.8
     """
-    from moescale.generate import generate_text
+    with _one_line_errors():
+        from moescale.generate import generate_text
 
-    sys.stdout.write(prompt)
-    pieces = generate_text(checkpoint, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        for piece in generate_text(checkpoint, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """End on the user's mistakes with one line and exit status 2, silent on ranks other than 0."""
+    try:
+        yield
+    except ConfigError as error:
+        message, status = str(error), 2
+    except TrainingError as error:
+        message, status = str(error), 1
+    except KeyboardInterrupt:
+        message, status = "stopped; the same command goes on from the last checkpoint", 130
+    else:
+        return
+    if os.environ.get("RANK", "0") == "0":
+        print(f"moescale: {message}", file=sys.stderr)
+    raise typer.Exit(status)
 
 
 def main() -> None:
-    """Run a command; the user's mistakes end with one line and exit status 2, silent on ranks other than 0."""
-    from click import ClickException
-
-    first_rank = os.environ.get("RANK", "0") == "0"
-    try:
-        app(standalone_mode=False)
-    except ConfigError as error:
-        _fail(str(error), 2, first_rank)
-    except TrainingError as error:
-        _fail(str(error), 1, first_rank)
-    except ClickException as error:
-        _fail(error.format_message(), 2, first_rank)
-    except OSError as error:
-        _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), 2, first_rank)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from the last checkpoint", 130, first_rank)
-
-
-def _fail(message: str, status: int, show: bool) -> None:
-    if show:
-        print(f"moescale: {message}", file=sys.stderr)
-    sys.exit(status)
+    """Run the command that the arguments name."""
+    app()

@@ -39,7 +39,7 @@ def load_model(path: Path) -> tuple[LanguageModel, Config, Path]:
 def generate_text(
     path: Path, prompt: str, num_tokens: int, *, temperature: float, top_k: int | None, seed: int
 ) -> Iterator[str]:
-    """Go on from a prompt, a document's first words. -> text, piece by piece as it is drawn
+    """Go on from a prompt, a document's first words. -> text, the prompt first, then piece by piece
 
     temperature: 0 takes the likeliest token. top_k: draw among that many; None = all.
     """
@@ -47,6 +47,7 @@ def generate_text(
     own = checkpoint / "tokenizer.json"  # the checkpoint's copy, so that it can be moved
     tokenizer = load_tokenizer(str(own) if own.exists() else config.data.tokenizer)
     start = [tokenizer.boundary, *tokenizer.encode_batch([prompt])[0].tolist()]
+    yield prompt
     drawn: list[int] = []
     written = 0
     for token in _draw(model, start, config.data.seq_len, tokenizer, temperature, top_k, seed):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moescale.checkpoint.store import latest_checkpoint, read_state
 from moescale.config import Config, ConfigError, TrainingError
-from moescale.data.batches import Batches, check_vocabulary, held_out_batches
+from moescale.data.batches import Batches, held_out_batches
 from moescale.data.token_file import TokenCorpus, prepare_tokens
-from moescale.data.tokenizer import load_tokenizer, tokenizer_file
+from moescale.data.tokenizer import check_vocabulary, load_tokenizer
 from moescale.engine.base import Engine, StepLosses
 from moescale.engine.native import NativeEngine
 from moescale.monitor.metrics import JsonLines, Sink
@@ -109,8 +109,7 @@ class _Run:
         if log or evaluate:
             self._log(losses, grad_norm, lr, first, started, evaluate)
         if save:
-            files = {"config.yaml": config.to_yaml(), **tokenizer_file(config.data.tokenizer)}
-            engine.save(self.run_dir, files)
+            engine.save(self.run_dir, self._files())
 
     def _log(
         self, losses: StepLosses, grad_norm: Tensor, lr: float, first: int, started: float, evaluate: bool
@@ -149,6 +148,13 @@ class _Run:
             metrics["eval_bits_per_byte"] = metrics["eval_loss"] * tokens_per_byte / math.log(2)
         for sink in self.sinks:
             sink.write(step, {**metrics, **routing})
+
+    def _files(self) -> dict[str, str]:
+        """The texts that make a checkpoint complete in itself."""
+        files, tokenizer = {"config.yaml": self.config.to_yaml()}, self.config.data.tokenizer
+        if tokenizer != "bytes":
+            files["tokenizer.json"] = Path(tokenizer).expanduser().read_text(encoding="utf-8")
+        return files
 
     def _open_sinks(self) -> list[Sink]:
         assert self.terminal is not None

@@ -50,7 +50,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                good, value = pickle.loads(pipe.recv_bytes())  # not recv: it would share tensors with a rank that is gone
+                good, value = pickle.loads(pipe.recv_bytes())  # recv would share tensors with a rank that is gone
             except EOFError:
                 raise AssertionError(f"rank {rank} died") from None
             assert good, f"rank {rank}:\n{value}"

@@ -74,6 +74,8 @@ class NativeEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             total += self.model(batch.tokens, batch.targets, batch.positions, batch.serial).cross_entropy
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # the outermost weights stay gathered for a backward that does not come
         return float(all_reduce_sum(total, self.mesh.batch_group) / num_targets)
 
     def save(self, run_dir: Path, files: dict[str, str]) -> Path:

@@ -17,7 +17,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     """
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            fill = module.initial[name]  # type: ignore[operator,index]
+            fill = module.initial[name]
             full_name = f"{module_name}.{name}"
             local, first, cut = _place(parameter)
             matrices = local.unbind() if local.ndim == 3 else [local]

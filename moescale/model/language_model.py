@@ -52,7 +52,8 @@ class LanguageModel(nn.Module):
         logits, router_losses = self._logits(tokens, positions, serial)
         logits, targets = logits.flatten(0, 1), targets.flatten()
         z = output_z_loss(logits, targets) if self.output_z else logits.new_zeros(())
-        return LossSums(cross_entropy(logits, targets), z, router_losses[0], router_losses[1])
+        load_balance, router_z = router_losses.unbind()
+        return LossSums(cross_entropy(logits, targets), z, load_balance, router_z)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,15 +27,23 @@ class Handle:
     receive: list[int]
 
 
+class Dispatcher(Protocol):
+    """Two calls do all communication of a mixture of experts."""
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
+        """x: [tokens, d_model]. -> rows: [received, d_model]; tokens_per_expert: [local_experts]; the handle"""
+
+    def combine(self, rows: Tensor, routing: Routing, handle: Any) -> Tensor:
+        """rows: [received, d_model]. -> [tokens, d_model]"""
+
+
 class LocalDispatcher:
     """All experts are on this rank."""
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, None]:
-        """x: [tokens, d_model]. -> rows: [assignments, d_model]; tokens_per_expert: [experts]; nothing to remember"""
         return permute(x, routing.token, routing.row), routing.tokens_per_expert, None
 
     def combine(self, rows: Tensor, routing: Routing, handle: None) -> Tensor:
-        """rows: [assignments, d_model]. -> [tokens, d_model]"""
         return unpermute(rows, routing.weight, routing.token, routing.row)
 
 
@@ -45,7 +54,6 @@ class AllToAllDispatcher:
         self.group = group
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Handle]:
-        """x: [tokens, d_model]. -> rows: [received, d_model]; tokens_per_expert: [local_experts]; the handle"""
         counts = exchange_counts(routing.tokens_per_expert, self.group)  # [ranks, local_experts]
         ranks, local_experts = counts.shape
         send = routing.tokens_per_expert.view(ranks, local_experts).sum(1).tolist()
@@ -57,10 +65,6 @@ class AllToAllDispatcher:
         return reorder(rows, order, inverse), counts.sum(0), Handle(order, inverse, send, receive)
 
     def combine(self, rows: Tensor, routing: Routing, handle: Handle) -> Tensor:
-        """rows: [received, d_model]. -> [tokens, d_model]"""
         rows = reorder(rows, handle.inverse, handle.order)
         rows = all_to_all(rows, handle.receive, handle.send, self.group)  # [assignments, d_model]
         return unpermute(rows, routing.weight, routing.token, routing.row)
-
-
-DISPATCHERS = {"local": LocalDispatcher, "all_to_all": AllToAllDispatcher}

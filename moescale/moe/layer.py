@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moescale.moe.dispatchers import AllToAllDispatcher, LocalDispatcher
+from moescale.moe.dispatchers import Dispatcher, LocalDispatcher
 from moescale.moe.experts import Experts
 from moescale.moe.routers import Router
 from moescale.moe.statistics import Statistics
@@ -13,7 +13,7 @@ from moescale.moe.statistics import Statistics
 class MoELayer(nn.Module):
     """Send each token to a few experts and add up their answers."""
 
-    dispatcher: LocalDispatcher | AllToAllDispatcher
+    dispatcher: Dispatcher
 
     def __init__(self, router: Router, experts: Experts) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def routing_metrics(model: nn.Module, group: dist.ProcessGroup | None) -> dict[s
 
 def load_range(metrics: dict[str, list[int] | int]) -> tuple[float, float]:
     """Find the busiest and the idlest expert of all layers. -> their loads over their layer's mean"""
-    loads = [value for value in metrics.values() if isinstance(value, list) and sum(value)]
+    loads = [value for value in metrics.values() if isinstance(value, list) and any(value)]
     if not loads:
         return 1.0, 1.0
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from moescale.monitor.metrics import Metrics
 class Wandb:
     """A sink that opens one run of wandb in the run directory."""
 
-    def __init__(self, run_dir: Path, project: str, mode: str, config: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, project: str, mode: Literal["offline", "online"], config: dict[str, Any]) -> None:
         """mode: offline or online. config: shown beside the run."""
         try:
             import wandb

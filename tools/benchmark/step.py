@@ -51,6 +51,7 @@ def make_peer(ours: nn.Module, experts: str, dtype: torch.dtype) -> MixtralForCa
     )
     config._experts_implementation = experts
     peer = MixtralForCausalLM(config)
+    nn.Module.to(peer, dtype)
     weights = ours.state_dict()
     renamed = {
         "model.embed_tokens.weight": weights["embedding.weight"], "model.norm.weight": weights["norm.weight"],
@@ -67,7 +68,7 @@ def make_peer(ours: nn.Module, experts: str, dtype: torch.dtype) -> MixtralForCa
         renamed[there + "mlp.experts.gate_up_proj"] = torch.cat((weights[expert + "gate"], weights[expert + "up"]), 1)
         renamed[there + "mlp.experts.down_proj"] = weights[expert + "down"]
     peer.load_state_dict({name: weight.clone() for name, weight in renamed.items()})
-    return peer.to(dtype).train()
+    return peer.train()
 
 
 def peer_step(peer: MixtralForCausalLM, tokens: Tensor) -> Callable[[], tuple[float, float]]:
@@ -102,7 +103,7 @@ def compare(compute: str, rounds: int) -> list[str]:
     config = make_config(compute)
     config = config.model_copy(update={"moe": config.moe.model_copy(update={"load_balance_coefficient": 0.0})})
     engine = NativeEngine(config, start_mesh(config))
-    tokens = torch.randint(MODEL["vocab_size"], (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(1024, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
     steps = {"moescale": our_step(engine, tokens)}
     for experts in ("eager", "grouped_mm"):
         steps[experts] = peer_step(make_peer(engine.model, experts, dtype), tokens)

@@ -1,0 +1,300 @@
+"""Checkpoints through torch's distributed checkpoint: any layout writes, any layout reads.
+
+A checkpoint is a folder `RUN/checkpoints/step_00000100`: tensors as `*.distcp`, their index `.metadata`, small texts
+such as config.yaml, and `checkpoint.json`, the manifest with the size and checksum of every other file. It is written
+beside its place and renamed, so that a kill at any moment leaves the last good one. Weights that are cut over ranks
+must be DTensors: of plain tensors under one name only one rank's is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from moescale.config import ConfigError
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+NAME = re.compile(r"step_(\d{8,})")
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], files: dict[str, str], *, keep: int
+) -> Path:
+    """Write a checkpoint and remove all but the last `keep`; every rank calls.
+
+    state: small values for the manifest. files: texts by name. -> its folder
+    Raises ConfigError on every rank when it could not be written on any; what existed before stays.
+    """
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    partial = folder.with_suffix(".partial")
+    try:
+        _on_first_rank(lambda: _make_room(partial, files))
+        _together(lambda: _write(partial, tensors))
+        listing: dict[str, list[int]] = {}
+        for part in _gather(_check_sums(partial, f"__{_rank()}_*")):
+            listing.update(part)
+        _on_first_rank(lambda: _finish(partial, folder, {"step": step, **state}, listing))
+    except _Failed as error:
+        if _rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        good = latest_checkpoint(run_dir)
+        raise ConfigError(f"no checkpoint of step {step} could be written to {folder.parent}: {error}; "
+                          f"the last good one is {good.name if good else 'none'}") from None
+    if _rank() == 0:
+        _remove_old(folder.parent, keep)
+    return folder
+
+
+def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, prefix: str = "") -> dict[str, Any]:
+    """Fill the tensors, plain or cut in any layout, in place; every rank calls.
+
+    prefix: only names that begin with it are expected. -> the state, with `step`
+    Raises ConfigError for a folder that is damaged, and for a checkpoint of another model.
+    """
+    manifest = _read_manifest(folder)
+    names = sorted(manifest["files"])
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    try:
+        _together(lambda: _verify(folder, {name: manifest["files"][name] for name in names[_rank() :: ranks]}))
+        reader = _SafeReader(folder)
+        _together(lambda: _compare(folder, reader.read_metadata(), tensors, prefix, names))
+        _together(lambda: _read(reader, tensors))
+    except _Failed as error:
+        raise ConfigError(str(error)) from None
+    return dict(manifest["state"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read the small values alone. Raises ConfigError."""
+    return dict(_read_manifest(folder)["state"])
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Find the whole checkpoint of the highest step."""
+    return max(_all(run_dir / "checkpoints"), key=_step, default=None)
+
+
+def _all(parent: Path) -> list[Path]:
+    found = parent.iterdir() if parent.is_dir() else iter(())
+    return [folder for folder in found if NAME.fullmatch(folder.name) and (folder / MANIFEST).exists()]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+class _Failed(Exception):
+    """Some rank could not do its part; the same text on every rank."""
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _gather(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _together(work: Callable[[], object]) -> None:
+    """Let every rank do its part, and all fail if one does, so that none waits for it."""
+    problem = None
+    try:
+        work()
+    except CheckpointException as error:  # raised on all ranks by torch, with each rank's own error in it
+        problem = next((_describe(failure[0]) for failure in error.failures.values()), str(error))
+    except (OSError, ConfigError, RuntimeError) as error:
+        problem = _describe(error)
+    problems = [text for text in _gather(problem) if text is not None]
+    if problems:
+        raise _Failed(problems[0])
+
+
+def _on_first_rank(work: Callable[[], object]) -> None:
+    _together(work if _rank() == 0 else lambda: None)
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower() + (f" ({error.filename})" if error.filename else "")
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError):
+        return _describe(cause)
+    return " ".join(str(error).split())[:300]
+
+
+def _make_room(partial: Path, files: dict[str, str]) -> None:
+    """Clear away what killed runs left, and begin."""
+    for left in partial.parent.glob("*.partial"):
+        shutil.rmtree(left)
+    partial.mkdir(parents=True)
+    for name, text in files.items():
+        _write_synced(partial / name, text)
+
+
+def _write(partial: Path, tensors: dict[str, Tensor]) -> None:
+    with _without_warnings():
+        writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def _read(reader: FileSystemReader, tensors: dict[str, Tensor]) -> None:
+    with _without_warnings():
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Torch warns whenever one process saves or loads, which here is what the user asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _finish(partial: Path, folder: Path, state: dict[str, Any], listing: dict[str, list[int]]) -> None:
+    """Write the manifest and move the folder into place."""
+    for path in partial.iterdir():
+        if path.name not in listing:
+            listing.update(_check_sums(partial, path.name))
+    _write_synced(partial / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
+    _sync_folder(partial)
+    if folder.exists():  # of the same step: a damaged one that the run was told to pass over
+        folder.rename(folder.with_suffix(".old.partial"))
+    partial.rename(folder)
+    _sync_folder(folder.parent)
+
+
+def _remove_old(parent: Path, keep: int) -> None:
+    for folder in sorted(_all(parent), key=_step)[:-keep]:
+        aside = folder.with_suffix(".partial")  # a kill in the middle leaves nothing that looks whole
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_sums(folder: Path, pattern: str) -> dict[str, list[int]]:
+    """-> size in bytes and CRC-32 of each file"""
+    sums = {}
+    for path in folder.glob(pattern):
+        crc = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                crc = zlib.crc32(block, crc)
+        sums[path.name] = [path.stat().st_size, crc]
+    return sums
+
+
+def _verify(folder: Path, expected: dict[str, list[int]]) -> None:
+    before = [other for other in sorted(_all(folder.parent), key=_step) if other.name < folder.name]
+    advice = f"remove {folder} to go on from {before[-1].name}" if before else f"remove {folder} to start anew"
+    for name, (size, crc) in expected.items():
+        path = folder / name
+        if not path.exists():
+            raise ConfigError(f"{folder} is damaged: {name} is missing; {advice}")
+        if path.stat().st_size != size:
+            raise ConfigError(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes; {advice}")
+        if _check_sums(folder, name)[name][1] != crc:
+            raise ConfigError(f"{folder} is damaged: {name} was altered; {advice}")
+
+
+def _compare(folder: Path, metadata: Metadata, tensors: dict[str, Tensor], prefix: str, files: list[str]) -> None:
+    """Refuse an index that leads out of the folder, and another model's tensors by the first name that differs."""
+    if not {place.relative_path for place in (metadata.storage_data or {}).values()} <= set(files):
+        raise ConfigError(f"{folder} is damaged: its index names files that are not in its {MANIFEST}")
+    there = {name: entry for name, entry in metadata.state_dict_metadata.items() if name.startswith(prefix)}
+    for name in sorted(there.keys() | tensors.keys()):
+        entry, tensor = there.get(name), tensors.get(name)
+        problem = None
+        if entry is None or tensor is None:
+            problem = f"{name} is {'not in it' if entry is None else 'not in this model'}"
+        elif not isinstance(entry, TensorStorageMetadata):
+            problem = f"{name} is not a tensor"
+        elif entry.size != tensor.shape:
+            problem = f"{name} has shape {list(entry.size)} there and {list(tensor.shape)} here"
+        elif entry.properties.dtype != tensor.dtype:
+            problem = f"{name} has dtype {entry.properties.dtype} there and {tensor.dtype} here"
+        if problem:
+            raise ConfigError(f"{folder} is a checkpoint of another model: {problem}; "
+                              "write another run.dir, or the configuration that it was written with")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format"]
+        if version != FORMAT:
+            raise ConfigError(f"{folder} has format {version}; this MoEScale reads format {FORMAT}")
+        names = manifest["files"]
+        if not isinstance(manifest["state"]["step"], int) or any(Path(name).name != name for name in names):
+            raise ValueError
+    except OSError:
+        raise ConfigError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{folder} is damaged: its {MANIFEST} cannot be read; remove the folder") from None
+    return dict(manifest)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Reads the index of a distributed checkpoint and nothing else: no other class is looked up, no code runs."""
+
+    ALLOWED = frozenset({
+        *(("torch.distributed.checkpoint.metadata", name) for name in (
+            "Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties",
+            "StorageMeta", "_MEM_FORMAT_ENCODING",
+        )),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        *(("torch", name) for name in ("Size", "float32", "float64", "bfloat16", "float16", "int64", "int32")),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),  # its home from Python 3.13 on
+    })
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise ConfigError(f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs: "
+                              "it was not written by MoEScale, and was not loaded")
+        return super().find_class(module, name)
+
+
+class _SafeReader(FileSystemReader):
+    """Torch's reader, but for the index, which torch would unpickle whatever it holds."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _SafeUnpickler(file).load()
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
