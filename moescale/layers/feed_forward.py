@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moescale.layers.linear import Linear
+from moescale.ops import expert_feed_forward as ops
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu"}  # the plain function within
 GATED = frozenset({"swiglu", "geglu"})  # these multiply the activation with a second projection (GLU Variants, 2020)
 
 
@@ -19,7 +17,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, activation: str, init: str) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.activation = ops.ACTIVATIONS[ACTIVATIONS[activation]]
         self.gate = Linear(d_model, d_ff, init) if activation in GATED else None
         self.up = Linear(d_model, d_ff, init)
         self.down = Linear(d_ff, d_model, init)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moescale.layers.linear import ones
+from moescale.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -20,8 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d_model], any dtype. -> the same"""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(x.dtype).to(wide.dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.Module):

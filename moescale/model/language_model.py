@@ -78,4 +78,5 @@ class LanguageModel(nn.Module):
         x = self.norm(x)
         logits = self.head(x) if self.head is not None else F.linear(x, self.embedding.weight.to(x.dtype))
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return logits.to(wide) * self.logit_scale, router_losses  # [batch, seq, vocab]
+        logits = logits.to(wide)  # [batch, seq, vocab]
+        return logits if self.logit_scale == 1 else logits * self.logit_scale, router_losses

@@ -1,4 +1,4 @@
-"""Feed-forward experts: one grouped GEMM a matrix."""
+"""Feed-forward experts, all of a layer in one call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moescale.layers.feed_forward import ACTIVATIONS, GATED
 from moescale.layers.linear import matrix_fill
 from moescale.ops.collectives import local_tensor
-from moescale.ops.grouped_gemm import grouped_gemm
+from moescale.ops.expert_feed_forward import expert_feed_forward
 
 
 class Experts(nn.Module):
@@ -29,9 +29,6 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """rows: [received, d_model], sorted by expert. tokens_per_expert: [local_experts]. -> like rows"""
-        def multiply(rows: Tensor, weight: Tensor) -> Tensor:
-            return grouped_gemm(rows, local_tensor(weight).to(rows.dtype), tokens_per_expert)
-
-        hidden = multiply(rows, self.up)  # [received, d_ff]
-        hidden = self.activation(hidden) if self.gate is None else self.activation(multiply(rows, self.gate)) * hidden
-        return multiply(hidden, self.down)
+        gate = None if self.gate is None else local_tensor(self.gate).to(rows.dtype)
+        up, down = local_tensor(self.up).to(rows.dtype), local_tensor(self.down).to(rows.dtype)
+        return expert_feed_forward(rows, gate, up, down, tokens_per_expert, self.activation)

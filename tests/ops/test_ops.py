@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.ops.attention import attention
+from moescale.ops.expert_feed_forward import expert_feed_forward, expert_feed_forward_reference
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from moescale.ops.permute import permute, unpermute
 from moescale.ops.random import uniform, uniform_features
+from moescale.ops.rms_norm import rms_norm, rms_norm_reference
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -18,8 +20,33 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 130), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 130), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(["silu", "gelu", "relu"]), st.booleans(),
+)
+def test_experts_equal_a_loop(sizes: list[int], dtype: torch.dtype, activation: str, gated: bool) -> None:
+    torch.manual_seed(sum(sizes))
+    counts, num_experts = torch.tensor(sizes), len(sizes)
+    shapes = [(sum(sizes), 16), (num_experts, 24, 16), (num_experts, 24, 16), (num_experts, 16, 24)]
+    inputs = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    grad = torch.randn(sum(sizes), 16, dtype=dtype)
+    results = []
+    for function, to in ((expert_feed_forward, dtype), (expert_feed_forward_reference, torch.float64)):
+        rows, gate, up, down = (tensor.to(to, copy=True).requires_grad_() for tensor in inputs)
+        out = function(rows, gate if gated else None, up, down, counts, activation)
+        out.backward(grad.to(to))
+        results.append((out, rows.grad, up.grad, down.grad, *([gate.grad] if gated else [])))
+    for ours, exact in zip(*results, strict=True):
+        assert ours.shape == exact.shape
+        assert relative(ours.detach(), exact.detach()) < (1e-5 if dtype == torch.float32 else 2e-2)
+    for index, size in enumerate(sizes):
+        if size == 0:
+            assert not results[0][2][index].any(), "an expert without rows has a gradient of zeros"
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_grouped_gemm_equals_a_loop(sizes: list[int], dtype: torch.dtype) -> None:
     torch.manual_seed(sum(sizes))
     counts = torch.tensor(sizes)
@@ -35,9 +62,21 @@ def test_grouped_gemm_equals_a_loop(sizes: list[int], dtype: torch.dtype) -> Non
     for ours, exact in zip(*results, strict=True):
         assert ours.shape == exact.shape
         assert relative(ours.detach(), exact.detach()) < (1e-5 if dtype == torch.float32 else 1e-2)
-    for index, size in enumerate(sizes):
-        if size == 0:
-            assert not results[0][2][index].any(), "an expert without rows has a gradient of zeros"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_rms_norm_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(3, 7, 24).to(dtype), torch.rand(24).to(dtype), torch.randn(3, 7, 24).to(dtype)
+    results = []
+    for function, to in ((rms_norm, dtype), (rms_norm_reference, torch.float64)):
+        a, w = x.to(to, copy=True).requires_grad_(), weight.to(to, copy=True).requires_grad_()
+        out = function(a, w, 1e-2)
+        out.backward(grad.to(to))
+        results.append((out.detach(), a.grad, w.grad))
+    for ours, exact in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert relative(ours, exact) < tolerance
 
 
 @pytest.mark.parametrize("partial", [False, True])

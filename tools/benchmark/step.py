@@ -10,9 +10,11 @@ and optimizer state in both. Its step computes the balance loss, transformers' d
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import torch
 from rich.console import Console
@@ -27,6 +29,8 @@ from moescale.optim.gradient_norm import clip_gradients
 from moescale.parallel.mesh import start_mesh
 
 BATCH, SEQ = 8, 256
+WARM_UP = 5
+COMPETITORS = ("moescale", "eager", "grouped_mm")
 MODEL = {
     "vocab_size": 1024, "d_model": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32,
     "window": 128, "rope_theta": 1e6,
@@ -36,7 +40,8 @@ MOE = {"num_experts": 8, "top_k": 2, "d_ff": 512}
 
 def make_config(compute: str) -> Config:
     return parse_config(
-        {"model": MODEL, "moe": MOE, "precision": {"compute": compute}, "data": {"seq_len": SEQ, "global_batch": BATCH},
+        {"model": MODEL, "precision": {"compute": compute}, "data": {"seq_len": SEQ, "global_batch": BATCH},
+         "moe": {**MOE, "load_balance_coefficient": 0.0},  # computed all the same
          "optim": {"weight_decay": 0.0, "lr": 1e-4, "schedule": "constant"}}, "benchmark",
     ).for_world(1)
 
@@ -97,28 +102,48 @@ def our_step(engine: NativeEngine, tokens: Tensor) -> Callable[[], tuple[float, 
     return step
 
 
-def compare(compute: str, rounds: int) -> list[str]:
-    """Check, then time. -> a row of the table"""
-    dtype = getattr(torch, compute)
+def serve(name: str, compute: str, threads: int, pipe: Connection) -> None:
+    """Run in a process of its own, so that no competitor warms or crowds the caches of another: a step a request."""
+    torch.set_num_threads(threads)
     config = make_config(compute)
-    config = config.model_copy(update={"moe": config.moe.model_copy(update={"load_balance_coefficient": 0.0})})
     engine = NativeEngine(config, start_mesh(config))
     tokens = torch.randint(1024, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
-    steps = {"moescale": our_step(engine, tokens)}
-    for experts in ("eager", "grouped_mm"):
-        steps[experts] = peer_step(make_peer(engine.model, experts, dtype), tokens)
-    first = {name: step() for name, step in steps.items()}
+    if name == "moescale":
+        step = our_step(engine, tokens)
+    else:
+        step = peer_step(make_peer(engine.model, name, getattr(torch, compute)), tokens)
+    while pipe.recv():
+        started = time.perf_counter()
+        figures = step()
+        pipe.send((time.perf_counter() - started, figures))
+
+
+def compare(compute: str, rounds: int, threads: int) -> list[str]:
+    """Check, then time in alternation. -> a row of the table"""
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name in COMPETITORS:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(name, compute, threads, theirs), daemon=True).start()
+
+    def request(name: str) -> tuple[float, tuple[float, float]]:
+        pipes[name].send(True)
+        answer: tuple[float, tuple[float, float]] = pipes[name].recv()
+        return answer
+
+    first = {name: request(name)[1] for name in COMPETITORS}
     tolerance = 1e-5 if compute == "float32" else 2e-2
     for name, values in first.items():
-        for ours, theirs in zip(first["moescale"], values, strict=True):
-            assert abs(ours - theirs) <= tolerance * abs(ours), f"{compute}: {name} differs: {first}"
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - started)
+        for ours, other in zip(first["moescale"], values, strict=True):
+            assert abs(ours - other) <= tolerance * abs(ours), f"{compute}: {name} differs: {first}"
+    seconds: dict[str, list[float]] = {name: [] for name in COMPETITORS}
+    for number in range(rounds + WARM_UP):
+        for name in COMPETITORS:
+            elapsed = request(name)[0]
+            if number >= WARM_UP:
+                seconds[name].append(elapsed)
+    for pipe in pipes.values():
+        pipe.send(False)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     peer = min(medians["eager"], medians["grouped_mm"])
     return [compute, *(f"{median * 1000:.0f} ms" for median in medians.values()), f"{peer / medians['moescale']:.2f}",
@@ -130,11 +155,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     table = Table("compute", "moescale", "transformers eager", "grouped_mm", "ratio", "first loss, ours and theirs",
                   title=f"one training step, {BATCH} x {SEQ} tokens, {arguments.threads} threads, medians")
     for compute in ("float32", "bfloat16"):
-        table.add_row(*compare(compute, arguments.rounds))
+        table.add_row(*compare(compute, arguments.rounds, arguments.threads))
     Console(width=120).print(table)
 
 
