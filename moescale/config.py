@@ -239,7 +239,7 @@ class Config(Group):
     def _check(self) -> Self:
         _refuse(self.data.tokenizer == "bytes" and self.model.vocab_size < 257,
                 f"model.vocab_size={self.model.vocab_size} is too small for data.tokenizer=bytes "
-                "(256 bytes and the end of a document): write at least 257")
+                "(256 bytes and the start of a document): write at least 257")
         _refuse(self.optim.warmup_steps >= self.run.steps and self.optim.warmup_steps > 0,
                 f"optim.warmup_steps={self.optim.warmup_steps} must be below run.steps={self.run.steps}")
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from moescale.config import ConfigError
 from moescale.data.token_file import TokenSplit
+
+IGNORED = -100  # a target that no loss counts
 
 
 @dataclass(frozen=True)
@@ -34,74 +35,84 @@ class Batch:
 
 
 class Batches:
-    """The training windows in their order. Sequence number n of the run is the same on any number of ranks."""
+    """The training sequences of every step, shared out over the batch ranks.
+
+    The stream of tokens is cut into windows that overlap by the one token that is the last target. An epoch visits
+    every window once, in an order drawn from the seed and the epoch; sequence numbers run on from epoch to epoch.
+    Nothing is kept from step to step, so any step can be asked for, on any number of ranks.
+    """
 
     def __init__(self, tokens: TokenSplit, *, seq_len: int, global_batch: int, seed: int) -> None:
-        """global_batch: sequences a step. Raises ConfigError when the data is shorter than one sequence."""
-        self.num_windows = (tokens.num_tokens - 1) // seq_len  # each needs one token more, for its last target
+        self.tokens, self.seq_len, self.global_batch, self.seed = tokens, seq_len, global_batch, seed
+        self.num_windows = (tokens.num_tokens - 1) // seq_len
         if self.num_windows < 1:
-            raise ConfigError(f"data.seq_len={seq_len} is beyond the {tokens.num_tokens} training tokens: write "
-                              f"data.seq_len={max(1, tokens.num_tokens - 1)} or less, or give more data.files")
-        self._tokens, self._seq_len, self._global_batch, self._seed = tokens, seq_len, global_batch, seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))  # the epoch and its permutation
+            advice = (f"use data.seq_len={tokens.num_tokens - 1} or less, or more text" if tokens.num_tokens > 1
+                      else "name more text in data.files")
+            raise ConfigError(f"data.seq_len={seq_len} needs {seq_len + 1} tokens, but the training documents hold "
+                              f"{tokens.num_tokens}: {advice}")
+        self._orders: dict[int, np.ndarray] = {}  # of the last epochs asked for
 
     def micro_batches(self, step: int, rank: int, num_ranks: int, micro_batch: int) -> list[Batch]:
-        """Make this rank's share of a step: the rank's contiguous part of the global batch, cut in order.
+        """Give one batch rank its sequences of one optimizer step, in order.
 
-        step: from 0. rank, num_ranks: among those that share out the batch. micro_batch: sequences a pass.
+        step: counted from 0. rank: among the num_ranks that share the global batch. micro_batch: sequences a Batch.
         """
-        share = self._global_batch // num_ranks
-        first = step * self._global_batch + rank * share
-        numbers = range(first, first + share)
-        return [self._batch(numbers[at : at + micro_batch]) for at in range(0, share, micro_batch)]
+        assert self.global_batch % num_ranks == 0
+        assert 0 <= rank < num_ranks
+        share = self.global_batch // num_ranks
+        assert share % micro_batch == 0
+        first = step * self.global_batch + rank * share
+        return [_stack([self._sequence(number) for number in range(begin, begin + micro_batch)])
+                for begin in range(first, first + share, micro_batch)]
 
-    def _batch(self, numbers: range) -> Batch:
-        windows = [self._tokens.window(self._window(number) * self._seq_len, self._seq_len + 1) for number in numbers]
-        serial = [number * self._seq_len + np.arange(self._seq_len) for number in numbers]
-        return _stack([tokens for tokens, _ in windows], [positions for _, positions in windows], serial)
+    def _sequence(self, number: int) -> np.ndarray:
+        epoch, place = divmod(number, self.num_windows)
+        return _read(self.tokens, int(self._order(epoch)[place]) * self.seq_len, self.seq_len, number)
 
-    def _window(self, number: int) -> int:
-        """Which window is the run's sequence `number`."""
-        epoch, index = divmod(number, self.num_windows)
-        if self._order[0] != epoch:
-            generator = np.random.default_rng([self._seed, epoch])
-            self._order = (epoch, generator.permutation(self.num_windows))
-        return int(self._order[1][index])
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            while len(self._orders) > 1:  # a step may end one epoch and begin the next
+                del self._orders[min(self._orders)]
+            generator = np.random.default_rng(np.random.SeedSequence((self.seed, epoch)))
+            self._orders[epoch] = generator.permutation(self.num_windows)
+        return self._orders[epoch]
 
 
 def held_out_batches(
     tokens: TokenSplit, *, seq_len: int, num_sequences: int, rank: int, num_ranks: int, micro_batch: int
 ) -> list[Batch]:
-    """Cut windows evenly over the held-out text, the same in every layout.
+    """Give one batch rank its part of the held-out sequences, the same ones on every number of ranks.
 
-    num_sequences: at most that many. Every rank gets as many batches of the same shape, filled up with padding.
+    Up to num_sequences windows, spread evenly. Every rank gets equally many Batches of one shape, filled up with
+    padding. Raises ConfigError when there is nothing to predict.
     """
-    num_windows = max(1, -(-(tokens.num_tokens - 1) // seq_len))  # the last one may be short
-    count = min(num_sequences, num_windows)
-    chosen = [index * num_windows // count for index in range(count)]
+    if tokens.num_tokens < 2:
+        raise ConfigError(f"the held-out documents hold {tokens.num_tokens} tokens, too few to evaluate on: "
+                          "name more text in data.files")
+    whole, rest = divmod(tokens.num_tokens - 1, seq_len)
+    windows = whole if whole >= num_sequences else whole + (rest > 0)  # the partial last one only when needed
+    count = min(num_sequences, windows)
     passes = -(-count // (num_ranks * micro_batch))
-    mine = range(rank * passes * micro_batch, (rank + 1) * passes * micro_batch)
-    rows = [_padded_window(tokens, chosen[i] * seq_len if i < count else None, seq_len, i) for i in mine]
-    return [
-        _stack(*zip(*rows[at : at + micro_batch], strict=True))
-        for at in range(0, len(rows), micro_batch)
-    ]
+    first = rank * passes * micro_batch
+    return [_stack([_read(tokens, number * windows // count * seq_len, seq_len, number) if number < count
+                    else _padding(seq_len) for number in range(begin, begin + micro_batch)])
+            for begin in range(first, first + passes * micro_batch, micro_batch)]
 
 
-def _padded_window(
-    tokens: TokenSplit, start: int | None, seq_len: int, number: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """-> tokens, positions: [seq_len + 1] int64; serial: [seq_len] int64. Without a start, all of it is padding."""
-    length = 0 if start is None else min(seq_len + 1, tokens.num_tokens - start)
-    missing = seq_len + 1 - length
-    ids, positions = tokens.window(start or 0, length)
-    serial = np.arange(seq_len) + number * seq_len
-    serial[max(0, length - 1) :] = -1
-    return np.pad(ids, (0, missing)), np.pad(positions, (0, missing)), serial
+def _read(tokens: TokenSplit, start: int, seq_len: int, number: int) -> np.ndarray:
+    """Read the window at `start` as sequence `number`, padded where the stream ends. -> [4, seq] int64"""
+    length = min(seq_len, tokens.num_tokens - 1 - start)
+    ids, positions = tokens.window(start, length + 1)
+    sequence = _padding(seq_len)
+    sequence[:, :length] = ids[:-1], ids[1:], positions[:-1], number * seq_len + np.arange(length)
+    return sequence
 
 
-def _stack(tokens: Sequence[np.ndarray], positions: Sequence[np.ndarray], serial: Sequence[np.ndarray]) -> Batch:
-    """tokens, positions: rows of [seq + 1]. serial: rows of [seq]; where it is -1 the target is ignored."""
-    ids, order = torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(serial))
-    targets = ids[:, 1:].masked_fill(order < 0, -100)
-    return Batch(ids[:, :-1].contiguous(), targets, torch.from_numpy(np.stack(positions))[:, :-1].contiguous(), order)
+def _padding(seq_len: int) -> np.ndarray:
+    """Make an empty sequence: nothing to predict, each token a document of its own. -> [4, seq] int64"""
+    return np.repeat(np.array([[0], [IGNORED], [0], [-1]], dtype=np.int64), seq_len, axis=1)
+
+
+def _stack(sequences: list[np.ndarray]) -> Batch:
+    parts = torch.from_numpy(np.stack(sequences, axis=1))  # [4, batch, seq]
+    return Batch(*parts.unbind(0))

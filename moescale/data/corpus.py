@@ -1,4 +1,4 @@
-"""Text files -> documents. Without files: the source of the running Python's own standard library."""
+"""Find text files and read them as documents, one at a time; the default is the running Python's own library source."""
 
 from __future__ import annotations
 
@@ -6,88 +6,209 @@ import glob
 import gzip
 import json
 import os
+import stat
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 from moescale.config import ConfigError
 
-SUFFIXES = (".txt", ".py", ".md", ".jsonl")
+TEXT_SUFFIXES = (".txt", ".py", ".md")  # a document a file
+LINE_SUFFIXES = (".jsonl",)  # a document a line
+SPLITS = ("train", "held_out")
+_NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}  # below the library's folder, but not part of it
 
 
-def find_files(patterns: tuple[str, ...]) -> list[Path]:
-    """Resolve paths and globs, sorted, each file once; no patterns give the standard library's *.py files.
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a corpus, with what tells whether it has changed since."""
 
-    Raises ConfigError for a pattern without a file and for a file of a kind that is not read.
+    path: str
+    size_bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The files of a corpus in reading order. is_default: they are the running Python's library."""
+
+    files: tuple[SourceFile, ...]
+    is_default: bool = False
+
+    def documents(self) -> Iterator[str]:
+        """Yield every document that is not blank, in order, holding one file or line at a time.
+
+        Raises ConfigError with the file (and line) that cannot be read as text, or when nothing is left.
+        """
+        found = False
+        for file in self.files:
+            try:
+                for text in _read_documents(file.path):
+                    if text and not text.isspace():
+                        found = True
+                        yield text
+            except _NotTextError as error:
+                if not self.is_default:  # the library keeps a few files in other encodings, for its own tests
+                    raise ConfigError(str(error)) from None
+        if not found:
+            raise ConfigError(f"data.files: all {len(self.files)} files are empty (the first is {self.files[0].path}): "
+                              "name files that hold text")
+
+
+def open_corpus(files: Sequence[str]) -> Corpus:
+    """Resolve paths and globs to a sorted corpus without duplicates; no paths give the default corpus.
+
+    Raises ConfigError with the path that is missing, a directory, or of an unknown kind.
     """
-    if not patterns:
-        return _standard_library()
-    found: set[Path] = set()
-    for pattern in patterns:
-        matches = [Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)]
-        if not matches:
-            raise ConfigError(f"data.files: {pattern} names no file: write a path or a glob such as texts/**/*.txt")
-        if len(matches) == 1 and matches[0].is_dir():
-            raise ConfigError(f"data.files: {pattern} is a folder: write {pattern.rstrip('/')}/**/*.txt or the like")
-        found.update(match.resolve() for match in matches if match.is_file())
-    for path in found:
-        if not path.name.removesuffix(".gz").endswith(SUFFIXES):
-            raise ConfigError(f"data.files: {path} is not read: give {', '.join(SUFFIXES)}, each also with .gz")
-    return sorted(found)
-
-
-def read_documents(files: list[Path], skip_undecodable: bool) -> Iterator[str]:
-    """Read one document a file, or one a line of .jsonl (its `text`); empty ones are left out.
-
-    skip_undecodable: pass over files that are not UTF-8 text. Raises ConfigError naming file and line.
-    """
-    for path in files:
-        try:
-            text = _read(path)
-        except ConfigError:
-            if not skip_undecodable:
-                raise
-            continue
-        name = path.name.removesuffix(".gz")
-        yield from (document for document in (_lines(path, text) if name.endswith(".jsonl") else [text]) if document)
-
-
-def _standard_library() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    foreign = {"site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in root.rglob("*.py") if not foreign.intersection(path.relative_to(root).parts)]
     if not files:
-        raise ConfigError(f"this Python has no source of its standard library in {root}: write data.files=[...]")
-    return sorted(files)
+        return _library_source()
+    found = {path: file for pattern in files for path, file in _expand(pattern)}
+    return Corpus(tuple(found[path] for path in sorted(found)))
 
 
-def _read(path: Path) -> str:
+def _library_source() -> Corpus:
+    root = os.path.realpath(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+        paths = (os.path.join(folder, name) for name in names if name.endswith(".py"))
+        files += [_describe(path) for path in paths if os.path.isfile(path)]  # distributions leave dangling links
+    if not files:
+        raise ConfigError(f"this Python keeps no library source in {root}: name text files in data.files")
+    return Corpus(tuple(sorted(files, key=lambda file: Path(file.path).parts)), is_default=True)
+
+
+def _expand(pattern: str) -> Iterable[tuple[str, SourceFile]]:
+    path = os.path.expanduser(pattern)
+    is_glob = glob.has_magic(path) and not os.path.lexists(path)  # a name may hold brackets itself
+    paths = [match for match in glob.glob(path, recursive=True) if not os.path.isdir(match)] if is_glob else [path]
+    if not paths:
+        raise ConfigError(f"data.files: {pattern} matches no file: check the pattern (** stands for any folders)")
+    for match in paths:
+        known = TEXT_SUFFIXES + LINE_SUFFIXES
+        if os.path.isdir(match):
+            raise ConfigError(f"data.files: {match} is a directory: name its files, e.g. "
+                              f"{os.path.join(match, '**', '*.txt')}")
+        if os.path.lexists(match) and _suffix(match) not in known:
+            raise ConfigError(f"data.files: {match} is of an unknown kind: use {', '.join(known)}, each also with .gz")
+        resolved = os.path.realpath(match)
+        yield resolved, _describe(resolved)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def _describe(path: str) -> SourceFile:
     try:
-        data = path.read_bytes()
-        if path.name.endswith(".gz"):
-            data = gzip.decompress(data)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(f"data.files: {path} is not a whole gzip file: {error}") from None
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise ConfigError(f"data.files: no such file: {path}: check the path") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.files: {path!r} cannot be read ({_reason(error)}): check the path") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"data.files: {path} is not a regular file: save its text to one")
+    return SourceFile(path, status.st_size, status.st_mtime_ns)
+
+
+def split_documents(texts: Iterable[str], held_out: float) -> Iterator[tuple[str, str]]:
+    """Say for each document whether it is trained on or held out, by its number alone.
+
+    The last document goes to the split that is still empty, if one is; an only document is cut in two.
+    held_out: share of the documents. -> pairs of a split's name and a text
+    """
+    used: set[str] = set()
+    last: str | None = None
+    index = -1
+    for index, text in enumerate(texts):
+        if last is not None:
+            name = _split_of(index - 1, held_out)
+            used.add(name)
+            yield name, last
+        last = text
+    if last is None:
+        return
+    if index == 0:
+        cut = max(1, min(len(last) - 1, len(last) - round(len(last) * held_out)))
+        yield "train", last[:cut]
+        if last[cut:]:
+            yield "held_out", last[cut:]
+        return
+    missing = [name for name in SPLITS if name not in used]
+    yield missing[0] if missing else _split_of(index, held_out), last
+
+
+def _split_of(index: int, held_out: float) -> str:
+    mixed = (index + 1) * 0x9E3779B97F4A7C15 % 2**64  # the finalizer of splitmix64: neighbours get unrelated numbers
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+    return "held_out" if (mixed ^ mixed >> 31) < held_out * 2**64 else "train"
+
+
+class _NotTextError(Exception):
+    """The file holds something other than UTF-8 text."""
+
+
+def _read_documents(path: str) -> Iterator[str]:
+    try:
+        with _open(path) as file:
+            if _suffix(path) in LINE_SUFFIXES:
+                yield from _read_lines(file, path)
+            else:
+                yield _decode(file.read(), path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:  # the first is an OSError too
+        raise ConfigError(f"data.files: {path} is not a whole gzip file ({error}): copy or compress it again") from None
+    except PermissionError:
+        raise ConfigError(f"data.files: {path} may not be read: give yourself permission, e.g. chmod u+r") from None
     except OSError as error:
-        raise ConfigError(f"data.files: {path} cannot be read: {error.strerror}") from None
-    if b"\0" in data:
-        raise ConfigError(f"data.files: {path} is binary (it holds zero bytes): give text in UTF-8, or leave it out")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"data.files: {path} is not UTF-8 text (byte {error.start}): convert it, e.g. with "
-                          f"iconv -t utf-8, or leave it out") from None
+        raise ConfigError(f"data.files: {path} cannot be read ({_reason(error)}): check the file") from None
 
 
-def _lines(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+def _open(path: str) -> IO[bytes]:
+    if path.lower().endswith(".gz"):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return open(path, "rb")
+
+
+def _read_lines(file: IO[bytes], path: str) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        where = f"{path} line {number}"
+        decoded = _decode(line, where)
+        if not decoded.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"data.files: {path}, line {number} is not JSON: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ConfigError(f'data.files: {path}, line {number} has no text: write {{"text": "..."}}')
-        yield record["text"]
+            record = json.loads(decoded)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ConfigError(f"data.files: {where} is not JSON ({reason}): "
+                              'write one object a line, e.g. {"text": "..."}') from None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ConfigError(f"data.files: {where} has no string `text`: "
+                              'write one object a line, e.g. {"text": "..."}')
+        yield _without_lone_surrogates(text)
+
+
+def _decode(content: bytes, where: str) -> str:
+    if b"\0" not in content:
+        try:
+            return content.decode("utf-8-sig")  # some editors put a mark before the first character
+        except UnicodeDecodeError:
+            pass
+    raise _NotTextError(f"data.files: {where} is not UTF-8 text: convert it (e.g. with iconv), or leave it out")
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """JSON can spell half a character; no tokenizer takes it, so it becomes the replacement character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -1,188 +1,227 @@
-"""Tokens written once as memory-mapped files, keyed by what they were made of, and reused."""
+"""Write a corpus once as memory-mapped token shards, and read windows of them.
+
+A cache is a folder named by the hash of everything its tokens depend on. It is written beside its place and renamed
+into it, so it is whole or absent, whoever is killed. `<split>-00000.bin` and following hold the tokens, one after the
+other, `<split>-starts.bin` the documents' first tokens, `meta.json` the counts.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import array
+import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from moescale.config import ConfigError, DataConfig
-from moescale.data.corpus import find_files, read_documents
+from moescale.data.corpus import SPLITS, Corpus, open_corpus, split_documents
+from moescale.data.publish import lock, publish, remove_leftovers, temporary_beside
 from moescale.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1
-CHUNK = 4_000_000  # characters that are tokenized at a time
-SPLITS = ("train", "held_out")
+FORMAT = 1  # of the folder and of the split; a change renews every cache
+SHARD_TOKENS = 2**28
+CHUNK_CHARACTERS = 2**22  # handed to the tokenizer at a time
 
 
 @dataclass(frozen=True)
-class SplitCounts:
-    num_tokens: int
-    num_documents: int
-    text_bytes: int
-
-
 class TokenSplit:
-    """One stream of documents, each beginning with the boundary token.
+    """A stream of tokens, document after document.
 
-    text_bytes: of the text that the tokens stand for, in UTF-8.
+    shards: [tokens] each, in order. starts: [documents] int64, each document's boundary token.
+    text_bytes: of the UTF-8 text that the tokens stand for. vocab_size: of the tokenizer. directory: for errors.
     """
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, text_bytes: int) -> None:
-        """tokens: [tokens], any integer dtype, may be memory-mapped. starts: [documents] int64, where each begins."""
-        self._tokens, self._starts = tokens, starts
-        self.num_tokens, self.num_documents, self.text_bytes = len(tokens), len(starts), text_bytes
+    shards: tuple[np.ndarray, ...]
+    starts: np.ndarray
+    text_bytes: int
+    vocab_size: int
+    directory: str
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.starts)
 
     def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read tokens and their positions, counted from the later of the document's and the window's start.
+        """Read tokens start, start + 1, ... and how far each is from its document's or the window's first token.
 
-        -> tokens, positions: [length] int64
+        -> tokens [length] int64, positions [length] int64
         """
-        index = np.arange(start, start + length)
-        document = self._starts[np.searchsorted(self._starts, index, side="right") - 1]
-        return self._tokens[start : start + length].astype(np.int64), index - np.maximum(document, start)
+        assert length >= 1
+        assert 0 <= start <= self.num_tokens - length
+        tokens = np.empty(length, dtype=np.int64)
+        first = 0  # of this shard, in the stream
+        for shard in self.shards:
+            begin, end = max(start, first), min(start + length, first + len(shard))
+            if begin < end:
+                tokens[begin - start : end - start] = shard[begin - first : end - first]
+            first += len(shard)
+        if tokens.max() >= self.vocab_size:
+            raise ConfigError(f"data.cache_dir: {self.directory} holds the token {tokens.max()} of a vocabulary of "
+                              f"{self.vocab_size}: the disk damaged it, so delete this folder and start again")
+        inside = self.starts[slice(*np.searchsorted(self.starts, (start, start + length)))] - start
+        origin = np.zeros(length, dtype=np.int64)
+        origin[inside] = inside
+        return tokens, np.arange(length) - np.maximum.accumulate(origin)
 
 
 @dataclass(frozen=True)
 class TokenCorpus:
+    """A tokenized corpus. directory: where its shards are kept."""
+
     train: TokenSplit
     held_out: TokenSplit
+    directory: Path
 
 
 def prepare_tokens(config: DataConfig) -> TokenCorpus:
-    """Tokenize the corpus unless that was done before. Several processes may call at once; one of them works.
+    """Give the tokens of the configured corpus, writing them to the cache when they are not there yet.
 
-    Raises ConfigError for files that cannot be read, an empty corpus, a cache that cannot be written.
+    Any number of processes may call this at once. Raises ConfigError for a corpus, a tokenizer or a cache that does
+    not work.
     """
-    files, tokenizer = find_files(config.files), load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
+    corpus = open_corpus(config.files)
+    key = _cache_key(corpus, tokenizer, config.held_out)
     cache = Path(config.cache_dir).expanduser()
-    folder = cache / _key(files, tokenizer, config.held_out)
+    for _ in range(10):  # a damaged cache may be replaced between two looks
+        tokens = _load(cache / key)
+        if tokens is not None:
+            return tokens
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with lock(cache / f"{key}.lock") as alone:
+                if _load(cache / key) is None:
+                    if alone:
+                        remove_leftovers(cache / key)
+                    _write_cache(cache / key, corpus, tokenizer, config.held_out)
+        except OSError as error:  # the corpus turns its own into ConfigError
+            raise ConfigError(f"data.cache_dir={config.cache_dir}: cannot write tokens to {cache} "
+                              f"({error.strerror or error}): make room there or name another directory") from None
+    raise ConfigError(f"data.cache_dir={config.cache_dir}: {cache / key} cannot be read back after writing it: "
+                      "name another directory")
+
+
+def _cache_key(corpus: Corpus, tokenizer: Tokenizer, held_out: float) -> str:
+    files = [(file.path, file.size_bytes, file.modified_ns) for file in corpus.files]
+    parts = (FORMAT, files, corpus.is_default, tokenizer.fingerprint, held_out)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+# ---- reading
+
+
+def _load(directory: Path) -> TokenCorpus | None:
+    """Open a cache; None when it is absent or its files are not as its counts say."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_suffix(".lock")):
-            if not _is_whole(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                _write(folder, read_documents(files, skip_undecodable=not config.files), tokenizer, config.held_out)
-    except OSError as error:
-        raise ConfigError(f"tokens cannot be kept in {cache}: {error.strerror}: make room, "
-                          "or write another data.cache_dir") from None
-    counts = _read_counts(folder)
-    return TokenCorpus(*(_open(folder, split, counts[split]) for split in SPLITS))
-
-
-def _key(files: list[Path], tokenizer: Tokenizer, held_out: float) -> str:
-    """Name the cache after everything that its tokens depend on."""
-    digest = hashlib.sha256(f"{FORMAT}/{tokenizer.fingerprint}/{held_out}".encode())
-    for path in files:
-        stat = path.stat()
-        digest.update(f"{path}/{stat.st_size}/{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:24]
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _write(folder: Path, documents: Iterator[str], tokenizer: Tokenizer, held_out: float) -> None:
-    """Write both splits beside their place, then rename."""
-    beside = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".partial", dir=folder.parent))
-    try:
-        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        counts = _write_splits(beside, _split(documents, held_out), tokenizer, dtype)
-        if not all(counts[split].num_tokens for split in SPLITS):
-            raise ConfigError("data.files: the corpus is empty: give files with some text in them")
-        meta = {"dtype": dtype.name, **{split: asdict(counts[split]) for split in SPLITS}}
-        (beside / "meta.json").write_text(json.dumps(meta))
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _write_splits(
-    folder: Path, documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, dtype: np.dtype
-) -> dict[str, SplitCounts]:
-    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-    text_bytes = dict.fromkeys(SPLITS, 0)
-    outputs = {split: (folder / f"{split}.tokens").open("wb") for split in SPLITS}
-    try:
-        for chunk in _chunks(documents):
-            encoded = tokenizer.encode_batch([text for _, text in chunk])
-            for (split, text), ids in zip(chunk, encoded, strict=True):
-                outputs[split].write(np.concatenate(([tokenizer.boundary], ids)).astype(dtype).tobytes())
-                lengths[split].append(len(ids) + 1)
-                text_bytes[split] += len(text.encode("utf-8", errors="replace"))
-    finally:
-        for file in outputs.values():
-            file.close()
-    for split in SPLITS:
-        np.save(folder / f"{split}.starts.npy", np.cumsum([0, *lengths[split]], dtype=np.int64)[:-1])
-    return {split: SplitCounts(sum(lengths[split]), len(lengths[split]), text_bytes[split]) for split in SPLITS}
-
-
-def _split(documents: Iterator[str], held_out: float) -> Iterator[tuple[str, str]]:
-    """Assign each document to a split by its number alone; the first trains, the second is held out.
-
-    A single document is cut: its end is held out.
-    """
-    first = next(documents, None)
-    second = next(documents, None)
-    if first is None:
-        return
-    if second is None:
-        cut = int(len(first) * (1 - held_out))
-        yield from ((split, part) for split, part in zip(SPLITS, (first[:cut], first[cut:]), strict=True) if part)
-        return
-    yield from zip(SPLITS, (first, second), strict=True)
-    for number, document in enumerate(documents, 2):
-        draw = int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big") / 2**64
-        yield SPLITS[draw < held_out], document
-
-
-def _chunks(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    chunk: list[tuple[str, str]] = []
-    size = 0
-    for item in documents:
-        chunk.append(item)
-        size += len(item[1])
-        if size > CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    yield chunk
-
-
-def _read_counts(folder: Path) -> dict[str, SplitCounts]:
-    meta = json.loads((folder / "meta.json").read_text())
-    return {split: SplitCounts(**meta[split]) for split in SPLITS}
-
-
-def _dtype(folder: Path) -> np.dtype:
-    return np.dtype(json.loads((folder / "meta.json").read_text())["dtype"])
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the files are as long as the counts say; anything else is written anew."""
-    try:
-        counts, item = _read_counts(folder), _dtype(folder).itemsize
-        return all(
-            (folder / f"{split}.tokens").stat().st_size == counts[split].num_tokens * item
-            and len(np.load(folder / f"{split}.starts.npy", mmap_mode="r")) == counts[split].num_documents
-            for split in SPLITS
-        )
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        train, held_out = (_load_split(directory, name, meta) for name in SPLITS)
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+    return TokenCorpus(train, held_out, directory)
 
 
-def _open(folder: Path, split: str, counts: SplitCounts) -> TokenSplit:
-    tokens = np.memmap(folder / f"{split}.tokens", dtype=_dtype(folder), mode="r")
-    return TokenSplit(tokens, np.load(folder / f"{split}.starts.npy"), counts.text_bytes)
+def _load_split(directory: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
+    counts = meta["splits"][name]
+    shards = tuple(_map(directory / f"{name}-{index:05d}.bin", meta["dtype"], length)
+                   for index, length in enumerate(counts["shard_tokens"]))
+    starts = _map(directory / f"{name}-starts.bin", "int64", counts["documents"])
+    return TokenSplit(shards, starts, counts["text_bytes"], meta["vocab_size"], str(directory))
+
+
+def _map(path: Path, dtype: str, length: int) -> np.ndarray:
+    if path.stat().st_size != length * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path} is damaged")
+    if length == 0:
+        return np.empty(0, dtype=dtype)  # nothing to map
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+# ---- writing
+
+
+class _SplitWriter:
+    """Append documents to the shards of one split."""
+
+    def __init__(self, directory: Path, name: str, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+        self.directory, self.name, self.tokenizer, self.dtype = directory, name, tokenizer, dtype
+        self.shard_tokens: list[int] = []
+        self.starts = array.array("q")
+        self.num_tokens = self.text_bytes = 0
+        self._shard: BinaryIO | None = None
+
+    def append(self, ids: np.ndarray, text_bytes: int) -> None:
+        assert len(ids) == 0 or 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size
+        document = np.empty(len(ids) + 1, dtype=self.dtype)
+        document[0], document[1:] = self.tokenizer.boundary, ids
+        self.starts.append(self.num_tokens)
+        self.num_tokens += len(document)
+        self.text_bytes += text_bytes
+        while len(document):
+            if self._shard is None or self.shard_tokens[-1] == SHARD_TOKENS:
+                self._next_shard()
+            part, document = np.split(document, [SHARD_TOKENS - self.shard_tokens[-1]])
+            assert self._shard is not None
+            self._shard.write(part.data)
+            self.shard_tokens[-1] += len(part)
+
+    def _next_shard(self) -> None:
+        self.close()
+        self._shard = open(self.directory / f"{self.name}-{len(self.shard_tokens):05d}.bin", "wb")  # noqa: SIM115 - see close
+        self.shard_tokens.append(0)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the documents' starts. -> the counts for meta.json"""
+        (self.directory / f"{self.name}-starts.bin").write_bytes(self.starts.tobytes())
+        return {"shard_tokens": self.shard_tokens, "documents": len(self.starts), "text_bytes": self.text_bytes}
+
+    def close(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+
+
+def _write_cache(place: Path, corpus: Corpus, tokenizer: Tokenizer, held_out: float) -> None:
+    temporary = temporary_beside(place)
+    temporary.mkdir()
+    try:
+        _write_tokens(temporary, corpus, tokenizer, held_out)
+        publish(temporary, place, lambda: _load(place) is not None)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+
+
+def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, held_out: float) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    writers = {name: _SplitWriter(directory, name, tokenizer, dtype) for name in SPLITS}
+    with contextlib.ExitStack() as stack:
+        for writer in writers.values():
+            stack.callback(writer.close)
+        for chunk in _chunks(split_documents(corpus.documents(), held_out)):
+            for (name, text), ids in zip(chunk, tokenizer.encode_batch([text for _, text in chunk]), strict=True):
+                writers[name].append(ids, len(text.encode()))
+    meta = {"format": FORMAT, "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "files": len(corpus.files),
+            "splits": {name: writer.finish() for name, writer in writers.items()}}
+    (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _chunks(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    chunk: list[tuple[str, str]] = []
+    characters = 0
+    for name, text in documents:
+        chunk.append((name, text))
+        characters += len(text)
+        if characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
