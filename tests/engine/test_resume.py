@@ -1,0 +1,80 @@
+"""Save and resume equals never having stopped, in the same layout bit for bit, in another to 1e-5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moescale.checkpoint.store import latest_checkpoint
+from moescale.config import Config, parse_config
+from moescale.data.batches import Batches
+from moescale.data.token_file import prepare_tokens
+from moescale.engine.native import NativeEngine
+from moescale.generate import load_model
+from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
+from tests.ranks import run_ranks
+
+
+def make_config(folder: Path, parallel: dict[str, int]) -> Config:
+    return parse_config({
+        "run": {"dir": str(folder), "steps": 20, "seed": 3},
+        "data": {"files": [str(Path(__file__).parent.parent / "**/*.py")], "cache_dir": str(folder / "cache"),
+                 "seq_len": 32, "global_batch": 8, "micro_batch": 2},
+        "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+                  "init": "fan_in", "window": 16, "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+        "moe": {"num_experts": 12, "top_k": 2, "d_ff": 16},
+        "parallel": parallel, "optim": {"lr": 3e-3, "warmup_steps": 3}, "checkpoint": {"keep": 9},
+    }, "test").for_world(world_size())
+
+
+def run_steps(folder: Path, parallel: dict[str, int], resume: bool, save_at: int | None) -> dict:
+    """Train to step 20, or to where it saves. -> the losses, and every weight and moment at the end"""
+    config = make_config(folder, parallel)
+    tokens = prepare_tokens(config.data).train
+    batches = Batches(tokens, seq_len=32, global_batch=8, seed=3)
+    mesh = start_mesh(config)
+    engine = NativeEngine(config, mesh)
+    if resume:
+        checkpoint = latest_checkpoint(folder)
+        assert checkpoint is not None
+        engine.load(checkpoint)
+    losses = []
+    while engine.step_count < (save_at or 20):
+        part = batches.micro_batches(engine.step_count, mesh.batch_rank, mesh.batch_size, 2)
+        losses.append(float(engine.forward_backward(part).cross_entropy))
+        engine.step()
+    if save_at:
+        engine.save(folder, {"config.yaml": config.to_yaml()})
+    state = {name: getattr(t, "full_tensor", t.clone)().clone() for name, t in engine._tensors().items()}
+    stop_mesh()
+    return {"losses": losses, "state": state}
+
+
+LAYOUTS = [(1, {}), (2, {"ep": 2}), (4, {"ep": 2, "dp_replicate": 2}), (4, {"ep": 1}), (2, {"ep": 1})]
+
+
+@pytest.mark.parametrize(("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=str)
+def test_resume_in_another_layout(tmp_path: Path, before: tuple, after: tuple) -> None:
+    unbroken = run_ranks(before[0], run_steps, tmp_path, before[1], False, None)[0]
+    saved = run_ranks(before[0], run_steps, tmp_path, before[1], False, 10)[0]
+    again = run_ranks(before[0], run_steps, tmp_path, before[1], True, None)[0]
+    assert saved["losses"] + again["losses"] == unbroken["losses"], "the same layout goes on bit for bit"
+    for name, tensor in unbroken["state"].items():
+        assert torch.equal(again["state"][name], tensor), name
+    other = run_ranks(after[0], run_steps, tmp_path, after[1], True, None)[0]
+    assert other["losses"] == pytest.approx(unbroken["losses"][10:], rel=1e-5)
+    loaded = run_ranks(after[0], run_steps, tmp_path, after[1], True, 10)[0]
+    for name, tensor in saved["state"].items():
+        assert torch.equal(loaded["state"][name], tensor), f"{name} came back different in another layout"
+
+
+def test_load_gives_the_model_on_one_process(tmp_path: Path) -> None:
+    saved = run_ranks(4, run_steps, tmp_path, {"ep": 4}, False, 2)[0]
+    model, _, _ = load_model(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved["state"][f"model.{name}"])
+    logits = model.logits(torch.zeros(2, 5, dtype=torch.int64))
+    assert logits.shape == (2, 5, 264)
+    assert logits.dtype == torch.float32
