@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,7 +25,7 @@ from moescale.monitor.metrics import JsonLines, Sink
 from moescale.monitor.routing import reset_statistics, routing_metrics
 from moescale.monitor.terminal import Terminal
 from moescale.monitor.wandb import Wandb
-from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh, world_size
+from moescale.parallel.mesh import Mesh, first_rank, start_mesh, stop_mesh, world_size
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
 
@@ -39,17 +43,41 @@ def train(config: Config) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run.dir={config.run.dir} cannot be made: {error.strerror}") from None
-    _check_resume(run_dir, config)
-    check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
-    corpus = prepare_tokens(config.data)
-    data = config.data
-    batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed)
+        raise ConfigError(f"run.dir={config.run.dir} cannot be made: {error.strerror}: write another") from None
+    with _claimed(run_dir) if first_rank() else nullcontext():
+        _check_resume(run_dir, config)
+        check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
+        corpus = prepare_tokens(config.data)
+        data = config.data
+        batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed)
+        try:
+            mesh = start_mesh(config)
+            _Run(config, mesh, run_dir, corpus, batches).loop()
+        finally:
+            stop_mesh()
+
+
+@contextmanager
+def _claimed(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory, so that no two runs write into it; a process that ends lets go."""
+    folder = os.open(run_dir, os.O_RDONLY)
+    deadline = time.monotonic() + 10  # ranks of a run that was killed may be about to end
     try:
-        mesh = start_mesh(config)
-        _Run(config, mesh, run_dir, corpus, batches).loop()
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"run.dir={run_dir} is in use by another run: wait for it, or write another "
+                                      "run.dir") from None
+                time.sleep(0.2)
+                continue
+            except OSError:
+                pass  # a file system without locks
+            break
+        yield
     finally:
-        stop_mesh()
+        os.close(folder)
 
 
 def _check_resume(run_dir: Path, config: Config) -> None:
@@ -132,7 +160,6 @@ class _Run:
                                 f"{latest_checkpoint(self.run_dir) or 'none'}")
         seconds = time.perf_counter() - started
         metrics["tokens_per_second"] = (step - first) * tokens_per_step / seconds
-        metrics["seconds_left"] = (config.run.steps - step) * seconds / (step - first)
         if self.mesh.device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(), config.precision.compute)
             if peak is not None:
@@ -146,8 +173,12 @@ class _Run:
             metrics["eval_loss"] = engine.evaluate([batch.to(self.mesh.device) for batch in held_out])
             tokens_per_byte = self.corpus.held_out.num_tokens / self.corpus.held_out.text_bytes
             metrics["eval_bits_per_byte"] = metrics["eval_loss"] * tokens_per_byte / math.log(2)
-        for sink in self.sinks:
-            sink.write(step, {**metrics, **routing})
+        try:
+            for sink in self.sinks:
+                sink.write(step, {**metrics, **routing})
+        except OSError as error:
+            raise ConfigError(f"the figures of step {step} cannot be written to {self.run_dir}: {error.strerror}; the "
+                              f"last good checkpoint is {latest_checkpoint(self.run_dir) or 'none'}") from None
 
     def _files(self) -> dict[str, str]:
         """The texts that make a checkpoint complete in itself."""

@@ -38,7 +38,8 @@ class Terminal:
         if self._progress is not None:
             self._progress.update(self._task, figures=figures)
         else:
-            self.say(f"step {step}/{self.steps}  {figures}  {_minutes(metrics['seconds_left'])} left")
+            left = (self.steps - step) * metrics["tokens"] / step / metrics["tokens_per_second"]
+            self.say(f"step {step}/{self.steps}  {figures}  {int(left) // 60}:{int(left) % 60:02d} left")
         if "eval_loss" in metrics:
             self.say(f"step {step}: held-out loss {metrics['eval_loss']:.4f} nats a token, "
                      f"{metrics['eval_bits_per_byte']:.4f} bits a byte")
@@ -57,7 +58,3 @@ def _figures(metrics: Metrics) -> str:
         busiest, idlest = load_range(routing)
         parts.append(f"experts {idlest:.2f} to {busiest:.2f} x mean load")
     return "  ".join(parts)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -52,9 +55,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that speaks and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start_mesh(config: Config) -> Mesh:
     """Join the other ranks and lay out the views. config: settled by `Config.for_world`."""
     size, local_rank, parallel = world_size(), int(os.environ.get("LOCAL_RANK", "0")), config.parallel
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -70,6 +80,12 @@ def start_mesh(config: Config) -> Mesh:
     dense = init_device_mesh(device.type, (*outer, fsdp, parallel.tp), mesh_dim_names=dense_names)
     sparse = init_device_mesh(device.type, (*outer, efsdp, parallel.ep), mesh_dim_names=sparse_names)
     return Mesh(dist.get_rank(), local_rank, size, device, parallel, dense, sparse)
+
+
+def _die_with_parent() -> None:
+    """End with torchrun when it is killed: ranks that live on would write beside the run that takes over."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def stop_mesh() -> None:

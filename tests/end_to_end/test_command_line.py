@@ -1,0 +1,192 @@
+"""The command line as a person drives it: train, kill, go on, generate; and mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import moescale
+from moescale.cli import app
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = {
+    "run": {"steps": 40},
+    "data": {"files": ["text/*.txt"], "cache_dir": "cache", "seq_len": 32, "global_batch": 4, "micro_batch": 2},
+    "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+              "init": "fan_in"},
+    "moe": {"num_experts": 4, "top_k": 2, "d_ff": 32},
+    "optim": {"lr": 5e-3, "warmup_steps": 3},
+    "checkpoint": {"every": 5, "keep": 3}, "monitor": {"every": 1, "eval_sequences": 4},
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with text and a small configuration, as working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "run": {"dir": "run", "steps": 40}}))
+    return tmp_path
+
+
+def torchrun(ranks: int, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
+               "moescale", "train", "tiny.yaml", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
+
+
+def steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_kill_go_on_generate(here: Path) -> None:
+    slow = torchrun(2, "parallel.ep=2", "run.steps=4000")
+    deadline = time.monotonic() + 90
+    while not (here / "run/checkpoints/step_00000010").exists():
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        assert slow.poll() is None, slow.communicate()[0]
+        time.sleep(0.02)
+    slow.kill()  # torchrun alone: its ranks must not live on and write beside the next run
+    slow.wait()
+    before = (here / "run/metrics.jsonl").read_text().splitlines()
+    assert max(steps(here / "run")) < 4000
+
+    done = max(int(folder.name[5:]) for folder in (here / "run/checkpoints").glob("step_????????")) + 20
+    again = torchrun(1, "parallel.ep=1", f"run.steps={done}")
+    output = again.communicate(timeout=90)[0]
+    assert again.returncode == 0, output
+    assert "going on from run/checkpoints/step_" in output
+    assert "held-out loss" in output
+    assert steps(here / "run") == list(range(1, done + 1)), "each step stands once, in order"
+    lines = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
+    assert [json.dumps(line) for line in lines[:8]] == before[:8]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    for line in lines:
+        assert sum(line["moe/layer_01/tokens_per_expert"]) == 4 * 32 * 2 - line["moe/layer_01/dropped"]
+        assert line["tokens"] == line["step"] * 4 * 32
+    assert {"load_balance_loss", "router_z_loss", "grad_norm", "lr", "tokens_per_second"} < lines[0].keys()
+    assert lines[-1].keys() >= {"eval_loss", "eval_bits_per_byte"}
+    assert yaml.safe_load((here / "run/config.yaml").read_text())["data"]["micro_batch"] == 2
+    assert sorted((here / "run").iterdir()) == [here / "run" / name for name in ("checkpoints", "config.yaml",
+                                                                                 "metrics.jsonl")]
+    command = ["generate", "run", "--prompt", "the quick ", "--tokens", "30", "--temperature", "0.5", "--top-k", "9"]
+    first, second = (CliRunner().invoke(app, command) for _ in range(2))
+    assert first.exit_code == 0
+    assert first.output.startswith("the quick ")
+    assert len(first.output.encode()) >= len("the quick ") + 30
+    assert first.output == second.output, "the same seed writes the same text"
+    model = moescale.load("run")
+    logits = model.logits(torch.randint(256, (3, 7)))
+    assert logits.shape == (3, 7, 264)
+    assert logits.dtype == torch.float32
+
+
+def run(*arguments: str, config: str = "tiny.yaml") -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["train", config, *arguments])
+    assert not isinstance(result.exception, Exception), result.exception
+    return result.exit_code, result.output
+
+
+def mistake(*arguments: str, config: str = "tiny.yaml") -> str:
+    """Try what cannot work. -> the line that says so"""
+    status, output = run(*arguments, config=config)
+    errors = [line for line in output.splitlines() if line.startswith("moescale: ")]
+    assert status == 2, output
+    assert len(errors) == 1, output
+    return errors[0]
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("moe.num_expert=4", "did you mean moe.num_experts?"),
+    ("modle.d_model=8", "did you mean model?"),
+    ("model.top_k=1", "did you mean moe.top_k?"),
+    ("data.seq_len=many", "data.seq_len='many' should be a valid integer"),
+    ("model.d_model=36", "use 32"),
+    ("model.d_model", "write group.key=value"),
+    ("model.window=0", "model.window=0 must be at least 1"),
+    ("model.num_kv_heads=3", "use 1 or 2"),
+    ("moe.top_k=5", "at most moe.num_experts=4"),
+    ("moe.router=switch", "write moe.top_k=1"),
+    ("parallel.ep=3", "parallel.ep=3 must divide moe.num_experts=4: use 1"),
+    ("parallel.tp=2", "write parallel.tp=1"),
+    ("parallel.dp_shard=2", "write parallel.dp_shard=1 or -1"),
+    ("data.micro_batch=3", "use 1, 2 or 4"),
+    ("data.files=[missing.txt]", "missing.txt"),
+    ("data.tokenizer=missing.json", "missing.json"),
+    ("data.seq_len=100000", "data.seq_len=100000"),
+    ("model.vocab_size=200", "at least 257"),
+    ("optim.lr=.nan", "optim.lr=nan"),
+    ("optim.warmup_steps=40", "below run.steps=40"),
+    ("run.dir=tiny.yaml", "run.dir=tiny.yaml cannot be made"),
+])
+def test_mistakes_end_with_one_line(here: Path, override: str, words: str) -> None:
+    assert words in mistake(override)
+    assert not (here / "run" / "checkpoints").exists()
+
+
+def test_files_that_are_not_text(here: Path) -> None:
+    (here / "empty.txt").write_text("")
+    assert "empty" in mistake("data.files=[empty.txt]")
+    (here / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    assert "binary.txt" in mistake("data.files=[binary.txt]")
+    (here / "list.yaml").write_text("- 1\n")
+    assert "list.yaml" in mistake(config="list.yaml")
+    (here / "broken.yaml").write_text("run: {dir: a\n")
+    assert "broken.yaml is not YAML" in mistake(config="broken.yaml")
+    (here / "child.yaml").write_text("base: parent.yaml\n")
+    (here / "parent.yaml").write_text("base: tiny.yaml\n")
+    assert "only one level is allowed" in mistake(config="child.yaml")
+    assert "did you mean tiny.yaml?" in mistake(config="tiiny.yaml")
+
+
+def test_what_a_run_left_is_not_damaged(here: Path) -> None:
+    assert run("run.steps=10")[0] == 0
+    status, output = run("run.steps=10")
+    assert status == 0
+    assert "the run is complete" in output
+    kept = {path: path.read_bytes() for path in sorted((here / "run").rglob("*")) if path.is_file()}
+    assert "run.seed=0" in mistake("run.steps=20", "run.seed=1")
+    assert "checkpoint of another model" in mistake("run.steps=20", "model.d_model=40")
+    assert {path: path.read_bytes() for path in sorted((here / "run").rglob("*")) if path.is_file()} == kept
+    part = here / "run/checkpoints/step_00000010/__0_0.distcp"
+    part.write_bytes(part.read_bytes()[:-100])
+    assert "damaged" in mistake("run.steps=20")
+    result = CliRunner().invoke(app, ["generate", "run"])
+    assert result.exit_code == 2
+    assert "damaged" in result.output
+    assert CliRunner().invoke(app, ["generate", "text"]).exit_code == 2
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(here: Path) -> None:
+    """A limit on the size of files stands in for the disk: it too cuts a write in the middle."""
+    assert run("run.steps=5")[0] == 0
+    limit = 20_000
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" + (
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nfrom moescale.cli import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code, "train", "tiny.yaml", "run.steps=10"], capture_output=True,
+                            text=True, timeout=90, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 2, result.stderr
+    assert "no checkpoint of step 10 could be written" in result.stderr
+    assert "the last good one is step_00000005" in result.stderr
+    assert run("run.steps=10")[0] == 0, "with room again, the run goes on"
+
+
+def test_help_teaches(here: Path) -> None:
+    for command in ("train", "generate"):
+        result = CliRunner().invoke(app, [command, "--help"])
+        assert result.exit_code == 0
+        assert f"moescale {command}" in result.output
