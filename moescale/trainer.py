@@ -108,6 +108,10 @@ class _Run:
         try:
             while self.engine.step_count < self.config.run.steps:
                 self._stretch()
+            if self.terminal is not None:
+                self.terminal.summarize()
+                self.terminal.say(f"figures in {self.run_dir}/metrics.jsonl, weights in "
+                                  f"{latest_checkpoint(self.run_dir)}; try: moescale generate {self.run_dir}")
         finally:
             for sink in self.sinks:
                 sink.close()

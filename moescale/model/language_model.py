@@ -52,7 +52,7 @@ class LanguageModel(nn.Module):
         logits, router_losses = self._logits(tokens, positions, serial)
         logits, targets = logits.flatten(0, 1), targets.flatten()
         z = output_z_loss(logits, targets) if self.output_z else logits.new_zeros(())
-        load_balance, router_z = router_losses.unbind()
+        load_balance, router_z = (loss.clone() for loss in router_losses.unbind())  # FSDP hangs hooks on them: no views
         return LossSums(cross_entropy(logits, targets), z, load_balance, router_z)
 
     @torch.no_grad()

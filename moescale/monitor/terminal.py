@@ -15,6 +15,8 @@ class Terminal:
     def __init__(self, first_step: int, steps: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self.steps = steps
+        self._losses: list[float] = []
+        self._routing: dict[str, list[int] | int] = {}
         self._progress: Progress | None = None
         if self.console.is_terminal:
             self._progress = Progress(
@@ -35,6 +37,8 @@ class Terminal:
 
     def write(self, step: int, metrics: Metrics) -> None:
         figures = _figures(metrics)
+        self._losses.append(metrics["loss"])
+        self._routing = {key: value for key, value in metrics.items() if key.startswith("moe/")}
         if self._progress is not None:
             self._progress.update(self._task, figures=figures)
         else:
@@ -44,9 +48,34 @@ class Terminal:
             self.say(f"step {step}: held-out loss {metrics['eval_loss']:.4f} nats a token, "
                      f"{metrics['eval_bits_per_byte']:.4f} bits a byte")
 
+    def summarize(self) -> None:
+        """Show the loss curve and how the experts were used at the end."""
+        if not self._losses:
+            return
+        self.say(f"loss {self._losses[0]:.3f} {_curve(self._losses)} {self._losses[-1]:.3f}")
+        for key, counts in self._routing.items():
+            if isinstance(counts, list):
+                self.say(f"{key.split('/')[1]} load over mean: {_loads(counts)}")
+
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def _curve(values: list[float], width: int = 40) -> str:
+    """Draw values as blocks of eight heights, at most `width` of them."""
+    picked = [values[index * len(values) // width] for index in range(width)] if len(values) > width else values
+    low, high = min(picked), max(picked)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in picked)
+
+
+def _loads(counts: list[int]) -> str:
+    """Write each expert's load over the mean; of many experts the extremes."""
+    loads = sorted((count * len(counts) / max(1, sum(counts)), expert) for expert, count in enumerate(counts))
+    if len(loads) <= 16:
+        return " ".join(f"{load:.2f}" for load, _ in sorted(loads, key=lambda pair: pair[1]))
+    few = [f"expert {expert} {load:.2f}" for load, expert in (*loads[:3], *loads[-3:])]
+    return "idlest " + ", ".join(few[:3]) + "; busiest " + ", ".join(few[3:])
 
 
 def _figures(metrics: Metrics) -> str:
