@@ -55,55 +55,65 @@ class _InCache(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, sizes: list[int], activation: str
     ) -> Tensor:
-        spare = max(_rounded(size, rows.dtype) for size in sizes)
         ctx.sizes, ctx.activation = sizes, activation
-        total, d_ff = len(rows) + spare, up.shape[1]
-        wide = rows.new_empty(total, d_ff)
-        wide_gate = None if gate is None else rows.new_empty(total, d_ff)
-        out, hidden = rows.new_empty(total, rows.shape[1]), rows.new_empty(spare, d_ff)
+        wide = rows.new_empty(len(rows), up.shape[1])
+        wide_gate = None if gate is None else torch.empty_like(wide)
+        out, hidden = torch.empty_like(rows), wide.new_empty(_longest(sizes, rows.dtype), up.shape[1])
         for expert, start, _, length in _ranges(sizes, rows.dtype):
-            x, end = _block(rows, start, length), start + length
-            h = hidden[:length]
-            torch.mm(x, up[expert].T, out=wide[start:end])
+            x, h = _block(rows, start, length), hidden[:length]
+            u = _product(x, up[expert].T, wide, start)
             if gate is None or wide_gate is None:
-                _activate(activation, wide[start:end], h)
+                _activate(activation, u, h)
             else:
-                torch.mm(x, gate[expert].T, out=wide_gate[start:end])
-                _activate(activation, wide_gate[start:end], h).mul_(wide[start:end])
-            torch.mm(h, down[expert].T, out=out[start:end])
+                _activate(activation, _product(x, gate[expert].T, wide_gate, start), h).mul_(u)
+            _product(h, down[expert].T, out, start)
         ctx.save_for_backward(rows, gate, up, down, wide, wide_gate)
-        return out[: len(rows)]
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None, None]:
         rows, gate, up, down, wide, wide_gate = ctx.saved_tensors
-        spare = max(_rounded(size, rows.dtype) for size in ctx.sizes)
-        grad_rows = rows.new_empty(len(rows) + spare, rows.shape[1])
+        grad_rows = torch.empty_like(rows)
         grad_gate = torch.empty_like(gate) if gate is not None else None
         grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
-        buffers = rows.new_empty(4, spare, up.shape[1])
+        buffers = rows.new_empty(4, _longest(ctx.sizes, rows.dtype), up.shape[1])
         for expert, start, size, length in _ranges(ctx.sizes, rows.dtype, empty=True):
-            x, end = _block(rows, start, length), start + length
+            x, u = _block(rows, start, length), _block(wide, start, length)
             dy = _block(grad[start : start + size], 0, length)  # zeros beyond its own rows cancel the others'
-            act, dh, product, dgate = buffers[:, :length]
-            torch.mm(dy, down[expert], out=dh)
+            act, du, product, dgate = buffers[:, :length]
+            torch.mm(dy, down[expert], out=du)
             if gate is None or grad_gate is None:
-                _activate(ctx.activation, wide[start:end], act)
+                _activate(ctx.activation, u, act)
                 torch.mm(dy.T, act, out=grad_down[expert])
-                dup = _activate_backward(ctx.activation, dh, wide[start:end], product)
-                torch.mm(dup, up[expert], out=grad_rows[start:end])
+                du = _activate_backward(ctx.activation, du, u, product)
             else:
-                _activate(ctx.activation, wide_gate[start:end], act)
-                torch.mul(act, wide[start:end], out=product)
-                torch.mm(dy.T, product, out=grad_down[expert])
-                torch.mul(dh, wide[start:end], out=product)
-                _activate_backward(ctx.activation, product, wide_gate[start:end], dgate)
-                dup = dh.mul_(act)
+                g = _block(wide_gate, start, length)
+                _activate(ctx.activation, g, act)
+                torch.mm(dy.T, torch.mul(act, u, out=product), out=grad_down[expert])
+                _activate_backward(ctx.activation, torch.mul(du, u, out=product), g, dgate)
+                du.mul_(act)
                 torch.mm(dgate.T, x, out=grad_gate[expert])
-                torch.mm(dup, up[expert], out=grad_rows[start:end])
-                grad_rows[start:end].addmm_(dgate, gate[expert])
-            torch.mm(dup.T, x, out=grad_up[expert])
-        return grad_rows[: len(rows)], grad_gate, grad_up, grad_down, None, None
+            torch.mm(du.T, x, out=grad_up[expert])
+            _product(du, up[expert], grad_rows, start, None if gate is None else (dgate, gate[expert]))
+        return grad_rows, grad_gate, grad_up, grad_down, None, None
+
+
+def _product(a: Tensor, b: Tensor, into: Tensor, start: int, plus: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Write a @ b, and the product of `plus` added to it, into rows from `start` on, as many as there are.
+
+    -> all rows of it
+    """
+    place = into[start : start + len(a)]
+    product = torch.mm(a, b, out=place if len(place) == len(a) else into.new_empty(len(a), b.shape[1]))
+    if plus is not None:
+        product.addmm_(*plus)
+    if len(place) < len(a):
+        place.copy_(product[: len(place)])
+    return product
+
+
+def _longest(sizes: list[int], dtype: torch.dtype) -> int:
+    return max(_rounded(size, dtype) for size in sizes)
 
 
 def _ranges(sizes: list[int], dtype: torch.dtype, empty: bool = False) -> list[tuple[int, int, int, int]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-
-from moescale.optim.optimizer import mesh_of
+from torch.distributed.tensor import DTensor, Shard
 
 
 @torch.no_grad()
@@ -18,15 +18,23 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
     max_norm: None leaves them as they are. -> the norm before, scalar float32
     """
-    by_mesh: dict[object, list[Tensor]] = defaultdict(list)
+    by_axes: dict[Any, list[Tensor]] = defaultdict(list)  # by the mesh, and its axes over which a gradient is cut
     for parameter in parameters:
-        if parameter.grad is not None:
-            by_mesh[mesh_of(parameter.grad)].append(parameter.grad)
-    norms = [torch.nn.utils.get_total_norm(grads) for grads in by_mesh.values()]
-    total = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
+        grad = parameter.grad
+        if isinstance(grad, DTensor):
+            axes = tuple(axis for axis, placement in enumerate(grad.placements) if isinstance(placement, Shard))
+            by_axes[grad.device_mesh, axes].append(grad.to_local())
+        elif grad is not None:
+            by_axes[None, ()].append(grad)
+    squares = []
+    for (mesh, axes), grads in by_axes.items():
+        square = torch.nn.utils.get_total_norm(grads).double().square()
+        for axis in axes:
+            dist.all_reduce(square, group=mesh.get_group(axis))
+        squares.append(square)
+    norm = torch.stack(squares).sum().sqrt().float()
     if max_norm is not None:
-        for grads in by_mesh.values():
-            for grad in grads:
-                local = grad.to_local() if isinstance(grad, DTensor) else grad
-                local.mul_((max_norm / (total + 1e-6)).clamp(max=1.0))
-    return total
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grads in by_axes.values():
+            torch._foreach_mul_(grads, scale)
+    return norm

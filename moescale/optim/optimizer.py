@@ -18,7 +18,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups: dict[tuple[bool, object], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         decays = parameter.ndim > 1 and "embedding" not in name
-        groups[decays, mesh_of(parameter)].append(parameter)  # one fused call cannot mix meshes
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups[decays, mesh].append(parameter)  # one fused call cannot mix meshes
     optimizer = torch.optim.AdamW(
         [{"params": params, "weight_decay": config.weight_decay * decays} for (decays, _), params in groups.items()],
         lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
@@ -27,8 +28,3 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         optimizer.state[parameter] = {name: torch.zeros_like(parameter.data) for name in STATE}
         optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
     return optimizer
-
-
-def mesh_of(tensor: torch.Tensor) -> object:
-    """The mesh over which a tensor is cut; None for a plain one."""
-    return tensor.device_mesh if isinstance(tensor, DTensor) else None
