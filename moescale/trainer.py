@@ -21,7 +21,7 @@ from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import check_vocabulary, load_tokenizer
 from moescale.engine.base import Engine, StepLosses
 from moescale.engine.native import NativeEngine
-from moescale.monitor.metrics import JsonLines, Sink
+from moescale.monitor.metrics import JsonLines, Sink, replace_text
 from moescale.monitor.routing import reset_statistics, routing_metrics
 from moescale.monitor.terminal import Terminal
 from moescale.monitor.wandb import Wandb
@@ -194,8 +194,12 @@ class _Run:
     def _open_sinks(self) -> list[Sink]:
         assert self.terminal is not None
         config = self.config
-        (self.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        sinks: list[Sink] = [self.terminal, JsonLines(self.run_dir / "metrics.jsonl", self.engine.step_count + 1)]
+        try:
+            replace_text(self.run_dir / "config.yaml", config.to_yaml())
+            lines = JsonLines(self.run_dir / "metrics.jsonl", self.engine.step_count + 1)
+        except OSError as error:
+            raise ConfigError(f"run.dir={self.run_dir} cannot be written: {error.strerror}") from None
+        sinks: list[Sink] = [self.terminal, lines]
         if config.monitor.wandb != "off":
             mode, values = config.monitor.wandb, config.model_dump(mode="json")
             sinks.append(Wandb(self.run_dir, config.monitor.wandb_project, mode, values))

@@ -25,10 +25,10 @@ class JsonLines:
         """first_step: the step that comes next; lines from it on belong to a run that was cut off."""
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step]
-            beside = path.with_suffix(".partial")
-            beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            beside.replace(path)
+            text = path.read_text(encoding="utf-8")
+            kept = "".join(line + "\n" for line in text.splitlines() if _step(line) < first_step)
+            if kept != text:
+                replace_text(path, kept)
 
     def write(self, step: int, metrics: Metrics) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -36,6 +36,16 @@ class JsonLines:
 
     def close(self) -> None:
         pass
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put a text in the place of a file's, whole or not at all."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _step(line: str) -> float:
