@@ -23,7 +23,7 @@ app = typer.Typer(
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, e.g. parallel.ep=2 run.steps=100.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. parallel.ep=2 run.steps=100.")
     ] = None,
 ) -> None:
     """Train a model, going on from the last checkpoint in run.dir if there is one.

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,48 +139,58 @@ class _Run:
                 self.terminal.advance(step)
             if log or evaluate or save:
                 break
+        self._refuse_divergence(losses, grad_norm)
         if log or evaluate:
-            self._log(losses, grad_norm, lr, first, started, evaluate)
+            metrics = self._figures(losses, grad_norm, lr, first, started)
+            routing = routing_metrics(engine.model, self.mesh.batch_group)
+            self._write({**metrics, **(self._evaluate() if evaluate else {}), **routing})
         if save:
             engine.save(self.run_dir, self._files())
 
-    def _log(
-        self, losses: StepLosses, grad_norm: Tensor, lr: float, first: int, started: float, evaluate: bool
-    ) -> None:
-        """Write the figures of the step just done; those of speed are means since step `first`."""
-        engine, config = self.engine, self.config
-        step, tokens_per_step = engine.step_count, config.data.global_batch * config.data.seq_len
-        routing = routing_metrics(engine.model, self.mesh.batch_group)
-        metrics = {
+    def _refuse_divergence(self, losses: StepLosses, grad_norm: Tensor) -> None:
+        """Stop before figures that are no numbers are logged or saved."""
+        loss, norm = losses.cross_entropy.item(), grad_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(f"step {self.engine.step_count}: loss {loss}, gradient norm {norm}; try a lower "
+                                "optim.lr or a longer optim.warmup_steps; the last good checkpoint is "
+                                f"{latest_checkpoint(self.run_dir) or 'none'}")
+
+    def _figures(
+        self, losses: StepLosses, grad_norm: Tensor, lr: float, first: int, started: float
+    ) -> dict[str, float]:
+        """Gather the figures of the step just done; those of speed are means since step `first`."""
+        config, step = self.config, self.engine.step_count
+        tokens_per_step = config.data.global_batch * config.data.seq_len
+        speed = (step - first) * tokens_per_step / (time.perf_counter() - started)
+        figures = {
             "tokens": step * tokens_per_step,
             "loss": losses.cross_entropy.item(),
             "load_balance_loss": losses.load_balance.item(),
             "router_z_loss": losses.router_z.item(),
             "grad_norm": grad_norm.item(),
             "lr": lr,
+            "tokens_per_second": speed,
         }
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise TrainingError(f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
-                                "try a lower optim.lr or a longer optim.warmup_steps; the last good checkpoint is "
-                                f"{latest_checkpoint(self.run_dir) or 'none'}")
-        seconds = time.perf_counter() - started
-        metrics["tokens_per_second"] = (step - first) * tokens_per_step / seconds
         if self.mesh.device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(), config.precision.compute)
             if peak is not None:
-                flops = model_flops_per_token(config) * metrics["tokens_per_second"]
-                metrics["mfu"] = flops / (peak * self.mesh.world_size)
-        if evaluate:
-            held_out = held_out_batches(
-                self.corpus.held_out, seq_len=config.data.seq_len, num_sequences=config.monitor.eval_sequences,
-                rank=self.mesh.batch_rank, num_ranks=self.mesh.batch_size, micro_batch=config.data.micro_batch or 1,
-            )
-            metrics["eval_loss"] = engine.evaluate([batch.to(self.mesh.device) for batch in held_out])
-            tokens_per_byte = self.corpus.held_out.num_tokens / self.corpus.held_out.text_bytes
-            metrics["eval_bits_per_byte"] = metrics["eval_loss"] * tokens_per_byte / math.log(2)
+                figures["mfu"] = model_flops_per_token(config) * speed / (peak * self.mesh.world_size)
+        return figures
+
+    def _evaluate(self) -> dict[str, float]:
+        config, split = self.config, self.corpus.held_out
+        batches = held_out_batches(
+            split, seq_len=config.data.seq_len, num_sequences=config.monitor.eval_sequences,
+            rank=self.mesh.batch_rank, num_ranks=self.mesh.batch_size, micro_batch=config.data.micro_batch or 1,
+        )
+        loss = self.engine.evaluate([batch.to(self.mesh.device) for batch in batches])
+        return {"eval_loss": loss, "eval_bits_per_byte": loss * split.num_tokens / split.text_bytes / math.log(2)}
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        step = self.engine.step_count
         try:
             for sink in self.sinks:
-                sink.write(step, {**metrics, **routing})
+                sink.write(step, metrics)
         except OSError as error:
             raise ConfigError(f"the figures of step {step} cannot be written to {self.run_dir}: {error.strerror}; the "
                               f"last good checkpoint is {latest_checkpoint(self.run_dir) or 'none'}") from None
