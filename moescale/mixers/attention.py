@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moescale.layers.linear import Linear
-from moescale.layers.positions import rotary_angles, rotate
+from moescale.layers.positions import rotary_angles
 from moescale.ops.attention import attention
+from moescale.ops.rotary import rotate
 
 
 class Attention(nn.Module):
@@ -35,7 +36,7 @@ class Attention(nn.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
         if self.rope_theta is not None:
-            angles = rotary_angles(positions, self.head_dim, self.rope_theta)
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            cosine, sine = (part.to(x.dtype) for part in rotary_angles(positions, self.head_dim, self.rope_theta))
+            q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
         out = attention(q, k, v, window=self.window, positions=positions)  # [batch, seq, heads, head_dim]
         return self.o(out.flatten(2))

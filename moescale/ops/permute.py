@@ -40,18 +40,23 @@ def _sum_of_rows(rows: Tensor, weight: Tensor | None, row: Tensor) -> Tensor:
     """Sum over choices of weight * rows[row] in at least float32; weight: [tokens, choices] or None for ones."""
     accumulate = torch.promote_types(rows.dtype, torch.float32)
     partial = len(rows) != row.numel()  # some choices have no row
-    total = rows.new_zeros(row.shape[0], rows.shape[1], dtype=accumulate)
     if len(rows) == 0:
-        return total
+        return rows.new_zeros(row.shape[0], rows.shape[1], dtype=accumulate)
+    total: Tensor | None = None
     for choice in range(row.shape[1]):
         index = row[:, choice]
         chosen = rows.index_select(0, index.clamp(min=0))  # [tokens, d_model]
         if partial:
             chosen = chosen.masked_fill_((index < 0).unsqueeze(1), 0)
-        if weight is None:
+        chosen = chosen.to(accumulate)
+        factor = None if weight is None else weight[:, choice].to(accumulate).unsqueeze(1)
+        if total is None:
+            total = chosen if factor is None else chosen.mul_(factor)
+        elif factor is None:
             total += chosen
         else:
-            total.addcmul_(chosen.to(accumulate), weight[:, choice].to(accumulate).unsqueeze(1))
+            total.addcmul_(chosen, factor)
+    assert total is not None, "a token has at least one choice"
     return total
 
 

@@ -13,6 +13,7 @@ from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from moescale.ops.permute import permute, unpermute
 from moescale.ops.random import uniform, uniform_features
 from moescale.ops.rms_norm import rms_norm, rms_norm_reference
+from moescale.ops.rotary import rotate, rotate_reference
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -77,6 +78,21 @@ def test_rms_norm_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
     for ours, exact in zip(*results, strict=True):
         assert ours.dtype == dtype
         assert relative(ours, exact) < tolerance
+
+
+def test_rotation_equals_plain_steps() -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 2, 5, 3, 8, dtype=torch.float64)
+    angle = torch.randn(2, 5, 1, 4, dtype=torch.float64)
+    results = []
+    for function in (rotate, rotate_reference):
+        a = x.clone().requires_grad_()
+        out = function(a, angle.cos(), angle.sin())
+        out.backward(grad)
+        results.append((out.detach(), a.grad))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact)
+    torch.testing.assert_close(results[0][0].norm(), x.norm())
 
 
 @pytest.mark.parametrize("partial", [False, True])

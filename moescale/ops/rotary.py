@@ -1,0 +1,43 @@
+"""Turn pairs of features by an angle: half a head's features are paired with the other half."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn each pair of features by its angle (RoFormer, eq. 34; halves paired as in the Hugging Face checkpoints).
+
+    x: [batch, seq, heads, head_dim]. cosine, sine: [batch, seq, 1, head_dim / 2], of one dtype with x. -> like x
+    """
+    return _Rotate.apply(x, cosine, sine)
+
+
+def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Do the same in plain steps."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a turn is the turn back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turn(x, cosine, sine, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _turn(grad, cosine, sine, -1), None, None
+
+
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
+    first, second = x.chunk(2, -1)
+    turned_first = (first * cosine).addcmul_(second, sine, value=-sign)
+    turned_second = (second * cosine).addcmul_(first, sine, value=sign)
+    return torch.cat((turned_first, turned_second), -1)
