@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -18,19 +17,21 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from moescale.checkpoint.index import INDEX, SafeReader, read_index
 from moescale.config import ConfigError
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 NAME = re.compile(r"step_(\d{8,})")
+T = TypeVar("T")
 
 
 def save_checkpoint(
@@ -46,9 +47,8 @@ def save_checkpoint(
     try:
         _on_first_rank(lambda: _make_room(partial, files))
         _together(lambda: _write(partial, tensors))
-        listing: dict[str, list[int]] = {}
-        for part in _gather(_check_sums(partial, f"__{_rank()}_*")):
-            listing.update(part)
+        own = _together(lambda: _check_sums(partial, f"__{_rank()}_*"))
+        listing = {name: sums for part in _gather(own) for name, sums in part.items()}
         _on_first_rank(lambda: _finish(partial, folder, {"step": step, **state}, listing))
     except _Failed as error:
         if _rank() == 0:
@@ -67,14 +67,13 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, prefix: str = "
     prefix: only names that begin with it are expected. -> the state, with `step`
     Raises ConfigError for a folder that is damaged, and for a checkpoint of another model.
     """
-    manifest = _read_manifest(folder)
-    names = sorted(manifest["files"])
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     try:
-        _together(lambda: _verify(folder, {name: manifest["files"][name] for name in names[_rank() :: ranks]}))
-        reader = _SafeReader(folder)
-        _together(lambda: _compare(folder, reader.read_metadata(), tensors, prefix, names))
-        _together(lambda: _read(reader, tensors))
+        manifest = _together(lambda: _read_manifest(folder))
+        files = manifest["files"]
+        _together(lambda: _verify(folder, {name: files[name] for name in sorted(files)[_rank() :: ranks]}))
+        _together(lambda: _compare(folder, read_index(folder, files), tensors, prefix))
+        _together(lambda: _read(SafeReader(folder), tensors))
     except _Failed as error:
         raise ConfigError(str(error)) from None
     return dict(manifest["state"])
@@ -115,31 +114,49 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def _together(work: Callable[[], object]) -> None:
-    """Let every rank do its part, and all fail if one does, so that none waits for it."""
-    problem = None
+def _together(work: Callable[[], T]) -> T:
+    """Let every rank do its part, and all fail if one does, so that none waits for it. -> what this rank's work gave"""
+    problem: str | None = None
+    bug: Exception | None = None
     try:
-        work()
+        result = work()
     except CheckpointException as error:  # raised on all ranks by torch, with each rank's own error in it
         problem = next((_describe(failure[0]) for failure in error.failures.values()), str(error))
-    except (OSError, ConfigError, RuntimeError) as error:
+    except Exception as error:
         problem = _describe(error)
+        bug = None if isinstance(error, (OSError, ConfigError, RuntimeError)) else error
     problems = [text for text in _gather(problem) if text is not None]
+    if bug is not None:
+        raise bug
     if problems:
         raise _Failed(problems[0])
+    return result
 
 
-def _on_first_rank(work: Callable[[], object]) -> None:
+def _on_first_rank(work: Callable[[], None]) -> None:
     _together(work if _rank() == 0 else lambda: None)
 
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower() + (f" ({error.filename})" if error.filename else "")
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, OSError):
-        return _describe(cause)
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+class _Writer(FileSystemWriter):
+    """Torch's writer, but a full disk is told as such.
+
+    Torch reports a position in the file instead, and the cause of an error is lost on its way to the other ranks.
+    """
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
 
 
 def _make_room(partial: Path, files: dict[str, str]) -> None:
@@ -153,7 +170,7 @@ def _make_room(partial: Path, files: dict[str, str]) -> None:
 
 def _write(partial: Path, tensors: dict[str, Tensor]) -> None:
     with _without_warnings():
-        writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        writer = _Writer(partial, single_file_per_rank=True, sync_files=True)
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
@@ -177,17 +194,23 @@ def _finish(partial: Path, folder: Path, state: dict[str, Any], listing: dict[st
             listing.update(_check_sums(partial, path.name))
     _write_synced(partial / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
     _sync_folder(partial)
-    if folder.exists():  # of the same step: a damaged one that the run was told to pass over
-        folder.rename(folder.with_suffix(".old.partial"))
+    read_index(partial, listing)  # what a later torch may put there, and loading would refuse, shows now
+    replaced = folder.with_suffix(".old.partial")
+    if folder.exists():  # of the same step: one that is not whole, or the run would have gone on from it
+        folder.rename(replaced)
     partial.rename(folder)
     _sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_old(parent: Path, keep: int) -> None:
-    for folder in sorted(_all(parent), key=_step)[:-keep]:
-        aside = folder.with_suffix(".partial")  # a kill in the middle leaves nothing that looks whole
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+    try:
+        for folder in sorted(_all(parent), key=_step)[:-keep]:
+            aside = folder.with_suffix(".partial")  # a kill in the middle leaves nothing that looks whole
+            folder.rename(aside)
+            shutil.rmtree(aside)
+    except OSError as error:  # no reason to end the run: the new checkpoint is in its place
+        warnings.warn(f"an old checkpoint could not be removed: {_describe(error)}", stacklevel=2)
 
 
 def _check_sums(folder: Path, pattern: str) -> dict[str, list[int]]:
@@ -203,8 +226,7 @@ def _check_sums(folder: Path, pattern: str) -> dict[str, list[int]]:
 
 
 def _verify(folder: Path, expected: dict[str, list[int]]) -> None:
-    before = [other for other in sorted(_all(folder.parent), key=_step) if other.name < folder.name]
-    advice = f"remove {folder} to go on from {before[-1].name}" if before else f"remove {folder} to start anew"
+    advice = _advice(folder)
     for name, (size, crc) in expected.items():
         path = folder / name
         if not path.exists():
@@ -215,18 +237,20 @@ def _verify(folder: Path, expected: dict[str, list[int]]) -> None:
             raise ConfigError(f"{folder} is damaged: {name} was altered; {advice}")
 
 
-def _compare(folder: Path, metadata: Metadata, tensors: dict[str, Tensor], prefix: str, files: list[str]) -> None:
-    """Refuse an index that leads out of the folder, and another model's tensors by the first name that differs."""
-    if not {place.relative_path for place in (metadata.storage_data or {}).values()} <= set(files):
-        raise ConfigError(f"{folder} is damaged: its index names files that are not in its {MANIFEST}")
-    there = {name: entry for name, entry in metadata.state_dict_metadata.items() if name.startswith(prefix)}
+def _advice(folder: Path) -> str:
+    """Say how to do without a damaged checkpoint."""
+    older = [other for other in _all(folder.parent) if NAME.fullmatch(folder.name) and _step(other) < _step(folder)]
+    return f"remove {folder} to " + (f"go on from {max(older, key=_step).name}" if older else "start anew")
+
+
+def _compare(folder: Path, index: dict[str, TensorStorageMetadata], tensors: dict[str, Tensor], prefix: str) -> None:
+    """Refuse another model's tensors by the first name that differs."""
+    there = {name: entry for name, entry in index.items() if name.startswith(prefix)}
     for name in sorted(there.keys() | tensors.keys()):
         entry, tensor = there.get(name), tensors.get(name)
         problem = None
         if entry is None or tensor is None:
             problem = f"{name} is {'not in it' if entry is None else 'not in this model'}"
-        elif not isinstance(entry, TensorStorageMetadata):
-            problem = f"{name} is not a tensor"
         elif entry.size != tensor.shape:
             problem = f"{name} has shape {list(entry.size)} there and {list(tensor.shape)} here"
         elif entry.properties.dtype != tensor.dtype:
@@ -242,13 +266,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         version = manifest["format"]
         if version != FORMAT:
             raise ConfigError(f"{folder} has format {version}; this MoEScale reads format {FORMAT}")
-        names = manifest["files"]
-        if not isinstance(manifest["state"]["step"], int) or any(Path(name).name != name for name in names):
+        if not isinstance(manifest["state"]["step"], int) or INDEX not in manifest["files"]:
             raise ValueError
-    except OSError:
+        for name, (size, crc) in manifest["files"].items():
+            if Path(name).name != name or not isinstance(size, int) or not isinstance(crc, int):
+                raise ValueError
+    except FileNotFoundError:
         raise ConfigError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{folder} is damaged: its {MANIFEST} cannot be read; remove the folder") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"{folder} is damaged: its {MANIFEST} cannot be read; {_advice(folder)}") from None
     return dict(manifest)
 
 
@@ -265,36 +291,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Reads the index of a distributed checkpoint and nothing else: no other class is looked up, no code runs."""
-
-    ALLOWED = frozenset({
-        *(("torch.distributed.checkpoint.metadata", name) for name in (
-            "Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties",
-            "StorageMeta", "_MEM_FORMAT_ENCODING",
-        )),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        *(("torch", name) for name in ("Size", "float32", "float64", "bfloat16", "float16", "int64", "int32")),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),  # its home from Python 3.13 on
-    })
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise ConfigError(f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs: "
-                              "it was not written by MoEScale, and was not loaded")
-        return super().find_class(module, name)
-
-
-class _SafeReader(FileSystemReader):
-    """Torch's reader, but for the index, which torch would unpickle whatever it holds."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _SafeUnpickler(file).load()
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
+import resource
 import signal
-import subprocess
-import sys
 import time
 import zlib
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moescale.checkpoint import store
+from moescale.checkpoint.index import SafeReader
 from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from moescale.config import ConfigError
 from tests.ranks import run_ranks
@@ -51,6 +55,24 @@ def test_round_trip(tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in empty().items() if name.startswith("model.")}
     load_checkpoint(folder, weights, prefix="model.")
     assert torch.equal(weights["model.a"], make_tensors()["model.a"])
+
+
+def test_every_dtype_comes_back(tmp_path: Path) -> None:
+    """Whatever can be saved can be loaded; random states are uint8."""
+    dtypes = [torch.uint8, torch.bool, torch.int8, torch.int16, torch.int64, torch.float64, torch.float8_e4m3fn]
+    tensors = {f"t.{dtype}": torch.tensor([0, 1, 1, 0]).to(dtype) for dtype in dtypes} | {"scalar": torch.tensor(3.5)}
+    folder = save_checkpoint(tmp_path, 1, tensors, {}, {}, keep=1)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    load_checkpoint(folder, loaded)
+    assert all(torch.equal(loaded[name].float(), tensor.float()) for name, tensor in tensors.items())
+
+
+def test_a_folder_of_the_same_step_that_is_not_whole_is_replaced(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    (folder / "checkpoint.json").unlink()
+    assert latest_checkpoint(tmp_path) is None
+    assert save(tmp_path) == latest_checkpoint(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder]
 
 
 def test_the_last_few_are_kept_and_leftovers_go(tmp_path: Path) -> None:
@@ -133,6 +155,43 @@ def _replace(folder: Path, name: str, data: bytes) -> None:
     (folder / "checkpoint.json").write_text(json.dumps(manifest))
 
 
+INDEXES = {
+    "no pickle": b"garbage", "nothing": b"", "no index": pickle.dumps({"a": 1}),
+    "no entries": pickle.dumps(Metadata({"a": 1}, storage_data={"x": 3})),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("data", INDEXES.values(), ids=INDEXES.keys())
+def test_an_index_that_is_none_is_one_line(tmp_path: Path, data: bytes) -> None:
+    folder = save(tmp_path)
+    _replace(folder, ".metadata", data)
+    refused(folder, "damaged: its index .metadata cannot be read")
+
+
+def test_an_index_with_holes_is_refused(tmp_path: Path) -> None:
+    """Torch would leave those parts of the weights as they were, without a word."""
+    folder = save(tmp_path)
+    index = SafeReader(folder).read_metadata()
+    index.state_dict_metadata["model.a"].chunks.clear()  # type: ignore[union-attr]
+    _replace(folder, ".metadata", pickle.dumps(index))
+    refused(folder, "does not hold the whole of model.a")
+
+
+FILES: list[object] = [
+    None, [".metadata"], {}, {".metadata": None}, {".metadata": [1]}, {".metadata": ["1", 2]},
+    {".metadata": [1, 2], "../x": [1, 2]},
+]
+
+
+@pytest.mark.parametrize("files", FILES, ids=repr)
+def test_a_manifest_that_is_none_is_one_line(tmp_path: Path, files: object) -> None:
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps(manifest | {"files": files}))
+    refused(folder, "damaged: its checkpoint.json cannot be read", f"remove {folder} to go on from step_00000001")
+
+
 def test_no_code_runs(tmp_path: Path) -> None:
     harmful = Malicious()
     harmful.target = tmp_path / "harm"
@@ -148,53 +207,163 @@ def test_no_code_runs(tmp_path: Path) -> None:
     assert not harmful.target.exists()
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from tests.checkpoint.test_store import save
-print("ready", flush=True)
-for step in range(1, 1000):
-    save(Path(sys.argv[1]), step, keep=2)
-"""
+def _forked(work: Callable[[], object]) -> BaseProcess:
+    def run() -> None:
+        torch.set_num_threads(1)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    return process
 
 
-def test_a_kill_at_any_moment_leaves_the_last_good_one(tmp_path: Path) -> None:
+def _whole_after_kill(run_dir: Path, done: int) -> int:
+    """Load what is left. done: a step that was saved for certain. -> the step of the last good checkpoint"""
+    folder = latest_checkpoint(run_dir)
+    assert folder is not None
+    tensors = empty()
+    step = load_checkpoint(folder, tensors)["step"]
+    assert step >= done
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in make_tensors().items())
+    for other in (run_dir / "checkpoints").iterdir():
+        if other.suffix != ".partial":
+            load_checkpoint(other, empty())
+    return step
+
+
+def test_a_kill_at_a_random_moment_leaves_the_last_good_one(tmp_path: Path) -> None:
     draw = random.Random(0)
-    step = 0
-    for _ in range(6):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(0.05 + draw.random() * 0.3)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        for folder in (tmp_path / "checkpoints").glob("step_*"):
-            if folder.suffix != ".partial":
-                load_checkpoint(folder, empty())
-                step += 1
-    assert step, "nothing was ever written: the test shows nothing"
+    done, log = 0, tmp_path / "done"
+
+    def save_many() -> None:
+        for step in range(done + 1, done + 1000):
+            save(tmp_path, step, keep=2)
+            log.write_text(f"{step:09d}")
+
+    for _ in range(10):
+        writer = _forked(save_many)
+        before = done
+        while not log.exists() or int(log.read_text() or 0) <= before:
+            assert writer.is_alive()
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.03)
+        writer.kill()
+        writer.join(10)
+        done = _whole_after_kill(tmp_path, int(log.read_text() or before))
 
 
-def _full_disk_on_one(run_dir: Path) -> str:
-    dist.init_process_group("gloo")
-    if dist.get_rank() == 1:
-        class Full(store.FileSystemWriter):
-            def write_data(self, *args: object, **kwargs: object) -> None:
-                raise OSError(28, "No space left on device")
+CHANGES = ("fsync", "mkdir", "rename", "rmdir", "unlink")
 
-        store.FileSystemWriter = Full  # type: ignore[misc]
+
+def _save_until(change: int, run_dir: Path) -> None:
+    """Save two more steps, and die before the change-th change that the file system would see."""
+    left = iter(range(change, -1, -1))
+
+    def dying(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        return call
+
+    for name in CHANGES:
+        setattr(os, name, dying(getattr(os, name)))
+    save(run_dir, 2, keep=1)
+    save(run_dir, 3, keep=1)
+
+
+def test_a_kill_before_every_single_change_leaves_the_last_good_one(tmp_path: Path) -> None:
+    seen = set()
+    for change in range(200):
+        run_dir = tmp_path / str(change)
+        save(run_dir, 1)
+        writer = _forked(lambda change=change, run_dir=run_dir: _save_until(change, run_dir))
+        writer.join(20)
+        seen.add(_whole_after_kill(run_dir, 1))
+        if writer.exitcode == 0:
+            break
+        assert writer.exitcode == -signal.SIGKILL
+        save(run_dir, 9, keep=1)
+        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000009"], "leftovers go"
+    assert writer.exitcode == 0
+    assert change > 20, "the changes were not seen"
+    assert seen == {1, 2, 3}
+
+
+def _attempt(work: Callable[[], object]) -> str:
     try:
-        save_checkpoint(run_dir, 7, _cut(make_tensors(), 0), {}, {}, keep=3)
+        work()
     except ConfigError as error:
         return str(error)
     return ""
 
 
-def test_a_full_disk_on_one_rank_ends_all_and_harms_nothing(tmp_path: Path) -> None:
+def _full_disk_on_one(run_dir: Path, full: int) -> str:
+    """A limit on the size of files stands in for the disk: it too cuts a write in the middle."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    tensors = _cut({"w": torch.ones(300, 300)}, 0)
+    return _attempt(lambda: save_checkpoint(run_dir, 7, tensors, {}, {}, keep=1))
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_on_one_rank_ends_all_and_harms_nothing(tmp_path: Path, full: int) -> None:
     folder = save(tmp_path, 1)
-    messages = run_ranks(2, _full_disk_on_one, tmp_path, timeout_seconds=30)
+    messages = run_ranks(2, _full_disk_on_one, tmp_path, full, timeout_seconds=30)
     assert messages[0] == messages[1]
-    assert "no space left on device" in messages[0]
-    assert "the last good one is step_00000001" in messages[0]
+    assert "file too large; the last good one is step_00000001" in messages[0]
     assert list((tmp_path / "checkpoints").iterdir()) == [folder]
     load_checkpoint(folder, empty())
+
+
+def _trouble_on_one(run_dir: Path, place: str) -> str:
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        def fail(*args: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        setattr(store, place, fail)
+    if place != "_check_sums":
+        return _attempt(lambda: load_checkpoint(run_dir / "checkpoints" / "step_00000001", _cut(empty(), 0)))
+    return _attempt(lambda: save_checkpoint(run_dir, 7, _cut(make_tensors(), 0), {}, {}, keep=3))
+
+
+@pytest.mark.parametrize("place", ["_check_sums", "_read_manifest", "_verify"])
+def test_trouble_on_one_rank_is_told_by_all(tmp_path: Path, place: str) -> None:
+    folder = save(tmp_path, 1)
+    messages = run_ranks(2, _trouble_on_one, tmp_path, place, timeout_seconds=30)
+    assert messages[0] == messages[1]
+    assert "no space left on device" in messages[0]
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+
+
+def _bug_on_one(run_dir: Path) -> str:
+    dist.init_process_group("gloo")
+    state = {"seed": {1} if dist.get_rank() == 0 else 1}
+    if dist.get_rank() == 1:
+        return _attempt(lambda: save_checkpoint(run_dir, 7, _cut(make_tensors(), 0), state, {}, keep=3))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_checkpoint(run_dir, 7, _cut(make_tensors(), 0), state, {}, keep=3)
+    return ""
+
+
+def test_a_bug_on_one_rank_leaves_none_waiting(tmp_path: Path) -> None:
+    assert "not JSON serializable" in run_ranks(2, _bug_on_one, tmp_path, timeout_seconds=30)[1]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def fail(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(store.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or fail(path))
+    with pytest.warns(UserWarning, match="could not be removed: permission denied"):
+        save(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000002"
+    save(tmp_path, 3, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
