@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -34,15 +38,23 @@ def routing_metrics(model: nn.Module, group: dist.ProcessGroup | None) -> dict[s
     return metrics
 
 
-def load_range(metrics: dict[str, list[int] | int]) -> tuple[float, float]:
-    """Find the busiest and the idlest expert of all layers. -> their loads over their layer's mean"""
-    loads = [value for value in metrics.values() if isinstance(value, list) and any(value)]
-    if not loads:
-        return 1.0, 1.0
-    return (
-        max(max(counts) * len(counts) / sum(counts) for counts in loads),
-        min(min(counts) * len(counts) / sum(counts) for counts in loads),
-    )
+@dataclass(frozen=True, order=True)
+class ExpertLoad:
+    """load: rows over the mean of the layer's experts. layer: the block's index."""
+
+    load: float
+    layer: int
+    expert: int
+
+
+def expert_loads(metrics: Mapping[str, Any]) -> list[ExpertLoad]:
+    """Read the experts of all layers out of the metrics, the idlest first. -> one for each expert of each layer"""
+    loads = []
+    for key, counts in metrics.items():
+        if key.startswith("moe/layer_") and key.endswith("/tokens_per_expert") and any(counts):
+            layer, mean = int(key.split("/")[1].removeprefix("layer_")), sum(counts) / len(counts)
+            loads += [ExpertLoad(count / mean, layer, expert) for expert, count in enumerate(counts)]
+    return sorted(loads)
 
 
 def _layers(model: nn.Module) -> list[tuple[int, MoELayer]]:

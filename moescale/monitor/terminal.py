@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from moescale.monitor.metrics import Metrics
-from moescale.monitor.routing import load_range
+from moescale.monitor.routing import ExpertLoad, expert_loads
 
 
 class Terminal:
@@ -16,12 +17,14 @@ class Terminal:
         self.console = Console(highlight=False, soft_wrap=True)
         self.steps = steps
         self._losses: list[float] = []
-        self._routing: dict[str, list[int] | int] = {}
+        self._experts: list[ExpertLoad] = []
         self._progress: Progress | None = None
         if self.console.is_terminal:
             self._progress = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None),
-                TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=self.console,
+                MofNCompleteColumn(table_column=Column(min_width=2 * len(str(steps)) + 1)),
+                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(compact=True, table_column=Column(min_width=5)),
+                BarColumn(bar_width=None), console=self.console,
             )
             self._task = self._progress.add_task("", total=steps, completed=first_step, figures="")
             self._progress.start()
@@ -38,7 +41,7 @@ class Terminal:
     def write(self, step: int, metrics: Metrics) -> None:
         figures = _figures(metrics)
         self._losses.append(metrics["loss"])
-        self._routing = {key: value for key, value in metrics.items() if key.startswith("moe/")}
+        self._experts = expert_loads(metrics)
         if self._progress is not None:
             self._progress.update(self._task, figures=figures)
         else:
@@ -53,9 +56,13 @@ class Terminal:
         if not self._losses:
             return
         self.say(f"loss {self._losses[0]:.3f} {_curve(self._losses)} {self._losses[-1]:.3f}")
-        for key, counts in self._routing.items():
-            if isinstance(counts, list):
-                self.say(f"{key.split('/')[1]} load over mean: {_loads(counts)}")
+        for layer in sorted({expert.layer for expert in self._experts}):
+            experts = [expert for expert in self._experts if expert.layer == layer]  # the idlest first
+            if len(experts) > 16:
+                text = ", ".join(_named(expert) for expert in (*experts[:3], *experts[-3:]))
+            else:
+                text = " ".join(f"{expert.load:.2f}" for expert in sorted(experts, key=lambda e: e.expert))
+            self.say(f"layer {layer}, load of each expert over the mean: {text}")
 
     def close(self) -> None:
         if self._progress is not None:
@@ -69,21 +76,15 @@ def _curve(values: list[float], width: int = 40) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in picked)
 
 
-def _loads(counts: list[int]) -> str:
-    """Write each expert's load over the mean; of many experts the extremes."""
-    loads = sorted((count * len(counts) / max(1, sum(counts)), expert) for expert, count in enumerate(counts))
-    if len(loads) <= 16:
-        return " ".join(f"{load:.2f}" for load, _ in sorted(loads, key=lambda pair: pair[1]))
-    few = [f"expert {expert} {load:.2f}" for load, expert in (*loads[:3], *loads[-3:])]
-    return "idlest " + ", ".join(few[:3]) + "; busiest " + ", ".join(few[3:])
+def _named(expert: ExpertLoad) -> str:
+    return f"L{expert.layer}E{expert.expert} {expert.load:.2f}x"  # layer, expert, load over the layer's mean
 
 
 def _figures(metrics: Metrics) -> str:
     parts = [f"loss {metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
     if "mfu" in metrics:
         parts.append(f"MFU {metrics['mfu']:.1%}")
-    routing = {key: value for key, value in metrics.items() if key.startswith("moe/")}
-    if routing:
-        busiest, idlest = load_range(routing)
-        parts.append(f"experts {idlest:.2f} to {busiest:.2f} x mean load")
+    experts = expert_loads(metrics)
+    if experts:
+        parts.append(f"busiest {_named(experts[-1])}, idlest {_named(experts[0])}")
     return "  ".join(parts)
