@@ -24,19 +24,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(RMSNorm):
     """Take away the mean, divide by the standard deviation, scale; no bias (PaLM). weight: [d_model]"""
-
-    def __init__(self, d_model: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_model))
-        self.initial = {"weight": ones}
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d_model], any dtype. -> the same"""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.layer_norm(wide, self.weight.shape, self.weight.to(x.dtype).to(wide.dtype), None, self.eps).to(x.dtype)
+        scale = self.weight.to(x.dtype).to(wide.dtype)
+        return F.layer_norm(wide, scale.shape, scale, None, self.eps).to(x.dtype)
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

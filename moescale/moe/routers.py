@@ -12,6 +12,8 @@ is random.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from moescale.moe.routing import Routing, sort_by_expert, within_capacity
 from moescale.ops.random import uniform, uniform_features
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """What all routers share: logits, losses, capacity, padding. weight: [experts, d_model]"""
 
     balance_choices: int | None = None  # how many of a token's choices the balance loss counts; None = all
@@ -75,9 +77,9 @@ class Router(nn.Module):
         share = valid.sum(1).double() * self.top_k / self.num_experts
         return (self.capacity_factor * share).long().clamp(min=1)
 
+    @abstractmethod
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """logits, probs: [groups, tokens, experts]. -> expert, weight: [groups, tokens, choices], the best first"""
-        raise NotImplementedError
 
     def wanted(self, weight: Tensor, serial: Tensor) -> Tensor:
         """Say which choices a token wants before capacity is counted. -> [groups, tokens, choices] bool"""
