@@ -8,6 +8,7 @@ group starts.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -124,17 +125,22 @@ class MoEConfig(Group):
 class ParallelConfig(Group):
     dp_replicate: int = Field(1, ge=1)  # copies of the sharded model
     dp_shard: int = Field(-1, ge=-1)  # ranks that share one copy; -1 = what is left of the world
+    tp: int = Field(1, ge=1)  # ranks that share each matrix of attention, feed-forward, embedding and head
+    cp: int = Field(1, ge=1)  # ranks that share each sequence
+    pp: int = Field(1, ge=1)  # ranks in a row, each with some of the layers
     ep: int = Field(1, ge=1)  # ranks that share the experts of one layer
-    tp: int = Field(1, ge=1)
-    pp: int = Field(1, ge=1)
-    cp: int = Field(1, ge=1)
+    etp: int = Field(1, ge=1)  # ranks that share each expert
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
+    recompute: Literal["none", "selective", "full"] = "none"  # forward again in backward: feed-forwards; whole blocks
+    compile: bool = False  # torch.compile, block by block
+
+    @property
+    def pp_stages(self) -> int:
+        """Pieces that the layers are cut into; schedules that interleave give each rank two of them."""
+        return self.pp * (2 if self.pp > 1 and self.pp_schedule in ("interleaved_1f1b", "zero_bubble") else 1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for key, name in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context")):
-            degree = getattr(self, key)
-            _refuse(degree != 1, f"parallel.{key}={degree}: {name} parallelism is not built yet; write "
-                    f"parallel.{key}=1 and spread the ranks over parallel.dp_shard and parallel.ep")
         _refuse(self.dp_shard == 0, "parallel.dp_shard=0: write -1 for all ranks that are left, or a number from 1")
         return self
 
@@ -158,7 +164,8 @@ class OptimConfig(Group):
 
 
 class PrecisionConfig(Group):
-    compute: Literal["float32", "bfloat16"] = "float32"  # weights and optimizer state stay float32 in both
+    # weights and optimizer state stay float32 under bfloat16; float64 is for proofs
+    compute: Literal["float32", "bfloat16", "float64"] = "float32"
 
 
 class CheckpointConfig(Group):
@@ -194,43 +201,108 @@ class Config(Group):
 
         world_size: ranks of the whole job. -> the same run, with nothing left to derive
         """
-        parallel, data = self.parallel, self.data
-        fixed = parallel.dp_replicate * parallel.tp * parallel.pp * parallel.cp
+        parallel = self._settle_ranks(world_size)
+        self._check_experts(parallel)
+        self._check_tensor(parallel)
+        self._check_context(parallel)
+        micro_batch = self._settle_micro_batch(parallel)
+        share = self.data.global_batch // (parallel.dp_replicate * parallel.dp_shard)
+        self._check_pipeline(parallel, share // micro_batch)
+        return self.model_copy(update={
+            "parallel": parallel, "data": self.data.model_copy(update={"micro_batch": micro_batch}),
+        })
+
+    def _settle_ranks(self, world_size: int) -> ParallelConfig:
+        parallel = self.parallel
+        degrees = {key: getattr(parallel, key) for key in ("dp_replicate", "tp", "cp", "pp")}
+        fixed = math.prod(degrees.values())
+        product = " x ".join(f"parallel.{key}={degree}" for key, degree in degrees.items() if degree > 1)
         _refuse(world_size % fixed != 0,
-                f"parallel.dp_replicate={parallel.dp_replicate} must divide the {world_size} ranks: "
+                f"{product} is {fixed} ranks, which must divide the {world_size} that were started: "
                 f"use {_divisors(world_size)}")
         left = world_size // fixed
         dp_shard = left if parallel.dp_shard == -1 else parallel.dp_shard
-        _refuse(dp_shard != left,
-                f"parallel.dp_replicate={parallel.dp_replicate} x parallel.dp_shard={dp_shard} is "
-                f"{fixed * dp_shard} ranks, but {world_size} were started: write parallel.dp_shard={left} or -1")
-        fsdp_tp = dp_shard * parallel.cp * parallel.tp
-        allowed = [n for n in range(1, fsdp_tp + 1) if fsdp_tp % n == 0 and self.moe.num_experts % n == 0]
-        _refuse(parallel.ep > 1 and self.num_moe_layers == 0,
-                f"parallel.ep={parallel.ep}, but model.pattern has no moe layer: write parallel.ep=1")
-        _refuse(self.moe.num_experts % parallel.ep != 0,
-                f"parallel.ep={parallel.ep} must divide moe.num_experts={self.moe.num_experts}: use {_any_of(allowed)}")
-        _refuse(fsdp_tp % parallel.ep != 0,
-                f"parallel.ep={parallel.ep} must divide parallel.dp_shard={dp_shard} "
-                f"(the ranks that share one copy of the model): use {_any_of(allowed)}")
-        efsdp = fsdp_tp // parallel.ep
-        _refuse(self.num_moe_layers > 0 and (self.model.d_model % efsdp != 0 or self.moe.d_ff % efsdp != 0),
-                f"each expert is split over {efsdp} ranks (dp_shard={dp_shard} / ep={parallel.ep}), which must divide "
-                f"model.d_model={self.model.d_model} and moe.d_ff={self.moe.d_ff}: use a larger parallel.ep or "
-                "parallel.dp_replicate")
-        batch_ranks = parallel.dp_replicate * dp_shard
+        product = " x ".join(part for part in (product, f"parallel.dp_shard={dp_shard}") if part)
+        _refuse(dp_shard != left, f"{product} is {fixed * dp_shard} ranks, but {world_size} were started: "
+                f"write parallel.dp_shard={left} or -1")
+        return parallel.model_copy(update={"dp_shard": dp_shard})
+
+    def _check_experts(self, parallel: ParallelConfig) -> None:
+        model, moe, ep, etp = self.model, self.moe, parallel.ep, parallel.etp
+        sharing = parallel.dp_shard * parallel.cp * parallel.tp
+        for key, degree in (("ep", ep), ("etp", etp)):
+            _refuse(degree > 1 and self.num_moe_layers == 0,
+                    f"parallel.{key}={degree}, but model.pattern has no moe layer: write parallel.{key}=1")
+        allowed = [n for n in range(1, sharing + 1) if sharing % (n * etp) == 0 and moe.num_experts % n == 0]
+        _refuse(sharing % etp != 0 or moe.d_ff % etp != 0,
+                f"parallel.etp={etp} must divide moe.d_ff={moe.d_ff} and dp_shard x cp x tp={sharing} "
+                f"(the ranks that share one copy of the model): use {_divisors(math.gcd(sharing, moe.d_ff))}")
+        _refuse(moe.num_experts % ep != 0,
+                f"parallel.ep={ep} must divide moe.num_experts={moe.num_experts}: use {_any_of(allowed)}")
+        _refuse(sharing % (ep * etp) != 0,
+                f"parallel.ep={ep} x parallel.etp={etp} must divide dp_shard x cp x tp={sharing} "
+                f"(the ranks that share one copy of the model): use parallel.ep={_any_of(allowed)}")
+        efsdp = sharing // (ep * etp)
+        _refuse(self.num_moe_layers > 0 and model.d_model % efsdp != 0,
+                f"each expert is split over {efsdp} ranks (dp_shard x cp x tp={sharing} / ep={ep} / etp={etp}), which "
+                f"must divide model.d_model={model.d_model}: use a larger parallel.ep or parallel.dp_replicate")
+
+    def _check_tensor(self, parallel: ParallelConfig) -> None:
+        model, tp = self.model, parallel.tp
+        if tp == 1:
+            return
+        shared = {"model.num_heads": model.num_heads, "model.vocab_size": model.vocab_size}
+        if self.num_moe_layers < model.num_layers:
+            shared["model.d_ff"] = model.d_ff
+        for name, size in shared.items():
+            _refuse(size % tp != 0, f"parallel.tp={tp} must divide {name}={size}: "
+                    f"use {_divisors(math.gcd(*shared.values()))}")
+        _refuse(model.num_kv_heads % tp != 0 and tp % model.num_kv_heads != 0,
+                f"parallel.tp={tp} must divide model.num_kv_heads={model.num_kv_heads} or be a multiple of it: "
+                f"use {_any_of([n for n in range(1, tp) if model.num_kv_heads % n == 0])}")
+        fsdp = parallel.dp_shard * parallel.cp
+        _refuse(model.d_model % fsdp != 0,
+                f"with parallel.tp={tp}, dp_shard x cp={fsdp} must divide model.d_model={model.d_model}: "
+                "use a larger parallel.dp_replicate")
+
+    def _check_context(self, parallel: ParallelConfig) -> None:
+        pieces = sequence_pieces(parallel.cp, self.model.window) * parallel.tp
+        seq = self.data.seq_len
+        _refuse(seq % pieces != 0,
+                f"data.seq_len={seq} must be a multiple of {pieces} for parallel.cp={parallel.cp} and "
+                f"parallel.tp={parallel.tp}: use {_round_up(seq, pieces)}")
+
+    def _settle_micro_batch(self, parallel: ParallelConfig) -> int:
+        data, batch_ranks = self.data, parallel.dp_replicate * parallel.dp_shard
         _refuse(data.global_batch % batch_ranks != 0,
                 f"data.global_batch={data.global_batch} must be a multiple of the {batch_ranks} ranks that share it: "
                 f"use {_round_up(data.global_batch, batch_ranks)}")
         share = data.global_batch // batch_ranks
-        micro_batch = share if data.micro_batch is None else data.micro_batch
-        _refuse(share % micro_batch != 0,
-                f"data.micro_batch={micro_batch} must divide a rank's share of {share} sequences "
-                f"(data.global_batch={data.global_batch} over {batch_ranks} ranks): use {_divisors(share)}")
-        return self.model_copy(update={
-            "parallel": parallel.model_copy(update={"dp_shard": dp_shard}),
-            "data": data.model_copy(update={"micro_batch": micro_batch}),
-        })
+        if data.micro_batch is not None:
+            _refuse(share % data.micro_batch != 0,
+                    f"data.micro_batch={data.micro_batch} must divide a rank's share of {share} sequences "
+                    f"(data.global_batch={data.global_batch} over {batch_ranks} ranks): use {_divisors(share)}")
+            return data.micro_batch
+        return share if parallel.pp == 1 else max(n for n in range(1, share + 1)
+                                                  if share % n == 0 and (share // n >= parallel.pp or n == 1))
+
+    def _check_pipeline(self, parallel: ParallelConfig, passes: int) -> None:
+        pp, schedule = parallel.pp, parallel.pp_schedule
+        if pp == 1:
+            return
+        _refuse(parallel.pp_stages > self.model.num_layers,
+                f"parallel.pp={pp} cuts the model into {parallel.pp_stages} stages of at least one layer, but "
+                f"model.num_layers={self.model.num_layers}: use parallel.pp="
+                f"{max(1, self.model.num_layers // (parallel.pp_stages // pp))} or less")
+        _refuse(schedule == "1f1b" and passes < pp,
+                f"parallel.pp_schedule=1f1b needs at least parallel.pp={pp} micro-batches a step, but a rank makes "
+                f"{passes}: write a smaller data.micro_batch or parallel.pp_schedule=gpipe")
+        rounds = max(1, passes // pp)
+        _refuse(schedule == "interleaved_1f1b" and passes % rounds != 0,
+                f"parallel.pp_schedule=interleaved_1f1b runs {passes} micro-batches in {rounds} rounds: write a "
+                f"data.micro_batch that gives a multiple of parallel.pp={pp}, or parallel.pp_schedule=1f1b")
+        _refuse(parallel.compile and schedule == "zero_bubble",
+                "parallel.compile=true cannot split backward as parallel.pp_schedule=zero_bubble does: write 1f1b")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -243,6 +315,14 @@ class Config(Group):
         _refuse(self.optim.warmup_steps >= self.run.steps and self.optim.warmup_steps > 0,
                 f"optim.warmup_steps={self.optim.warmup_steps} must be below run.steps={self.run.steps}")
         return self
+
+
+def sequence_pieces(cp: int, window: int | None) -> int:
+    """How many equal pieces the ranks of `cp` cut a sequence into.
+
+    With a window every piece costs the same. Without, later ones cost more, and each rank takes one from both ends.
+    """
+    return cp if cp == 1 or window is not None else 2 * cp
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

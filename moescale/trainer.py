@@ -142,7 +142,8 @@ class _Run:
         self._refuse_divergence(losses, grad_norm)
         if log or evaluate:
             metrics = self._figures(losses, grad_norm, lr, first, started)
-            routing = routing_metrics(engine.model, self.mesh.batch_group)
+            routing = routing_metrics(engine.model, self.mesh.world_group, num_layers=config.model.num_layers,
+                                      num_experts=config.moe.num_experts)
             self._write({**metrics, **(self._evaluate() if evaluate else {}), **routing})
         if save:
             engine.save(self.run_dir, self._files())

@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moescale"
 MAY_IMPORT = {
     "config": set(), "ops": set(), "data": {"config"}, "optim": {"config"}, "layers": {"ops"},
-    "mixers": {"ops", "layers"}, "moe": {"ops", "layers"}, "model": {"config", "layers", "mixers", "moe"},
-    "parallel": {"config", "ops", "layers", "mixers", "moe", "model"}, "checkpoint": {"config"},
+    "mixers": {"ops", "layers"}, "moe": {"ops", "layers"}, "model": {"config", "ops", "layers", "mixers", "moe"},
+    "parallel": {"config", "ops", "layers", "mixers", "moe", "model", "planner"}, "checkpoint": {"config"},
     "planner": {"config"}, "monitor": {"moe"},
     "engine": {"config", "data", "model", "ops", "parallel", "optim", "checkpoint"},
 }

@@ -72,7 +72,8 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, prefix: str = "
         manifest = _together(lambda: _read_manifest(folder))
         files = manifest["files"]
         _together(lambda: _verify(folder, {name: files[name] for name in sorted(files)[_rank() :: ranks]}))
-        _together(lambda: _compare(folder, read_index(folder, files), tensors, prefix))
+        names = {name for part in _gather(list(tensors)) for name in part}  # a pipeline's ranks hold other tensors
+        _together(lambda: _compare(folder, read_index(folder, files), tensors, names, prefix))
         _together(lambda: _read(SafeReader(folder), tensors))
     except _Failed as error:
         raise ConfigError(str(error)) from None
@@ -243,14 +244,18 @@ def _advice(folder: Path) -> str:
     return f"remove {folder} to " + (f"go on from {max(older, key=_step).name}" if older else "start anew")
 
 
-def _compare(folder: Path, index: dict[str, TensorStorageMetadata], tensors: dict[str, Tensor], prefix: str) -> None:
-    """Refuse another model's tensors by the first name that differs."""
+def _compare(
+    folder: Path, index: dict[str, TensorStorageMetadata], tensors: dict[str, Tensor], names: set[str], prefix: str
+) -> None:
+    """Refuse another model's tensors by the first name that differs. names: of all ranks' tensors"""
     there = {name: entry for name, entry in index.items() if name.startswith(prefix)}
-    for name in sorted(there.keys() | tensors.keys()):
+    for name in sorted(there.keys() | names):
         entry, tensor = there.get(name), tensors.get(name)
         problem = None
-        if entry is None or tensor is None:
+        if entry is None or name not in names:
             problem = f"{name} is {'not in it' if entry is None else 'not in this model'}"
+        elif tensor is None:
+            continue
         elif entry.size != tensor.shape:
             problem = f"{name} has shape {list(entry.size)} there and {list(tensor.shape)} here"
         elif entry.properties.dtype != tensor.dtype:

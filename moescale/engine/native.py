@@ -13,7 +13,7 @@ from moescale.checkpoint.store import load_checkpoint, save_checkpoint
 from moescale.config import Config
 from moescale.data.batches import Batch
 from moescale.engine.base import StepLosses
-from moescale.model.language_model import LossSums
+from moescale.model.language_model import LanguageModel, LossSums
 from moescale.ops.collectives import all_reduce_sum
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.optim.optimizer import STATE, build_optimizer
@@ -27,33 +27,52 @@ class NativeEngine:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        self.model = build_parallel_model(config, mesh)
+        parallel_model = build_parallel_model(config, mesh)
+        self.model, self.pieces = parallel_model.whole, parallel_model.pieces
+        self.pipeline = None
+        if config.parallel.pp > 1:
+            from moescale.parallel.pipeline import Pipeline
+
+            self.pipeline = Pipeline(self.pieces, config, mesh)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.step_count = 0
 
     def forward_backward(self, batches: Sequence[Batch]) -> StepLosses:
         """Add up the gradients of this rank's micro-batches; every loss is a global sum over one global count."""
-        self.model.train()
+        for piece in self.pieces:
+            piece.train()
         model, moe = self.config.model, self.config.moe
         num_targets, num_tokens = self._global_counts(batches)
         sums = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
-        for index, batch in enumerate(batches):
-            if isinstance(self.model, FSDPModule):
-                self.model.set_requires_gradient_sync(index == len(batches) - 1)
-            losses: LossSums = self.model(batch.tokens, batch.targets, batch.positions, batch.serial)
+
+        def total(losses: LossSums) -> Tensor:
+            """The loss of one micro-batch; adds its parts to the sums."""
+            sums.add_(torch.stack(losses).detach())
             loss = (losses.cross_entropy + model.z_loss_coefficient * losses.output_z) / num_targets
             loss = loss + moe.load_balance_coefficient * losses.load_balance / num_tokens
-            loss = loss + moe.router_z_coefficient * losses.router_z / num_tokens
-            loss.backward()
-            sums += torch.stack(losses).detach()
-        sums = all_reduce_sum(sums, self.mesh.batch_group)
+            return loss + moe.router_z_coefficient * losses.router_z / num_tokens
+
+        if self.pipeline is not None:
+            self.pipeline.forward_backward([vars(batch) for batch in batches], total)
+            self.pipeline.tie()
+        else:
+            (piece,) = self.pieces
+            for index, batch in enumerate(batches):
+                if isinstance(piece, FSDPModule):
+                    piece.set_requires_gradient_sync(index == len(batches) - 1)
+                total(_run(piece, batch)).backward()
+        sums[:2] /= self.config.parallel.tp  # ranks of tp have the same sums of these
+        sums = all_reduce_sum(sums, self.mesh.world_group)
         router_count = num_tokens * max(1, self.config.num_moe_layers)
         return StepLosses(sums[0] / num_targets, sums[2] / router_count, sums[3] / router_count)
 
     def step(self) -> Tensor:
         """Clip, update every weight, clear the gradients. -> the gradient norm before clipping"""
         optim = self.config.optim
-        norm = clip_gradients(self.model.parameters(), optim.clip_norm)
+        norm = clip_gradients(
+            self.model.parameters(), optim.clip_norm, copies=() if self.pipeline is None else self.pipeline.copies,
+            group=None if self.pipeline is None else self.pipeline.group,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
@@ -69,14 +88,18 @@ class NativeEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """-> cross entropy in nats a target, over all ranks' batches"""
-        self.model.eval()
+        for piece in self.pieces:
+            piece.eval()
         num_targets, _ = self._global_counts(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
-            total += self.model(batch.tokens, batch.targets, batch.positions, batch.serial).cross_entropy
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # the outermost weights stay gathered for a backward that does not come
-        return float(all_reduce_sum(total, self.mesh.batch_group) / num_targets)
+            sums = self.pipeline.evaluate(vars(batch)) if self.pipeline is not None else _run(self.pieces[0], batch)
+            if sums is not None:
+                total += sums.cross_entropy
+        for piece in self.pieces:
+            if isinstance(piece, FSDPModule):
+                piece.reshard()  # the outermost weights stay gathered for a backward that does not come
+        return float(all_reduce_sum(total / self.config.parallel.tp, self.mesh.world_group) / num_targets)
 
     def save(self, run_dir: Path, files: dict[str, str]) -> Path:
         """Write weights, optimizer state and step. The data's order and all random draws follow from seed and step."""
@@ -103,4 +126,9 @@ class NativeEngine:
     def _global_counts(self, batches: Sequence[Batch]) -> Tensor:
         """-> [2] float32: targets that are not ignored and tokens that are not padding, over all ranks"""
         counts = [torch.stack(((batch.targets != -100).sum(), (batch.serial >= 0).sum())) for batch in batches]
-        return all_reduce_sum(torch.stack(counts).sum(0), self.mesh.batch_group).float().clamp(min=1)
+        total = all_reduce_sum(torch.stack(counts).sum(0), self.mesh.world_group) // self.mesh.copies
+        return total.float().clamp(min=1)
+
+
+def _run(model: LanguageModel, batch: Batch) -> LossSums:
+    return LossSums(*model(batch.tokens, targets=batch.targets, positions=batch.positions, serial=batch.serial))

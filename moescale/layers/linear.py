@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moescale.ops.collectives import local_tensor
+
 Fill = Callable[[Tensor, torch.Generator], object]
 """Fills a tensor in place. Each module says in `initial` how each of its own parameters starts."""
 
@@ -42,10 +44,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.initial = {"weight": matrix_fill(init, d_in)}
+        self.rows = slice(None)  # of those of the weight that lie here, which to use
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d_in]. -> [..., d_out] in the dtype of x"""
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, local_tensor(self.weight)[self.rows].to(x.dtype))
 
 
 class Embedding(nn.Module):
@@ -55,7 +58,17 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
         self.initial = {"weight": normal(0.02 if init == "normal" else 1.0)}
+        self.first_token: int | None = None  # of those whose rows lie here, where the vocabulary is cut
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """tokens: [...] int64. -> [..., d_model] in dtype"""
-        return F.embedding(tokens, self.weight).to(dtype)
+        """tokens: [...] int64. -> [..., d_model] in dtype; zeros for tokens whose rows lie elsewhere"""
+        weight = local_tensor(self.weight)
+        if self.first_token is None:
+            return F.embedding(tokens, weight).to(dtype)
+        row = tokens - self.first_token
+        elsewhere = (row < 0) | (row >= len(weight))
+        return F.embedding(row.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0).to(dtype)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Score the tokens whose rows lie here. x: [..., d_model]. -> [..., vocab]"""
+        return F.linear(x, local_tensor(self.weight).to(x.dtype))

@@ -8,6 +8,7 @@ from moescale.layers.linear import Linear
 from moescale.layers.positions import rotary_angles
 from moescale.ops.attention import attention
 from moescale.ops.rotary import rotate
+from moescale.ops.sequence import Sequence
 
 
 class Attention(nn.Module):
@@ -26,17 +27,20 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim, self.window, self.rope_theta = head_dim, window, rope_theta
+        self.sequence = Sequence()
+        self.attend = attention
         self.q = Linear(d_model, num_heads * head_dim, init)
         self.k = Linear(d_model, num_kv_heads * head_dim, init)
         self.v = Linear(d_model, num_kv_heads * head_dim, init)
         self.o = Linear(num_heads * head_dim, d_model, init)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x: [batch, seq, d_model]. positions: [batch, seq] int64, restart at 0 with a document. -> like x"""
+        """x: [batch, seq/cp, d_model]. positions: [batch, seq] int64, restart at 0 with a document. -> like x"""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
         if self.rope_theta is not None:
-            cosine, sine = (part.to(x.dtype) for part in rotary_angles(positions, self.head_dim, self.rope_theta))
+            angles = rotary_angles(self.sequence.part(positions), self.head_dim, self.rope_theta)
+            cosine, sine = (angle.to(x.dtype) for angle in angles)
             q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-        out = attention(q, k, v, window=self.window, positions=positions)  # [batch, seq, heads, head_dim]
+        out = self.attend(q, k, v, window=self.window, positions=positions)  # [batch, seq/cp, heads, head_dim]
         return self.o(out.flatten(2))

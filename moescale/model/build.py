@@ -16,7 +16,7 @@ from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def build_model(config: Config, device: torch.device | str = "meta") -> LanguageModel:
@@ -25,16 +25,18 @@ def build_model(config: Config, device: torch.device | str = "meta") -> Language
     device: where they lie; "meta" takes no memory.
     """
     model = config.model
+    compute_dtype = DTYPES[config.precision.compute]
     with torch.device(device):
-        return LanguageModel(
+        whole = LanguageModel(
             Embedding(model.vocab_size, model.d_model, model.init),
-            [_block(config, index) for index in range(model.num_layers)],
+            {index: _block(config, index) for index in range(model.num_layers)},
             NORMS[model.norm](model.d_model, model.norm_eps),
             None if model.tied_embeddings else Linear(model.d_model, model.vocab_size, model.init),
             logit_scale=model.d_model**-0.5 if model.scale_logits else 1.0,
             output_z=model.z_loss_coefficient > 0,
-            compute_dtype=DTYPES[config.precision.compute],
+            compute_dtype=compute_dtype,
         )
+        return whole.double() if compute_dtype == torch.float64 else whole  # weights are float32 under bfloat16 too
 
 
 def _block(config: Config, index: int) -> Block:

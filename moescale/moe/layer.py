@@ -23,14 +23,14 @@ class MoELayer(nn.Module):
         self.statistics = Statistics(router.num_experts)
 
     def forward(self, x: Tensor, serial: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [batch, seq, d_model]; a sequence is a routing group. serial: [batch, seq] int64, -1 = padding.
+        """x: [batch, seq/cp/tp, d_model]; a sequence is a routing group. serial: [batch, seq] int64, -1 = padding.
 
-        -> like x; [2] float32: load-balance and router z-loss, summed over valid tokens
+        -> like x; [2] float32: load-balance and router z-loss, summed over own valid tokens
         """
         routing, losses = self.router(x, serial)
         rows, tokens_per_expert, handle = self.dispatcher.dispatch(x.flatten(0, 1), routing)
         rows = self.experts(rows, tokens_per_expert)
         y = self.dispatcher.combine(rows, routing, handle)
         if self.training:
-            self.statistics.add(routing, serial)
+            self.statistics.add(routing, self.router.sequence.own(serial))
         return y.view_as(x), losses

@@ -22,6 +22,7 @@ from moescale.layers.linear import matrix_fill
 from moescale.moe.losses import load_balance_loss, router_z_loss
 from moescale.moe.routing import Routing, sort_by_expert, within_capacity
 from moescale.ops.random import uniform, uniform_features
+from moescale.ops.sequence import Sequence
 
 
 class Router(nn.Module, ABC):
@@ -43,15 +44,18 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
         self.jitter, self.salt = jitter, salt
+        self.sequence = Sequence()
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.initial = {"weight": matrix_fill(init, d_model)}
 
     def forward(self, x: Tensor, serial: Tensor) -> tuple[Routing, Tensor]:
         """Route the tokens of each group.
 
-        x: [groups, tokens, d_model]. serial: [groups, tokens] int64, -1 = padding, which goes nowhere.
-        -> Routing of the flattened tokens; [2] float32: load-balance and router z-loss, summed over valid tokens
+        x: [groups, tokens, d_model], the own positions of each sequence, which is a group.
+        serial: [groups, seq] int64, of the whole sequences; -1 = padding, which goes nowhere.
+        -> Routing of the flattened tokens; [2] float32: load-balance and router z-loss, summed over own valid tokens
         """
+        valid_whole, serial = serial >= 0, self.sequence.own(serial)
         valid = serial >= 0
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 router diverges (Switch, sec. 2.4)
         if self.training and self.jitter:
@@ -62,14 +66,21 @@ class Router(nn.Module, ABC):
         expert, weight = self.choose(logits, probs)  # [groups, tokens, choices]
         wanted = self.wanted(weight, serial) & valid.unsqueeze(-1)
         if self.training and self.capacity_factor is not None:
-            wanted = within_capacity(expert, wanted, self._capacity(valid), self.num_experts)
+            wanted = self._within_capacity(expert, wanted, valid_whole)
         counted = expert[..., : self.balance_choices]
         ones = valid.unsqueeze(-1).expand_as(counted).to(probs.dtype)
         assignments = probs.new_zeros(len(x), self.num_experts)
         assignments.scatter_add_(1, counted.flatten(1), ones.flatten(1))  # [groups, experts]
+        assignments = self.sequence.sum(assignments)
         losses = torch.stack((load_balance_loss(probs, assignments, valid), router_z_loss(logits, valid)))
         routing = sort_by_expert(expert.flatten(0, 1), weight.flatten(0, 1), wanted.flatten(0, 1), self.num_experts)
         return routing, losses
+
+    def _within_capacity(self, expert: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
+        """Count slots over the whole sequences, whoever holds their positions. valid: [groups, seq] bool"""
+        choice = self.sequence.whole(torch.where(wanted, expert, -1).to(torch.int32)).long()
+        kept = within_capacity(choice.clamp(min=0), choice >= 0, self._capacity(valid), self.num_experts)
+        return self.sequence.own(kept)
 
     def _capacity(self, valid: Tensor) -> Tensor:
         """Slots of one expert in each group: its even share times the factor, at least one. -> [groups] int64"""

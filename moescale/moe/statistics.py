@@ -13,6 +13,7 @@ class Statistics(nn.Module):
 
     tokens_per_expert: Tensor
     dropped: Tensor
+    counting = True  # False while a part of the forward pass runs again in backward
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -22,6 +23,8 @@ class Statistics(nn.Module):
     @torch.no_grad()
     def add(self, routing: Routing, serial: Tensor) -> None:
         """Count one pass. serial: [groups, tokens] int64; a choice of a valid token that has no row was dropped."""
+        if not self.counting:
+            return
         self.tokens_per_expert += routing.tokens_per_expert
         self.dropped += (serial >= 0).sum() * routing.row.shape[1] - len(routing.token)
 

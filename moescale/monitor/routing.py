@@ -19,22 +19,25 @@ def reset_statistics(model: nn.Module) -> None:
         layer.statistics.reset()
 
 
-def routing_metrics(model: nn.Module, group: dist.ProcessGroup | None) -> dict[str, list[int] | int]:
+def routing_metrics(
+    model: nn.Module, group: dist.ProcessGroup | None, *, num_layers: int, num_experts: int
+) -> dict[str, list[int] | int]:
     """Add up the counts of all ranks since the last reset, in one collective.
 
+    model: this rank's blocks, by their index. num_layers: of the whole model.
     -> `moe/layer_NN/tokens_per_expert`: rows of each expert; `moe/layer_NN/dropped`. NN is the block's index.
     """
-    layers = _layers(model)
-    if not layers:
-        return {}
-    statistics = [layer.statistics for _, layer in layers]
-    counts = torch.stack([torch.cat((s.tokens_per_expert, s.dropped.view(1))) for s in statistics])
+    layers = {index: layer.statistics for index, layer in _layers(model)}
+    counts = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=next(model.parameters()).device)
+    for index, statistics in layers.items():  # the last column tells which layers are mixtures on any rank
+        counts[index] = torch.cat((statistics.tokens_per_expert, statistics.dropped.view(1), counts.new_ones(1)))
     if group is not None:
         dist.all_reduce(counts, group=group)
     metrics: dict[str, list[int] | int] = {}
-    for (index, _), row in zip(layers, counts.tolist(), strict=True):
-        metrics[f"moe/layer_{index:02d}/tokens_per_expert"] = row[:-1]
-        metrics[f"moe/layer_{index:02d}/dropped"] = row[-1]
+    for index, row in enumerate(counts.tolist()):
+        if row[-1]:
+            metrics[f"moe/layer_{index:02d}/tokens_per_expert"] = row[:-2]
+            metrics[f"moe/layer_{index:02d}/dropped"] = row[-2]
     return metrics
 
 

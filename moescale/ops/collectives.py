@@ -37,9 +37,71 @@ def all_reduce_sum(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
+def all_gather(tensor: Tensor, group: Group) -> Tensor:
+    """Bring together every rank's tensor of one shape; outside autograd. -> [ranks, ...]"""
+    ranks = dist.get_world_size(group)
+    gathered = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])
+    _all_gather(gathered, tensor.contiguous(), group=group)
+    return gathered.unflatten(0, (ranks, -1))
+
+
+def gather_sequence(x: Tensor, group: Group) -> Tensor:
+    """Join the ranks' positions; each rank's gradients of all of them are added up and shared out.
+
+    x: [batch, seq/ranks, d_model]. -> [batch, seq, d_model]
+    """
+    return _GatherSequence.apply(x, group)
+
+
+def scatter_sequence(x: Tensor, group: Group) -> Tensor:
+    """Add up the ranks' values of all positions and share them out: the reverse of `gather_sequence`.
+
+    x: [batch, seq, d_model]. -> [batch, seq/ranks, d_model]
+    """
+    return _ScatterSequence.apply(x, group)
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """Take this rank's part of a sharded tensor, with its gradient; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# torch 2.13 gave both a new name, and warns of the old one
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def _gather(x: Tensor, group: Group) -> Tensor:
+    return all_gather(x, group).transpose(0, 1).flatten(1, 2)
+
+
+def _scatter(x: Tensor, group: Group) -> Tensor:
+    by_rank = x.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1)  # [ranks, batch, seq/ranks, d_model]
+    own = x.new_empty(by_rank.shape[1:])
+    _reduce_scatter(own, by_rank.flatten(0, 1).contiguous(), group=group)
+    return own
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grad, ctx.group), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, ctx.group), None
 
 
 class _AllToAll(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -13,17 +13,23 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float | None, *,
+    copies: Collection[nn.Parameter] = (), group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Scale all gradients so that their global norm is at most max_norm; each element of each weight counts once.
 
-    max_norm: None leaves them as they are. -> the norm before, scalar float32
+    max_norm: None leaves them as they are. copies: parameters that another rank of the group counts. group: ranks that
+    hold other parameters. -> the norm before, scalar of at least float32
     """
+    parameters = list(parameters)
+    not_counted = {id(parameter) for parameter in copies}
     by_axes: dict[Any, list[Tensor]] = defaultdict(list)  # by the mesh, and its axes over which a gradient is cut
     for parameter in parameters:
-        grad = parameter.grad
+        grad = parameter.grad if id(parameter) not in not_counted else None
         if isinstance(grad, DTensor):
             axes = tuple(axis for axis, placement in enumerate(grad.placements) if isinstance(placement, Shard))
-            by_axes[grad.device_mesh, axes].append(grad.to_local())
+            by_axes[grad.device_mesh, axes].append(_local(grad))
         elif grad is not None:
             by_axes[None, ()].append(grad)
     squares = []
@@ -34,9 +40,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
         for axis in axes:
             dist.all_reduce(square, group=mesh.get_group(axis))
         squares.append(square)
-    norm = torch.stack(squares).sum().sqrt().float()
+    square = torch.stack(squares).sum()
+    if group is not None:
+        dist.all_reduce(square, group=group)
+    norm = square.sqrt()
     if max_norm is not None:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grads in by_axes.values():
-            torch._foreach_mul_(grads, scale)
+        grads = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(grads, scale)
     return norm
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

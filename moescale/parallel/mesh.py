@@ -18,10 +18,14 @@ from moescale.config import Config, ParallelConfig
 
 @dataclass(frozen=True)
 class Mesh:
-    """Who this rank is, and the views of the world; both views are None on one process.
+    """Who this rank is, and the views of the world; all views are None on one process.
 
-    dense: axes (pp, dp_replicate, fsdp, tp), of weights that all tokens use. fsdp = dp_shard x cp.
-    sparse: axes (pp, dp_replicate, efsdp, ep), of experts. efsdp x ep = fsdp x tp.
+    Ranks are numbered with tp innermost: (pp, dp_replicate, dp_shard, cp, tp). fsdp = dp_shard x cp.
+    dense: axes (pp, dp_replicate, fsdp, tp), of matrices that tensor parallelism cuts.
+    shared: axes (pp, dp_replicate, fsdp_tp), of weights that meet each token on one rank alone, such as norms.
+    sparse: axes (pp, dp_replicate, efsdp, ep, etp), of experts. efsdp x ep x etp = fsdp x tp.
+    expert: axes (..., ep_etp), the ranks among which tokens travel; the same as ep unless etp is used.
+    data: axes (pp_batch, cp, tp), of tokens. sequence: axes (outer, cp_tp), the ranks that share a sequence.
     """
 
     rank: int
@@ -29,8 +33,12 @@ class Mesh:
     world_size: int
     device: torch.device
     parallel: ParallelConfig
-    dense: DeviceMesh | None
-    sparse: DeviceMesh | None
+    dense: DeviceMesh | None = None
+    shared: DeviceMesh | None = None
+    sparse: DeviceMesh | None = None
+    expert: DeviceMesh | None = None
+    data: DeviceMesh | None = None
+    sequence: DeviceMesh | None = None
 
     @property
     def batch_size(self) -> int:
@@ -40,12 +48,38 @@ class Mesh:
     @property
     def batch_rank(self) -> int:
         """This rank's place among them."""
-        if self.dense is None:
-            return 0
-        return self.dense.get_local_rank("dp_replicate") * self.parallel.dp_shard + self.dense.get_local_rank("fsdp")
+        return self.rank // self.sequence_size % self.batch_size
 
     @property
-    def batch_group(self) -> dist.ProcessGroup | None:
+    def sequence_size(self) -> int:
+        """How many ranks share each sequence; neighbours in the numbering."""
+        return self.parallel.cp * self.parallel.tp
+
+    @property
+    def copies(self) -> int:
+        """How many ranks read the same batch: those that share its sequences or its layers."""
+        return self.world_size // self.batch_size
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The pieces of the model that lie here: one of pp, or two where the schedule interleaves."""
+        parallel = self.parallel
+        place = self.rank // (self.world_size // parallel.pp)
+        if parallel.pp_stages == parallel.pp:
+            return (place,)
+        if parallel.pp_schedule == "zero_bubble":  # there and back, so that the last stage meets the first
+            return (place, parallel.pp_stages - 1 - place)
+        return (place, place + parallel.pp)
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup | None:
+        """The ranks among which tokens travel to their experts."""
+        if self.sparse is None:
+            return None
+        return self.sparse["ep"].get_group() if self.expert is None else self.expert["ep_etp"].get_group()
+
+    @property
+    def world_group(self) -> dist.ProcessGroup | None:
         """The ranks over which losses and counts are added up; None on one process."""
         return None if self.dense is None else dist.group.WORLD
 
@@ -70,16 +104,30 @@ def start_mesh(config: Config) -> Mesh:
     if cuda:
         torch.cuda.set_device(device)
     if size == 1:
-        return Mesh(0, local_rank, 1, device, parallel, None, None)
+        return Mesh(0, local_rank, 1, device, parallel)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.run.timeout_seconds))
-    fsdp = parallel.dp_shard * parallel.cp
-    efsdp = fsdp * parallel.tp // parallel.ep
-    dense_names, sparse_names = ("pp", "dp_replicate", "fsdp", "tp"), ("pp", "dp_replicate", "efsdp", "ep")
-    outer = (parallel.pp, parallel.dp_replicate)
-    dense = init_device_mesh(device.type, (*outer, fsdp, parallel.tp), mesh_dim_names=dense_names)
-    sparse = init_device_mesh(device.type, (*outer, efsdp, parallel.ep), mesh_dim_names=sparse_names)
-    return Mesh(dist.get_rank(), local_rank, size, device, parallel, dense, sparse)
+    fsdp, outer = parallel.dp_shard * parallel.cp, (parallel.pp, parallel.dp_replicate)
+    sharing = fsdp * parallel.tp
+    views: dict[str, dict[str, int]] = {
+        "dense": {"fsdp": fsdp, "tp": parallel.tp},
+        "sparse": {"efsdp": sharing // (parallel.ep * parallel.etp), "ep": parallel.ep, "etp": parallel.etp},
+    }
+    if parallel.tp > 1:
+        views["shared"] = {"fsdp_tp": sharing}
+    if parallel.etp > 1:
+        ranks = parallel.ep * parallel.etp
+        views["expert"] = {"efsdp": sharing // ranks, "ep_etp": ranks}
+    made = {
+        name: init_device_mesh(device.type, (*outer, *axes.values()), mesh_dim_names=("pp", "dp_replicate", *axes))
+        for name, axes in views.items()
+    }
+    if parallel.cp * parallel.tp > 1:  # a sequence lies on several ranks
+        pieces = parallel.cp * parallel.tp
+        made["data"] = init_device_mesh(device.type, (size // pieces, parallel.cp, parallel.tp),
+                                        mesh_dim_names=("pp_batch", "cp", "tp"))
+        made["sequence"] = init_device_mesh(device.type, (size // pieces, pieces), mesh_dim_names=("outer", "cp_tp"))
+    return Mesh(dist.get_rank(), local_rank, size, device, parallel, **made)
 
 
 def _die_with_parent() -> None:

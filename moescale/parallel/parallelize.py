@@ -2,35 +2,90 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch.distributed.device_mesh import DeviceMesh
 
-from moescale.config import Config
+from moescale.config import Config, sequence_pieces
+from moescale.mixers.attention import Attention
 from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
+from moescale.ops.sequence import SharedSequence
+from moescale.parallel.context import ContextAttention, deal_pieces
 from moescale.parallel.expert import moe_layers, spread_experts
 from moescale.parallel.fsdp import shard_parameters
 from moescale.parallel.mesh import Mesh
+from moescale.parallel.recompute import recompute
+from moescale.parallel.tensor import spread_losses, spread_matrices
+from moescale.planner.stages import cut_into_stages
 
 
-def build_parallel_model(config: Config, mesh: Mesh) -> LanguageModel:
+@dataclass(frozen=True)
+class ParallelModel:
+    """What lies on this rank. pieces: to run, one or, in some pipelines, two. whole: all of them, by their names."""
+
+    pieces: list[LanguageModel]
+    whole: LanguageModel
+
+
+def build_parallel_model(config: Config, mesh: Mesh) -> ParallelModel:
     """Build this rank's part of the model, filled with its first values: on meta, then cut, then in memory."""
     model = build_model(config, "meta")
-    parallelize(model, mesh)
+    pieces = [model]
+    if mesh.parallel.pp > 1:
+        from moescale.parallel.pipeline import join, take_stages  # only now: its import takes a while
+
+        pieces = take_stages(model, cut_into_stages(config), mesh.stages)
+        model = join(pieces)
+    parallelize(model, pieces, config, mesh)
     model.to_empty(device=mesh.device)
     for layer in moe_layers(model):
         layer.statistics.reset()
     initialize(model, config.run.seed)
-    return model
+    return ParallelModel(pieces, model)
 
 
-def parallelize(model: LanguageModel, mesh: Mesh) -> None:
-    """Cut the model over the ranks: experts first, then every weight over the data axes."""
-    if mesh.dense is None or mesh.sparse is None:
-        return
-    if mesh.parallel.ep > 1:
-        spread_experts(model, mesh.sparse["ep"])
-    shard_parameters(model, _data_axes(mesh.dense, "fsdp"), _data_axes(mesh.sparse, "efsdp"), model.compute_dtype)
+def parallelize(model: LanguageModel, pieces: list[LanguageModel], config: Config, mesh: Mesh) -> None:
+    """Cut the model over the ranks: tensor, experts, context, recompute, compile, data.
+
+    model: all of this rank's pieces under one name.
+    """
+    parallel = mesh.parallel
+    if parallel.tp > 1 and mesh.dense is not None:
+        spread_matrices(model, mesh.dense["tp"])
+        for piece in pieces:
+            spread_losses(piece, mesh.dense["tp"])
+    if parallel.ep * parallel.etp > 1 and mesh.sparse is not None:
+        spread_experts(model, mesh.sparse["ep", "etp"], mesh.expert_group)
+    if mesh.sequence_size > 1:
+        share_sequences([model, *pieces], config, mesh)
+    if parallel.recompute != "none":
+        recompute(model, parallel.recompute)
+    if parallel.compile:
+        for block in model.blocks.values():
+            block.compile()
+    if mesh.dense is not None and mesh.sparse is not None:
+        shared = (mesh.dense, "fsdp") if mesh.shared is None else (mesh.shared, "fsdp_tp")
+        shard_parameters(pieces, _data_axes(mesh.dense, "fsdp"), _data_axes(*shared), _data_axes(mesh.sparse, "efsdp"))
+
+
+def share_sequences(models: list[LanguageModel], config: Config, mesh: Mesh) -> None:
+    """Tell every module that asks where positions lie, and let attention look across ranks."""
+    assert mesh.data is not None
+    assert mesh.sequence is not None
+    cp, tp = mesh.data["cp"], mesh.data["tp"]
+    pieces = deal_pieces(cp.size(), sequence_pieces(cp.size(), config.model.window))
+    sequence = SharedSequence(
+        pieces, cp.get_local_rank(), tp.get_local_rank(), tp.size(), tp_group=tp.get_group(),
+        group=mesh.sequence["cp_tp"].get_group(),
+    )
+    for model in models:
+        for module in model.modules():
+            if hasattr(module, "sequence"):
+                module.sequence = sequence
+            if isinstance(module, Attention) and cp.size() > 1:
+                module.attend = ContextAttention(pieces, cp.get_local_rank(), cp.get_group())
 
 
 def _data_axes(view: DeviceMesh, shard_axis: str) -> DeviceMesh:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moescale.config import Config
+from moescale.config import Config, LayerConfig
 
 GATED = frozenset({"swiglu", "geglu"})
 
@@ -19,20 +19,36 @@ class ParameterCount:
 
 def count_parameters(config: Config) -> ParameterCount:
     """Count every weight, a tied embedding once."""
-    model, moe = config.model, config.moe
-    d_model, norm = model.d_model, model.d_model
-    attention = model.head_dim * d_model * (2 * model.num_heads + 2 * model.num_kv_heads)
-    total = active = model.vocab_size * d_model * (1 if model.tied_embeddings else 2) + norm
+    model = config.model
+    total = active = model.vocab_size * model.d_model * (1 if model.tied_embeddings else 2) + model.d_model
     for layer in model.layers:
-        shared = attention + norm * (1 if model.block == "parallel" else 2)
-        if layer.channel_mixer == "moe":
-            expert = d_model * moe.d_ff * (3 if moe.activation in GATED else 2)
-            shared += d_model * moe.num_experts  # the router
-            total, active = total + moe.num_experts * expert, active + moe.top_k * expert
-        else:
-            shared += d_model * model.d_ff * (3 if model.activation in GATED else 2)
-        total, active = total + shared, active + shared
+        count = _count_layer(config, layer)
+        total, active = total + count.total, active + count.active
     return ParameterCount(total, active)
+
+
+def layer_flops_per_token(config: Config) -> tuple[list[int], int]:
+    """Count the forward pass of one token: two a weight that it meets, four a score of attention and feature.
+
+    -> each layer; the head
+    """
+    model, seq = config.model, config.data.seq_len
+    seen = min(model.window or seq, seq)
+    attention = 4 * model.num_heads * model.head_dim * seen
+    return ([2 * _count_layer(config, layer).active + attention for layer in model.layers],
+            2 * model.vocab_size * model.d_model)
+
+
+def _count_layer(config: Config, layer: LayerConfig) -> ParameterCount:
+    model, moe, d_model = config.model, config.moe, config.model.d_model
+    shared = model.head_dim * d_model * (2 * model.num_heads + 2 * model.num_kv_heads)
+    shared += d_model * (1 if model.block == "parallel" else 2)  # norms
+    if layer.channel_mixer == "feed_forward":
+        shared += d_model * model.d_ff * (3 if model.activation in GATED else 2)
+        return ParameterCount(shared, shared)
+    expert = d_model * moe.d_ff * (3 if moe.activation in GATED else 2)
+    shared += d_model * moe.num_experts  # the router
+    return ParameterCount(shared + moe.num_experts * expert, shared + moe.top_k * expert)
 
 
 def model_flops_per_token(config: Config) -> int:

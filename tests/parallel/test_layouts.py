@@ -71,7 +71,8 @@ def run_steps(family: str, parallel: dict[str, int], compute: str, steps: int) -
             gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
         norm = engine.step()
         figures = [float(x) for x in (losses.cross_entropy, losses.load_balance, losses.router_z, norm)]
-        history.append((figures, routing_metrics(engine.model, mesh.batch_group)))
+        history.append((figures, routing_metrics(
+            engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)))
     evaluated = engine.evaluate(make_batches(99, mesh.batch_rank, mesh.batch_size))
     stop_mesh()
     return {"first": first, "gradients": gradients, "history": history, "evaluated": evaluated}

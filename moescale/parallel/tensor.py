@@ -1,0 +1,62 @@
+"""Tensor parallelism: matrices are cut over the ranks of `tp`, which work on each token together.
+
+Column-wise what begins a sublayer (query, key, value, gate, up), row-wise what ends it, the embedding and the head by
+token (Shoeybi et al., 2019); between sublayers each rank has its own positions (Korthikanti et al., 2022).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from moescale.layers.feed_forward import FeedForward
+from moescale.mixers.attention import Attention
+from moescale.model.language_model import LanguageModel
+from moescale.ops.vocabulary import vocabulary_losses
+
+
+def spread_matrices(model: LanguageModel, tp: DeviceMesh) -> None:
+    """Keep this rank's cut of every matrix that tensor parallelism cuts, as DTensors."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            _spread_attention(module, tp)
+        elif isinstance(module, FeedForward):
+            for linear, dim in ((module.gate, 0), (module.up, 0), (module.down, 1)):
+                if linear is not None:
+                    _cut(linear, dim, tp)
+    for module in (model.embedding, model.head):
+        if module is not None:
+            _cut(module, 0, tp)
+    if model.embedding is not None:
+        model.embedding.first_token = _first_token(model.embedding, tp)
+
+
+def spread_losses(piece: LanguageModel, tp: DeviceMesh) -> None:
+    """Take the losses of logits whose vocabulary is cut. piece: with its matrices spread"""
+    head = piece.head or piece.embedding
+    if piece.norm is not None and head is not None:
+        piece.sum_losses = partial(vocabulary_losses, first_token=_first_token(head, tp), group=tp.get_group())
+
+
+def _spread_attention(attention: Attention, tp: DeviceMesh) -> None:
+    _cut(attention.q, 0, tp)
+    _cut(attention.o, 1, tp)
+    num_kv_heads, head_dim = attention.k.weight.shape[0] // attention.head_dim, attention.head_dim
+    for linear in (attention.k, attention.v):
+        if num_kv_heads % tp.size() == 0:
+            _cut(linear, 0, tp)
+        else:  # fewer heads than ranks: every rank has all, and uses the one that its queries look at
+            head = tp.get_local_rank() * num_kv_heads // tp.size()
+            linear.rows = slice(head * head_dim, (head + 1) * head_dim)
+
+
+def _cut(module: nn.Module, dim: int, tp: DeviceMesh) -> None:
+    weight = distribute_tensor(module.weight.data, tp, [Shard(dim)], src_data_rank=None)
+    module.register_parameter("weight", nn.Parameter(weight))
+
+
+def _first_token(module: nn.Module, tp: DeviceMesh) -> int:
+    return module.weight.shape[0] // tp.size() * tp.get_local_rank()
