@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from torch import nn
@@ -23,14 +23,18 @@ def recompute(model: nn.Module, extent: str) -> None:
     kinds: tuple[type[nn.Module], ...] = (Block,) if extent == "full" else (FeedForward, Experts)
     for module in model.modules():
         if isinstance(module, kinds):
-            contexts = nullcontext(), _Uncounted(module)  # of the first run, of the others
             module.forward = partial(
                 checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False,
-                context_fn=partial(tuple, contexts),
+                context_fn=partial(_contexts, module),
             )
 
 
-class _Uncounted:
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """-> what surrounds the first run, and the others"""
+    return nullcontext(), _Uncounted(module)
+
+
+class _Uncounted(AbstractContextManager[None]):
     """Let statistics pass: what runs again was counted the first time. Entered once for each part of backward."""
 
     def __init__(self, module: nn.Module) -> None:
