@@ -81,7 +81,7 @@ class Pipeline:
 
     def forward_backward(self, inputs: Sequence[Inputs], loss: Callable[[LossSums], Tensor]) -> None:
         """Run micro-batches of one shape forward and backward. loss: called with each one's sums on the last stage."""
-        joined = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+        joined: Inputs = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
         tokens = joined.pop("tokens")
         self._loss = loss
         schedule = self._schedule(len(inputs), inputs[0]["tokens"].shape)
