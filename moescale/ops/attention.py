@@ -27,8 +27,8 @@ def attention(
     if backend == "reference":
         return _reference(q, k, v, window, positions)
     mask = None
-    if (window is not None and window < q.shape[1]) or _has_documents(positions):
-        mask = visible(q.shape[1], window, positions, q.device).unsqueeze(-3)  # [batch or 1, 1, seq, seq]
+    if (window is not None and window < k.shape[1]) or _has_documents(positions) or q.shape[1]!=k.shape[1]:
+        mask = visible(k.shape[1], window, positions, q.device).unsqueeze(-3)[..., -q.shape[1]:, :]  # [batch or 1, 1, seq, seq]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
         enable_gqa=q.shape[2] != k.shape[2],

@@ -25,6 +25,8 @@ def shard_parameters(
     ranks of tp work with on the same tokens; shared: those of weights that meet each token on one rank, which add the
     ranks of tp; experts: those that hold the same experts.
     """
+    # a pipeline's micro-batches take turns, and backward may come in two halves: weights stay gathered during a step
+    reshard = all(piece.first and piece.norm is not None for piece in pieces)
     wide = torch.promote_types(pieces[0].compute_dtype, torch.float32)
     narrow = pieces[0].compute_dtype if pieces[0].compute_dtype != wide else None
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=wide, cast_forward_inputs=False)
@@ -35,24 +37,24 @@ def shard_parameters(
         for block in piece.blocks.values():
             assert isinstance(block, Block)
             if tensor_parallel:
-                _shard_shared(block, shared, policy, exact)
+                _shard_shared(block, shared, policy, exact, reshard)
             if isinstance(block.channel_mixer, MoELayer):
                 layer = block.channel_mixer
                 if not tensor_parallel:
-                    fully_shard(layer.router, mesh=shared, mp_policy=exact)
+                    fully_shard(layer.router, mesh=shared, mp_policy=exact, reshard_after_forward=reshard)
                 if experts.size() == 1:
                     alone.update(layer.experts.parameters())
                 else:
                     down = layer.experts.down  # ep and etp cut the other dims, this cuts d_model: any efsdp fits
-                    fully_shard(layer.experts, mesh=experts, mp_policy=policy,
+                    fully_shard(layer.experts, mesh=experts, mp_policy=policy, reshard_after_forward=reshard,
                                 shard_placement_fn=lambda p, down=down: Shard(1 if p is down else 2))
-            _shard(block, dense, policy, alone)
+            _shard(block, dense, policy, alone, reshard)
         if piece.norm is not None and tensor_parallel:
-            fully_shard(piece.norm, mesh=shared, mp_policy=exact)
+            fully_shard(piece.norm, mesh=shared, mp_policy=exact, reshard_after_forward=reshard)
         if piece.embedding is not None and piece.head is None and not isinstance(piece.embedding, FSDPModule):
-            _shard(piece.embedding, dense, policy, alone, reshard_after_forward=False)  # met twice: as head too
+            _shard(piece.embedding, dense, policy, alone, False)  # met twice: as head too
             register_fsdp_forward_method(piece.embedding, "logits")
-        _shard(piece, dense, policy, alone)
+        _shard(piece, dense, policy, alone, False)
         for module in piece.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # losses are divided by global counts; gradients are plain sums
@@ -60,21 +62,22 @@ def shard_parameters(
 
 
 def _shard_shared(
-    block: Block, shared: DeviceMesh, policy: MixedPrecisionPolicy, exact: MixedPrecisionPolicy
+    block: Block, shared: DeviceMesh, policy: MixedPrecisionPolicy, exact: MixedPrecisionPolicy, reshard: bool
 ) -> None:
     """Set apart what tensor parallelism does not cut: its gradients are added up over tp too."""
     parts = [block.mixer_norm, block.channel_norm, getattr(block.channel_mixer, "router", None)]
-    fully_shard([part for part in parts if part is not None], mesh=shared, mp_policy=exact)
+    fully_shard([part for part in parts if part is not None], mesh=shared, mp_policy=exact,
+                reshard_after_forward=reshard)
     if isinstance(block.mixer, Attention) and not isinstance(block.mixer.k.weight, DTensor):
-        fully_shard([block.mixer.k, block.mixer.v], mesh=shared, mp_policy=policy)
+        fully_shard([block.mixer.k, block.mixer.v], mesh=shared, mp_policy=policy, reshard_after_forward=reshard)
 
 
 def _shard(
     module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, alone: set[nn.Parameter],
-    reshard_after_forward: bool | None = None,
+    reshard: bool,
 ) -> None:
     fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=_other_dim,
-                ignored_params=alone.intersection(module.parameters()), reshard_after_forward=reshard_after_forward)
+                ignored_params=alone.intersection(module.parameters()), reshard_after_forward=reshard)
 
 
 def _other_dim(parameter: nn.Parameter) -> Shard | None:

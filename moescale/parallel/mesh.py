@@ -63,13 +63,8 @@ class Mesh:
     @property
     def stages(self) -> tuple[int, ...]:
         """The pieces of the model that lie here: one of pp, or two where the schedule interleaves."""
-        parallel = self.parallel
-        place = self.rank // (self.world_size // parallel.pp)
-        if parallel.pp_stages == parallel.pp:
-            return (place,)
-        if parallel.pp_schedule == "zero_bubble":  # there and back, so that the last stage meets the first
-            return (place, parallel.pp_stages - 1 - place)
-        return (place, place + parallel.pp)
+        pp = self.parallel.pp
+        return tuple(range(self.rank // (self.world_size // pp), self.parallel.pp_stages, pp))
 
     @property
     def expert_group(self) -> dist.ProcessGroup | None:

@@ -16,7 +16,7 @@ from torch.distributed.pipelining import (
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
-    ScheduleZBVZeroBubble,
+    ScheduleInterleavedZeroBubble,
 )
 
 from moescale.config import Config
@@ -26,7 +26,7 @@ from moescale.parallel.mesh import Mesh
 
 SCHEDULES = {
     "gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved_1f1b": ScheduleInterleaved1F1B,
-    "zero_bubble": ScheduleZBVZeroBubble,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
 }
 Inputs = dict[str, Tensor]
 """tokens, targets, positions, serial: [batch, seq] int64, as in a Batch."""
@@ -74,8 +74,7 @@ class Pipeline:
         self.group = mesh.dense["pp"].get_group()
         self.d_model = config.model.d_model
         weights = [piece.embedding.weight for piece in pieces if piece.embedding is not None]
-        apart = config.model.tied_embeddings and self._place(config.parallel.pp_stages - 1) != 0
-        self.tied = weights[0] if apart and weights else None  # the embedding, where its two uses lie on two ranks
+        self.tied = weights[0] if config.model.tied_embeddings and weights else None  # used on two ranks
         self._loss: Callable[[LossSums], Tensor] = lambda sums: sums.cross_entropy
         self._schedules: dict[tuple[int, torch.Size], ScheduleGPipe] = {}
 
@@ -163,7 +162,4 @@ class Pipeline:
 
     def _place(self, stage: int) -> int:
         """The rank of pp that runs a stage."""
-        pp = self.parallel.pp
-        if self.parallel.pp_schedule == "zero_bubble" and stage >= pp:
-            return 2 * pp - 1 - stage
-        return stage % pp
+        return stage % self.parallel.pp
