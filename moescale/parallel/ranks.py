@@ -53,10 +53,9 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         ready = wait(waiting, max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RanksError(f"ranks {[pipes.index(pipe) for pipe in waiting]} did not end in time")
-        for pipe in ready:
-            rank = pipes.index(pipe)
+        for rank in [rank for rank, pipe in enumerate(pipes) if pipe in ready]:
             try:
-                good, value = pickle.loads(pipe.recv_bytes())  # recv would share tensors with a rank that is gone
+                good, value = pickle.loads(pipes[rank].recv_bytes())  # recv shares tensors, with a rank that is gone
             except EOFError:
                 raise RanksError(f"rank {rank} died") from None
             if not good:
