@@ -1,4 +1,4 @@
-"""The command line: `moescale train | generate`; also `python -m moescale`, alone or under torchrun."""
+"""The command line: `moescale train | generate | verify`; also `python -m moescale`, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -63,6 +63,45 @@ def generate(
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+
+
+@app.command(no_args_is_help=True)
+def verify(
+    config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. moe.router=gshard model.window=64.")
+    ] = None,
+    layouts: Annotated[
+        str | None, typer.Option(help='Which to try, with commas between, e.g. "tp2 ep4, pp2 dp2 ep2".')
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Try every layout of so many ranks.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the data and the sample; the date, if not given.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all that was measured to this file.")] = None,
+) -> None:
+    """Prove on this machine that a run trains the same in every layout: no cluster, no GPU.
+
+    The run is shrunk to a few layers and small widths; its structure stays: pattern, router, capacity, window, key
+    heads, tied embeddings, recompute. One process takes a training step; then each layout takes it, on as many local
+    processes, with 1 and with 3 micro-batches, in float32 and in float64. All must agree: the features between
+    sublayers, each token's experts, what is dropped, the losses, every parameter's gradient and its value after the
+    step.
+
+    A layout is a few words: dp2 (parallel.dp_shard), rep2 (parallel.dp_replicate), tp2, pp2, cp2, ep2, etp2. dp * rep *
+    tp * pp * cp is the number of ranks; without dp there are as many as ep and etp need, so that "tp2 ep4" has four.
+    Pipelines take turns with their schedules. Without --layouts and --ranks a sample of 2 and 4 ranks is drawn anew
+    each day.
+
+    moescale verify configs/quickstart.yaml --layouts "tp2, pp2 ep2, cp2 ep4"
+
+    In the table, "worst" is the largest relative error and of what; "scale" is the ratio of a gradient's norm to what
+    it should be: 2.000 means twice too large. Exit status 1 when a layout falls short.
+    """
+    with _one_line_errors():
+        settled = load_config(config, overrides or [])
+        from moescale.verify.main import verify as run
+
+        if not run(settled, layouts=layouts, ranks=ranks, seed=seed, json=json):
+            raise typer.Exit(1)
 
 
 @contextmanager

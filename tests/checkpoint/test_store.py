@@ -26,7 +26,7 @@ from moescale.checkpoint import store
 from moescale.checkpoint.index import SafeReader
 from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from moescale.config import ConfigError
-from tests.ranks import run_ranks
+from moescale.parallel.ranks import run_ranks
 
 
 def make_tensors() -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from moescale.data.token_file import prepare_tokens
 from moescale.engine.native import NativeEngine
 from moescale.generate import load_model
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
-from tests.ranks import run_ranks
+from moescale.parallel.ranks import run_ranks
 
 
 def make_config(folder: Path, parallel: dict[str, int]) -> Config:

@@ -10,7 +10,7 @@ from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.monitor.routing import reset_statistics, routing_metrics
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
-from tests.ranks import run_ranks
+from moescale.parallel.ranks import run_ranks
 
 SEQ, GLOBAL_BATCH, VOCAB = 24, 8, 64
 MODEL = {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}

@@ -15,10 +15,15 @@ from typing import Any
 import torch
 
 
+class RanksError(RuntimeError):
+    """A rank raised, died or did not end in time; the message holds its traceback."""
+
+
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120) -> list[Any]:
     """Call function(*args) on each rank, with the environment that torchrun would set. -> what each returned
 
-    Raises AssertionError with the first rank's traceback, or when a rank is still busy at the time-out.
+    Ranks are forked: they see what this process has in memory, args may hold anything, and results are pickled.
+    Raises RanksError with the first rank's traceback, or when a rank is still busy at the time-out.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,14 +51,15 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
     while len(results) < len(pipes):
         waiting = [pipe for index, pipe in enumerate(pipes) if index not in results]
         ready = wait(waiting, max(0.0, deadline - time.monotonic()))
-        assert ready, f"ranks {[pipes.index(pipe) for pipe in waiting]} did not end in time"
-        for pipe in ready:
-            rank = pipes.index(pipe)
+        if not ready:
+            raise RanksError(f"ranks {[pipes.index(pipe) for pipe in waiting]} did not end in time")
+        for rank in [rank for rank, pipe in enumerate(pipes) if pipe in ready]:
             try:
-                good, value = pickle.loads(pipe.recv_bytes())  # recv would share tensors with a rank that is gone
+                good, value = pickle.loads(pipes[rank].recv_bytes())  # recv shares tensors, with a rank that is gone
             except EOFError:
-                raise AssertionError(f"rank {rank} died") from None
-            assert good, f"rank {rank}:\n{value}"
+                raise RanksError(f"rank {rank} died") from None
+            if not good:
+                raise RanksError(f"rank {rank}:\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
 
@@ -61,7 +67,8 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 def _rank(rank: int, num_ranks: int, port: int, send: Connection, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="",
     )
     try:
         result = (True, function(*args))

@@ -1,0 +1,138 @@
+"""Run a training step in many layouts on this machine, and hold each to one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from moescale.config import Config, ConfigError
+from moescale.data.batches import Batch
+from moescale.parallel.mesh import start_mesh, stop_mesh
+from moescale.parallel.ranks import RanksError, run_ranks
+from moescale.verify.compare import TOLERANCES, Figure, compare, diagnose
+from moescale.verify.layouts import Layout
+from moescale.verify.shrink import MICRO_BATCHES, shrink
+from moescale.verify.trace import Trace, make_batches, trace_step
+
+SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble", "gpipe")
+MAX_DRAWS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run one layout. config: settled."""
+
+    passes: int  # micro-batches
+    compute: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one layout. schedules: of the pipeline, one for each of MICRO_BATCHES. figures: by passes, compute.
+
+    diagnosis: empty when everything is as on one process.
+    """
+
+    layout: Layout
+    schedules: tuple[str, ...]
+    seconds: float
+    figures: dict[tuple[int, str], list[Figure]]
+    diagnosis: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """All that is needed to try layouts. config: shrunk. references: one process's step, by compute."""
+
+    config: Config
+    batches: Batch
+    references: dict[str, Trace]
+
+
+def prepare(config: Config, layouts: Sequence[Layout], seed: int) -> Proof:
+    """Shrink the run and take its step on one process, in both precisions.
+
+    Where two experts are all but equal for some token, rounding decides between them, in float32 and in each layout
+    anew, which proves nothing: then other batches are drawn.
+    """
+    small = shrink(config, layouts)
+    for attempt in range(MAX_DRAWS):
+        batches = make_batches(small, seed + attempt)
+        references = {
+            compute: run_ranks(1, _reference, _case(small, Layout(), 1, compute, "gpipe").config, batches)[0]
+            for compute in TOLERANCES
+        }
+        if references["float32"].closest > TOLERANCES["float32"]:
+            break
+    return Proof(small, batches, references)
+
+
+def try_layouts(proof: Proof, layouts: Sequence[Layout], timeout_seconds: float) -> Iterator[Row]:
+    """Run layout after layout. timeout_seconds: for each"""
+    turn = 0
+    for layout in layouts:
+        cases = make_cases(proof.config, layout, turn)
+        turn += layout.pp > 1
+        yield _try(proof, layout, cases, timeout_seconds)
+
+
+def make_cases(config: Config, layout: Layout, turn: int) -> list[Case]:
+    """Lay out the runs of one layout: every number of passes, every precision. turn: which schedule comes first"""
+    order = SCHEDULES[turn % 3 :] + SCHEDULES[: turn % 3]
+    cases = []
+    for passes in MICRO_BATCHES:
+        fitting = (schedule for schedule in order if _fits(config, layout, passes, schedule))
+        schedule = next(fitting, "gpipe")
+        cases += [_case(config, layout, passes, compute, schedule) for compute in TOLERANCES]
+    return cases
+
+
+def _fits(config: Config, layout: Layout, passes: int, schedule: str) -> bool:
+    if schedule != "gpipe" and passes == 1:
+        return False  # nothing to interleave
+    try:
+        _case(config, layout, passes, "float32", schedule)
+    except ConfigError:
+        return False
+    return True
+
+
+def _case(config: Config, layout: Layout, passes: int, compute: str, schedule: str) -> Case:
+    share = config.data.global_batch // (layout.dp_replicate * layout.dp_shard)
+    settled = layout.settle(config, schedule, share // passes)
+    precision = config.precision.model_copy(update={"compute": compute})
+    return Case(passes, compute, settled.model_copy(update={"precision": precision}))
+
+
+def _try(proof: Proof, layout: Layout, cases: list[Case], timeout_seconds: float) -> Row:
+    begin = time.monotonic()
+    figures, diagnosis = {}, ""
+    try:
+        results = run_ranks(layout.ranks, _compare_cases, cases, proof, timeout_seconds=timeout_seconds)
+        for case, result in zip(cases, results[0], strict=True):
+            figures[case.passes, case.compute] = result
+            wrong = diagnose(result, TOLERANCES[case.compute])
+            if wrong and not diagnosis:
+                diagnosis = f"{wrong} ({case.compute}, micro-batches {case.passes})"
+    except RanksError as error:
+        diagnosis = str(error).strip().splitlines()[-1]
+    schedules = tuple(dict.fromkeys(case.config.parallel.pp_schedule for case in cases)) if layout.pp > 1 else ()
+    return Row(layout, schedules, time.monotonic() - begin, figures, diagnosis)
+
+
+def _reference(config: Config, batches: Batch) -> Trace:
+    return trace_step(config, start_mesh(config), batches)
+
+
+def _compare_cases(cases: Sequence[Case], proof: Proof) -> list[list[Figure]]:
+    """Run on one rank of a layout."""
+    mesh = start_mesh(cases[0].config)
+    results = []
+    for case in cases:
+        mesh = replace(mesh, parallel=case.config.parallel)  # the schedule alone is another
+        trace = trace_step(case.config, mesh, proof.batches)
+        results.append(compare(trace, proof.references[case.compute], mesh.world_group))
+    stop_mesh()
+    return results

@@ -1,0 +1,83 @@
+"""Make the user's run small enough for a laptop, its structure untouched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from moescale.config import Config, ModelConfig, MoEConfig, sequence_pieces
+from moescale.verify.layouts import Layout
+
+MICRO_BATCHES = (1, 3)  # a rank's passes in one step that every layout is tried with
+
+
+def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
+    """Shrink sizes, and nothing but sizes, to the smallest that keep every kind of part and fit all the layouts.
+
+    layouts: that fit the configuration itself. Each takes the path through the program that it takes there: key heads
+    that are cut stay cut, experts are more than top_k, a window stays shorter than a sequence.
+    """
+    seq_len = _multiple(24, (sequence_pieces(layout.cp, config.model.window) * layout.tp for layout in layouts))
+    update = {
+        "model": _shrink_model(config, layouts, seq_len), "moe": _shrink_moe(config.moe, layouts),
+        "data": config.data.model_copy(update={
+            "seq_len": seq_len, "micro_batch": None, "tokenizer": "none.json",  # batches are made up; "bytes" needs 257
+            "global_batch": _multiple(24, (max(MICRO_BATCHES) * each.dp_replicate * each.dp_shard for each in layouts)),
+        }),
+        # Adam's first step is lr x gradient / (|gradient| + eps). With a small eps it is lr x sign(gradient), and where
+        # a gradient is zero, or nearly, the sign of the rounding error. With lr = eps it multiplies no error by more
+        # than one, and yet moves weights a thousand times further than the tolerance.
+        "optim": config.optim.model_copy(update={
+            "lr": 1e-2, "eps": 1e-2, "warmup_steps": 0, "schedule": "constant",
+        }),
+        "parallel": config.parallel.model_copy(update={"compile": False}),  # compiling takes longer than all the rest
+        "run": config.run.model_copy(update={"steps": 1, "timeout_seconds": 60.0}),
+    }
+    return config.model_copy(update=update)
+
+
+def _shrink_model(config: Config, layouts: Sequence[Layout], seq_len: int) -> ModelConfig:
+    model = config.model
+    tps = [layout.tp for layout in layouts]
+    num_kv_heads = _smallest_divisor(model.num_kv_heads, min(2, model.num_kv_heads), lambda heads: all(
+        _path(heads, tp) == _path(model.num_kv_heads, tp) for tp in tps))
+    group = model.num_heads // model.num_kv_heads
+    group = _smallest_divisor(group, min(2, group), lambda each: all(num_kv_heads * each % tp == 0 for tp in tps))
+    cuts = [n for each in layouts for n in (
+        each.dp_shard * each.cp, each.dp_shard * each.cp * each.tp // (each.ep * each.etp))]
+    longest = max(layout.pp for layout in layouts)
+    stages = 2 * longest if longest <= 4 else longest  # two each, so that schedules that interleave run too
+    window = model.window
+    if window is not None:
+        scaled = round(seq_len * window / config.data.seq_len)
+        window = seq_len if window >= config.data.seq_len else min(max(scaled, 3), seq_len - 1)
+    return model.model_copy(update={
+        "vocab_size": _multiple(64, tps), "d_model": _multiple(32, (8, *cuts)), "head_dim": 8,
+        "d_ff": _multiple(32, (8, *tps)), "num_heads": num_kv_heads * group, "num_kv_heads": num_kv_heads,
+        "num_layers": _multiple(max(2, stages), [len(model.pattern)]), "window": window,
+    })
+
+
+def _shrink_moe(moe: MoEConfig, layouts: Iterable[Layout]) -> MoEConfig:
+    layouts = list(layouts)
+    enough = min(moe.num_experts, 2 * moe.top_k + 2)
+    experts = _smallest_divisor(moe.num_experts, enough, lambda n: all(n % layout.ep == 0 for layout in layouts))
+    return moe.model_copy(update={
+        "num_experts": experts, "d_ff": _multiple(16, (8, *(layout.etp for layout in layouts)))})
+
+
+def _path(kv_heads: int, tp: int) -> str:
+    if kv_heads % tp == 0:
+        return "cut"
+    return "shared" if tp % kv_heads == 0 else "neither"
+
+
+def _smallest_divisor(number: int, least: int, good: Callable[[int], bool]) -> int:
+    """The smallest divisor from `least` on that is good; the number itself is."""
+    return next(n for n in range(least, number + 1) if number % n == 0 and good(n))
+
+
+def _multiple(least: int, divisors: Iterable[int]) -> int:
+    """The smallest number from `least` on that all of these divide."""
+    common = math.lcm(*divisors)
+    return -(-least // common) * common
