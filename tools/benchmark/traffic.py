@@ -1,6 +1,6 @@
 """Bytes that each rank sends in one training step, by mesh axis, beside the least that the layout allows.
 
-    python tools/benchmark/traffic.py [CONFIG] [--layouts "tp2, cp2, ep2 ..."] [--passes 2]
+    python tools/benchmark/traffic.py [CONFIG] [--layouts "tp2, dp2 ep2, ..."] [--passes 4]
 
 Counted where torch hands a collective to its backend: what one rank sends to others in a ring (all-gather, reduce-
 scatter: all but its own share; all-reduce: twice that), or by itself (all-to-all, send). The least is arithmetic on the
@@ -9,12 +9,14 @@ configuration and on the routing that was drawn:
 fsdp    weights of the compute type gathered for forward and again for backward (once where they stay gathered: in a
         pipeline, the outermost weights), gradients reduced once in float32; efsdp the same for experts
 fsdp_tp the same for weights that tensor parallelism does not cut
-tp      a gather before and a scatter behind each mixer and dense feed-forward, the embedding and the head, twice that in
-        backward; three numbers a token for the loss
+tp      a gather before and a scatter behind each mixer and dense feed-forward, the embedding's scatter and the head's
+        gather, all of them again in backward; three numbers a token for the loss
 cp      keys and values that queries elsewhere look at, and their gradients
 ep      rows whose expert is elsewhere, out and back, forward and backward (to each rank of etp)
 pp      features and the router's losses to the next stage, and their gradients
-small   counts, losses and norms: everything else, which has no least
+small   counts, losses and norms, which have no least
+
+Axes that span all ranks share one group of torch's, and here one row.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.moe.layer import MoELayer
 from moescale.parallel.context import deal_pieces
-from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh, world_size
+from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
+from moescale.verify.layouts import parse_layouts
 
-LAYOUTS = "dp4; tp4; cp4; pp4; dp2 tp2; dp2 tp2 ep4; tp2 ep2 etp2; dp2 cp2 ep4; dp2 pp2 ep2; tp2 pp2 ep2; dp_replicate2 dp2 ep2"
+LAYOUTS = ("dp4, tp4, cp4, pp4, dp4 ep4, rep2 dp2 ep2, dp2 tp2, dp2 tp2 ep4, dp2 tp2 ep2, tp2 cp2 ep2 etp2, "
+           "dp2 cp2 ep4, dp2 pp2 ep2, tp2 pp2 ep2")
 c10d = torch.ops.c10d
 
 
@@ -79,13 +83,16 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def axis_names(mesh: Mesh) -> dict[str, str]:
-    """-> the axis of each process group, by its name; of two axes with one group the later"""
-    names = {}
+def axis_names(mesh: Mesh) -> dict[str, list[str]]:
+    """-> the axes of each process group, by its name; axes of all ranks share one"""
+    names: dict[str, list[str]] = defaultdict(list)
     for view in (mesh.data, mesh.dense, mesh.shared, mesh.sparse, mesh.expert):
         for axis in (view.mesh_dim_names or ()) if view is not None else ():
             assert view is not None
-            names[view[axis].get_group().group_name] = {"ep_etp": "ep"}.get(axis, axis)
+            if view is mesh.sparse and mesh.expert is not None and axis == "ep":
+                continue  # rows travel among the ranks of ep and etp together
+            axes = names[view[axis].get_group().group_name]
+            axes += [name for name in [{"ep_etp": "ep"}.get(axis, axis)] if name not in axes]
     return names
 
 
@@ -112,8 +119,8 @@ class Least:
             if not isinstance(parameter, DTensor):
                 continue
             mesh = parameter.device_mesh
-            exact = "router" in name or "norm" in name and self.config.parallel.tp > 1
-            for axis, placement in zip(mesh.mesh_dim_names or (), parameter.placements, strict=True):
+            exact = "router" in name or ("norm" in name and self.config.parallel.tp > 1)
+            for axis in mesh.mesh_dim_names or ():
                 ranks, own = mesh[axis].size(), parameter.to_local().numel()
                 if axis in ("fsdp", "efsdp", "fsdp_tp"):
                     kept = not name.startswith("blocks.") and not (exact and name == "norm.weight")
@@ -121,7 +128,6 @@ class Least:
                     self.sent[axis] += (ranks - 1) * own * (gathers * (4 if exact else self.size) + self.wide)
                 elif axis == "dp_replicate":
                     self.sent[axis] += 2 * (ranks - 1) / ranks * own * self.wide
-                assert placement is not None
 
     def _tensor(self) -> None:
         config, tp = self.config, self.config.parallel.tp
@@ -153,9 +159,9 @@ class Least:
         heads = max(1, config.model.num_kv_heads // config.parallel.tp)
         features = 2 * heads * config.model.head_dim * (config.data.micro_batch or 1)
         layers = sum(len(piece.blocks) for piece in self.engine.pieces)
-        self.received = self._received(pieces, rank, length)
         # keys and values out, and the gradients of those received back
-        self.sent["cp"] = self.passes * layers * features * self.size * (sent + self.received)
+        positions = sent + self._received(pieces, rank, length)
+        self.sent["cp"] = self.passes * layers * features * self.size * positions
 
     def _received(self, pieces: list[list[int]], rank: int, length: int) -> int:
         window = self.config.model.window or self.config.data.seq_len
@@ -176,31 +182,31 @@ class Least:
 
 
 def count(config: Config, passes: int) -> dict[str, tuple[int, float]]:
-    """Run one step on this rank. -> bytes sent and the least, by axis"""
-    config = config.for_world(world_size())
-    share = config.data.global_batch // (config.parallel.dp_replicate * config.parallel.dp_shard)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch": share // passes})})
+    """Run one step on this rank. config: settled. -> bytes sent and the least, by axis"""
     mesh = start_mesh(config)
     engine, rows = NativeEngine(config, mesh), [0]
     for module in engine.model.modules():
         if isinstance(module, MoELayer) and mesh.expert_group is not None:
             _count_rows(module, mesh, rows)
     generator = torch.Generator().manual_seed(mesh.batch_rank)
-    seq = config.data.seq_len
+    seq, size = config.data.seq_len, config.data.micro_batch or 1
     batches = []
     for number in range(passes):
-        tokens = torch.randint(config.model.vocab_size, (share // passes, seq), generator=generator)
+        tokens = torch.randint(config.model.vocab_size, (size, seq), generator=generator)
         serial = torch.arange(tokens.numel()).view_as(tokens) + (mesh.batch_rank * passes + number) * tokens.numel()
         batches.append(Batch(tokens, tokens.roll(-1, 1), torch.arange(seq).expand_as(tokens), serial))
     with Counter() as counter:
         engine.forward_backward(batches)
         engine.step()
     least, names = Least(config, mesh, engine, passes, rows[0]).sent, axis_names(mesh)
-    sent: dict[str, int] = defaultdict(int)
-    for group, amount in counter.sent.items():
-        sent[names.get(group, "small")] += amount
+    figures: dict[str, tuple[int, float]] = {}
+    for group, sent in counter.sent.items():
+        axes = [axis for axis in names.get(group, []) if least.get(axis)]
+        key = "+".join(axes) or "small"
+        before = figures.get(key, (0, 0.0))
+        figures[key] = before[0] + sent, sum(least[axis] for axis in axes)
     stop_mesh()
-    return {axis: (sent[axis], least.get(axis, 0.0)) for axis in sorted(set(sent) | set(least))}
+    return figures
 
 
 def _count_rows(layer: MoELayer, mesh: Mesh, rows: list[int]) -> None:
@@ -211,9 +217,7 @@ def _count_rows(layer: MoELayer, mesh: Mesh, rows: list[int]) -> None:
     def counting(x: torch.Tensor, routing: Any) -> Any:
         by_owner = routing.tokens_per_expert.view(parallel.ep, -1).sum(1).repeat_interleave(parallel.etp)
         rows[0] += int(by_owner.sum() - by_owner[place])
-        result = dispatch(x, routing)
-        rows[1:] = [len(result[0])]
-        return result
+        return dispatch(x, routing)
 
     layer.dispatcher.dispatch = counting  # type: ignore[method-assign]
 
@@ -225,22 +229,18 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=4)
     arguments = parser.parse_args()
     table = Table("layout", "axis", "sent, bytes a step", "least", "ratio", title="all ranks together")
-    names = {"dp": "dp_shard"}
-    for layout in arguments.layouts.split(";"):
-        degrees = {names.get(token.rstrip("0123456789"), token.rstrip("0123456789")): int(token.lstrip("abcdefghijklmnopqrstuvwxyz_"))
-                   for token in layout.split()}
-        ranks = 1
-        for key, degree in degrees.items():
-            ranks *= degree if key not in ("ep", "etp") else 1
-        config = load_config(arguments.config, [f"parallel.{key}={degree}" for key, degree in degrees.items()])
+    config = load_config(arguments.config)
+    for layout in parse_layouts(arguments.layouts, config):
+        share = config.data.global_batch // (layout.dp_replicate * layout.dp_shard)
+        settled = layout.settle(config, micro_batch=share // arguments.passes)
         totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for result in run_ranks(ranks, count, config, arguments.passes):
+        for result in run_ranks(layout.ranks, count, settled, arguments.passes):
             for axis, (sent, least) in result.items():
                 totals[axis][0] += sent
                 totals[axis][1] += least
         for axis, (sent, least) in totals.items():
             if sent or least:
-                table.add_row(layout.strip(), axis, f"{sent:,.0f}", f"{least:,.0f}" if least else "",
+                table.add_row(str(layout), axis, f"{sent:,.0f}", f"{least:,.0f}" if least else "",
                               f"{sent / least:.3f}" if least else "")
     Console(width=110).print(table)
 
