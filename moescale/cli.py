@@ -78,25 +78,32 @@ def verify(
     seed: Annotated[int | None, typer.Option(min=0, help="Of the data and the sample; the date, if not given.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all that was measured to this file.")] = None,
 ) -> None:
-    """Prove on this machine that a run trains the same in every layout: no cluster, no GPU.
+    """Prove on this machine that a run trains the same in every layout.
 
-    The run is shrunk to a few layers and small widths; its structure stays: pattern, router, capacity, window, key
-    heads, tied embeddings, recompute. One process takes a training step; then each layout takes it, on as many local
-    processes, with 1 and with 3 micro-batches, in float32 and in float64. All must agree: the features between
-    sublayers, each token's experts, what is dropped, the losses, every parameter's gradient and its value after the
-    step.
+    No cluster and no GPU: ranks are local processes. The run is shrunk to
+    a few layers and small widths, and keeps its structure: pattern, router,
+    capacity, window, key heads, tied embeddings, recompute. One process takes
+    a training step, then each layout takes it, with 1 and with 3 micro-batches,
+    in float32 and in float64. All must agree: the features between sublayers,
+    each token's experts, what is dropped, the losses, every parameter's
+    gradient, and its value after the step.
 
-    A layout is a few words: dp2 (parallel.dp_shard), rep2 (parallel.dp_replicate), tp2, pp2, cp2, ep2, etp2. dp * rep *
-    tp * pp * cp is the number of ranks; without dp there are as many as ep and etp need, so that "tp2 ep4" has four.
-    Pipelines take turns with their schedules. Without --layouts and --ranks a sample of 2 and 4 ranks is drawn anew
-    each day.
+    A layout is a few words: dp2 (parallel.dp_shard), rep2 (dp_replicate), tp2,
+    pp2, cp2, ep2, etp2, with any number. Ranks are dp * rep * tp * pp * cp;
+    without dp there are as many as ep and etp need: "tp2 ep4" is four ranks.
+    Pipelines take turns with their schedules. Without --layouts and --ranks
+    a sample of 2 and 4 ranks is drawn anew each day.
 
     moescale verify configs/quickstart.yaml --layouts "tp2, pp2 ep2, cp2 ep4"
 
-    In the table, "worst" is the largest relative error and of what; "scale" is the ratio of a gradient's norm to what
-    it should be: 2.000 means twice too large. Exit status 1 when a layout falls short.
+    moescale verify configs/quickstart.yaml moe.router=gshard --ranks 4
+
+    In the table: the largest relative error in float32 and in float64, and of
+    what; the scale of the gradient that is furthest off, 2.000 being twice too
+    large; whether assignments, loads and drops are equal. Below it, what falls
+    short first in each layout that fails; the exit status is then 1.
     """
-    with _one_line_errors():
+    with _one_line_errors(stopped="stopped"):
         settled = load_config(config, overrides or [])
         from moescale.verify.main import verify as run
 
@@ -105,7 +112,9 @@ def verify(
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(
+    stopped: str = "stopped; the same command goes on from the last checkpoint"
+) -> Iterator[None]:
     """End on the user's mistakes with one line and exit status 2, silent on ranks other than 0."""
     try:
         yield
@@ -114,7 +123,7 @@ def _one_line_errors() -> Iterator[None]:
     except TrainingError as error:
         message, status = str(error), 1
     except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on from the last checkpoint", 130
+        message, status = stopped, 130
     else:
         return
     if os.environ.get("RANK", "0") == "0":

@@ -39,20 +39,22 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
     for _, send in pipes:
         send.close()
     try:
-        return _collect([receive for receive, _ in pipes], time.monotonic() + timeout_seconds)
+        return _collect([receive for receive, _ in pipes], timeout_seconds)
     finally:
         for rank in ranks:
             rank.kill()
             rank.join()
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+def _collect(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
+    deadline = time.monotonic() + timeout_seconds
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for index, pipe in enumerate(pipes) if index not in results]
         ready = wait(waiting, max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RanksError(f"ranks {[pipes.index(pipe) for pipe in waiting]} did not end in time")
+            busy = ", ".join(str(pipes.index(pipe)) for pipe in waiting)
+            raise RanksError(f"ranks {busy} did not end in {timeout_seconds:.0f} s")
         for rank in [rank for rank, pipe in enumerate(pipes) if pipe in ready]:
             try:
                 good, value = pickle.loads(pipes[rank].recv_bytes())  # recv shares tensors, with a rank that is gone

@@ -12,6 +12,7 @@ from moescale.config import Config, ConfigError
 from moescale.verify.layouts import Layout, layouts_of, parse_layouts, sample_layouts
 from moescale.verify.report import describe, estimate_seconds, follow, minutes, print_table, write_json
 from moescale.verify.run import prepare, try_layouts
+from moescale.verify.shrink import shrink
 
 
 def verify(
@@ -29,18 +30,21 @@ def verify(
     seed = int(datetime.date.today().strftime("%Y%m%d")) if seed is None else seed
     chosen = _choose(config, layouts, ranks, seed)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)  # a file has no width of its own
     cores = os.cpu_count() or 1
-    seconds = estimate_seconds(chosen, cores)
+    small = shrink(config, chosen)
+    seconds = estimate_seconds(chosen, small.model.num_layers, cores)
     what = "1 layout" if len(chosen) == 1 else f"{len(chosen)} layouts"
     console.print(f"{what} of up to {max(each.ranks for each in chosen)} ranks on {cores} cores: about "
                   f"{minutes(seconds)}; seed {seed}", markup=False)
-    slowest = max(estimate_seconds([layout], cores) for layout in chosen)
-    proof = prepare(config, chosen, seed)
-    console.print(f"shrunk to {describe(proof.config)}", markup=False)
+    slowest = max(estimate_seconds([layout], small.model.num_layers, cores) for layout in chosen)
+    console.print(f"shrunk to {describe(small)}", markup=False)
+    proof = prepare(small, seed)
     rows = follow(try_layouts(proof, chosen, 30 + 10 * slowest), len(chosen), seconds, console)
     print_table(rows, console)
     if json is not None:
-        write_json(json, rows, proof.config, seed)
+        write_json(json, rows, small, seed)
     return not any(row.diagnosis for row in rows)
 
 

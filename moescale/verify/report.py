@@ -18,9 +18,9 @@ from moescale.verify.layouts import Layout
 from moescale.verify.run import Row
 
 
-def estimate_seconds(layouts: Iterable[Layout], cores: int) -> float:
-    """Guess what the layouts take, from what they took where this was written."""
-    return 2 + sum(1.0 + 1.0 * layout.ranks * max(1.0, layout.ranks / cores) for layout in layouts)
+def estimate_seconds(layouts: Iterable[Layout], num_layers: int, cores: int) -> float:
+    """Guess what the layouts take. Measured: on each rank a second, and a second for four layers, of a core."""
+    return sum(1 + (1 + num_layers / 4) * max(1, layout.ranks / cores) for layout in layouts)
 
 
 def describe(config: Config) -> str:
@@ -36,7 +36,7 @@ def describe(config: Config) -> str:
 
 
 def follow(rows: Iterator[Row], count: int, seconds: float, console: Console) -> list[Row]:
-    """Show a bar while the rows come in, on a terminal. seconds: the estimate"""
+    """Show a bar while the rows come in, or a line for each where there is no terminal. seconds: the estimate"""
     done: list[Row] = []
     progress = Progress(
         MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"),
@@ -53,6 +53,8 @@ def follow(rows: Iterator[Row], count: int, seconds: float, console: Console) ->
             progress.update(task, completed=len(done), left=f"about {minutes(left)} left",
                             description=f"{row.layout} {verdict}")
             progress.refresh()
+            if not console.is_terminal:
+                console.print(f"{len(done)}/{count} {row.layout}: {verdict}, {row.seconds:.1f} s", markup=False)
     return done
 
 
@@ -94,7 +96,7 @@ def _plain(row: Row) -> dict[str, Any]:
     ]
     return {"layout": str(row.layout), "degrees": row.layout.degrees, "ranks": row.layout.ranks,
             "schedules": row.schedules, "seconds": round(row.seconds, 2), "ok": not row.diagnosis,
-            "diagnosis": row.diagnosis, "cases": cases}
+            "diagnosis": row.diagnosis, "error": row.error, "cases": cases}
 
 
 def _finite(value: float) -> float | None:

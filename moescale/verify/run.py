@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moescale.config import Config, ConfigError
 from moescale.data.batches import Batch
+from moescale.parallel import pipeline  # noqa: F401  it takes a while, which forked ranks need not repeat
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import RanksError, run_ranks
 from moescale.verify.compare import TOLERANCES, Figure, compare, diagnose
 from moescale.verify.layouts import Layout
-from moescale.verify.shrink import MICRO_BATCHES, shrink
+from moescale.verify.shrink import MICRO_BATCHES
 from moescale.verify.trace import Trace, make_batches, trace_step
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble", "gpipe")
@@ -32,7 +34,7 @@ class Case:
 class Row:
     """What came of one layout. schedules: of the pipeline, one for each of MICRO_BATCHES. figures: by passes, compute.
 
-    diagnosis: empty when everything is as on one process.
+    diagnosis: empty when everything is as on one process. error: the traceback of a rank that raised.
     """
 
     layout: Layout
@@ -40,6 +42,7 @@ class Row:
     seconds: float
     figures: dict[tuple[int, str], list[Figure]]
     diagnosis: str
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,22 +54,21 @@ class Proof:
     references: dict[str, Trace]
 
 
-def prepare(config: Config, layouts: Sequence[Layout], seed: int) -> Proof:
-    """Shrink the run and take its step on one process, in both precisions.
+def prepare(config: Config, seed: int) -> Proof:
+    """Take the step of a shrunk run on one process, in both precisions.
 
     Where two experts are all but equal for some token, rounding decides between them, in float32 and in each layout
     anew, which proves nothing: then other batches are drawn.
     """
-    small = shrink(config, layouts)
     for attempt in range(MAX_DRAWS):
-        batches = make_batches(small, seed + attempt)
+        batches = make_batches(config, seed + attempt)
         references = {
-            compute: run_ranks(1, _reference, _case(small, Layout(), 1, compute, "gpipe").config, batches)[0]
+            compute: run_ranks(1, _reference, _case(config, Layout(), 1, compute, "gpipe").config, batches)[0]
             for compute in TOLERANCES
         }
         if references["float32"].closest > TOLERANCES["float32"]:
             break
-    return Proof(small, batches, references)
+    return Proof(config, batches, references)
 
 
 def try_layouts(proof: Proof, layouts: Sequence[Layout], timeout_seconds: float) -> Iterator[Row]:
@@ -108,7 +110,7 @@ def _case(config: Config, layout: Layout, passes: int, compute: str, schedule: s
 
 def _try(proof: Proof, layout: Layout, cases: list[Case], timeout_seconds: float) -> Row:
     begin = time.monotonic()
-    figures, diagnosis = {}, ""
+    figures, diagnosis, error = {}, "", ""
     try:
         results = run_ranks(layout.ranks, _compare_cases, cases, proof, timeout_seconds=timeout_seconds)
         for case, result in zip(cases, results[0], strict=True):
@@ -116,10 +118,18 @@ def _try(proof: Proof, layout: Layout, cases: list[Case], timeout_seconds: float
             wrong = diagnose(result, TOLERANCES[case.compute])
             if wrong and not diagnosis:
                 diagnosis = f"{wrong} ({case.compute}, micro-batches {case.passes})"
-    except RanksError as error:
-        diagnosis = str(error).strip().splitlines()[-1]
+    except RanksError as raised:
+        error = str(raised).strip()
+        diagnosis = _place(error)
     schedules = tuple(dict.fromkeys(case.config.parallel.pp_schedule for case in cases)) if layout.pp > 1 else ()
-    return Row(layout, schedules, time.monotonic() - begin, figures, diagnosis)
+    return Row(layout, schedules, time.monotonic() - begin, figures, diagnosis, error)
+
+
+def _place(error: str) -> str:
+    """Say what a rank raised, and which line of ours raised it."""
+    lines = error.splitlines()
+    ours = re.findall(r'File ".*?(moescale/[a-z_/]+\.py)", line (\d+)', error)
+    return f"{lines[-1]} ({':'.join(ours[-1])})" if ours else lines[-1]
 
 
 def _reference(config: Config, batches: Batch) -> Trace:
