@@ -46,6 +46,7 @@ def run_steps(folder: Path, parallel: dict[str, int], resume: bool, save_at: int
         losses.append(float(engine.forward_backward(part).cross_entropy))
         engine.step()
     if save_at:
+        engine.evaluate(batches.micro_batches(0, mesh.batch_rank, mesh.batch_size, 2))
         engine.save(folder, {"config.yaml": config.to_yaml()})
     state = {name: getattr(t, "full_tensor", t.clone)().clone() for name, t in engine._tensors().items()}
     stop_mesh()
