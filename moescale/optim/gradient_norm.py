@@ -20,7 +20,7 @@ def clip_gradients(
     """Scale all gradients so that their global norm is at most max_norm; each element of each weight counts once.
 
     max_norm: None leaves them as they are. copies: parameters that another rank of the group counts. group: ranks that
-    hold other parameters. -> the norm before, scalar of at least float32
+    hold other parameters. -> the norm before, scalar float64
     """
     parameters = list(parameters)
     not_counted = {id(parameter) for parameter in copies}

@@ -121,7 +121,7 @@ def mistake(*arguments: str, config: str = "tiny.yaml") -> str:
     ("moe.top_k=5", "at most moe.num_experts=4"),
     ("moe.router=switch", "write moe.top_k=1"),
     ("parallel.ep=3", "parallel.ep=3 must divide moe.num_experts=4: use 1"),
-    ("parallel.tp=2", "write parallel.tp=1"),
+    ("parallel.tp=2", "parallel.tp=2 is 2 ranks, which must divide the 1 that were started: use 1"),
     ("parallel.dp_shard=2", "write parallel.dp_shard=1 or -1"),
     ("data.micro_batch=3", "use 1, 2 or 4"),
     ("data.files=[missing.txt]", "missing.txt"),
