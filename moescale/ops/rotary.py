@@ -37,7 +37,6 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
-    first, second = x.chunk(2, -1)
-    turned_first = (first * cosine).addcmul_(second, sine, value=-sign)
-    turned_second = (second * cosine).addcmul_(first, sine, value=sign)
-    return torch.cat((turned_first, turned_second), -1)
+    """In three passes over whole heads; over half heads they would be five, and slower ones in bfloat16."""
+    partner = x.roll(x.shape[-1] // 2, -1)  # the halves change places
+    return (x * torch.cat((cosine, cosine), -1)).addcmul_(partner, torch.cat((-sine, sine), -1), value=sign)
