@@ -67,7 +67,7 @@ def _draw(
     temperature: float, top_k: int | None, seed: int,
 ) -> Iterator[int]:
     """Draw tokens one after another, looking back on `context` of them; never the end of the document."""
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([start], device=device)
     while True:

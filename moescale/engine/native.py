@@ -59,7 +59,9 @@ class NativeEngine:
             (piece,) = self.pieces
             for index, batch in enumerate(batches):
                 if isinstance(piece, FSDPModule):
-                    piece.set_requires_gradient_sync(index == len(batches) - 1)
+                    last = index == len(batches) - 1
+                    piece.set_requires_gradient_sync(last)
+                    piece.set_reshard_after_backward(last, recurse=False)  # the next pass begins with these weights
                 total(_run(piece, batch)).backward()
         sums[:2] /= self.config.parallel.tp  # ranks of tp have the same sums of these
         sums = all_reduce_sum(sums, self.mesh.world_group)

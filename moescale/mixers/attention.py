@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from moescale.layers.linear import Linear
@@ -28,7 +30,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.window, self.rope_theta = head_dim, window, rope_theta
         self.sequence = Sequence()
-        self.attend = attention
+        self.attend: Callable[..., Tensor] = attention
         self.q = Linear(d_model, num_heads * head_dim, init)
         self.k = Linear(d_model, num_kv_heads * head_dim, init)
         self.v = Linear(d_model, num_kv_heads * head_dim, init)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moescale.mixers.attention import Attention
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
+from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 
 
@@ -45,9 +47,9 @@ def shard_parameters(
                 if experts.size() == 1:
                     alone.update(layer.experts.parameters())
                 else:
-                    down = layer.experts.down  # ep and etp cut the other dims, this cuts d_model: any efsdp fits
+                    features = partial(_features_dim, layer.experts)
                     fully_shard(layer.experts, mesh=experts, mp_policy=policy, reshard_after_forward=reshard,
-                                shard_placement_fn=lambda p, down=down: Shard(1 if p is down else 2))
+                                shard_placement_fn=features)
             _shard(block, dense, policy, alone, reshard)
         if piece.norm is not None and tensor_parallel:
             fully_shard(piece.norm, mesh=shared, mp_policy=exact, reshard_after_forward=reshard)
@@ -78,6 +80,11 @@ def _shard(
 ) -> None:
     fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=_other_dim,
                 ignored_params=alone.intersection(module.parameters()), reshard_after_forward=reshard)
+
+
+def _features_dim(experts: Experts, parameter: nn.Parameter) -> Shard:
+    """Cut d_model: ep and etp cut the other dims, so that any number of ranks fits."""
+    return Shard(1 if parameter is experts.down else 2)
 
 
 def _other_dim(parameter: nn.Parameter) -> Shard | None:

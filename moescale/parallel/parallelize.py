@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from moescale.config import Config, sequence_pieces
 from moescale.mixers.attention import Attention
+from moescale.model.block import Block
 from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
+from moescale.moe.layer import MoELayer
 from moescale.ops.sequence import SharedSequence
 from moescale.parallel.context import ContextAttention, deal_pieces
 from moescale.parallel.expert import moe_layers, spread_experts
@@ -63,11 +66,21 @@ def parallelize(model: LanguageModel, pieces: list[LanguageModel], config: Confi
     if parallel.recompute != "none":
         recompute(model, parallel.recompute)
     if parallel.compile:
-        for block in model.blocks.values():
-            block.compile()
+        compile_blocks(model)
     if mesh.dense is not None and mesh.sparse is not None:
         shared = (mesh.dense, "fsdp") if mesh.shared is None else (mesh.shared, "fsdp_tp")
         shard_parameters(pieces, _data_axes(mesh.dense, "fsdp"), _data_axes(*shared), _data_axes(mesh.sparse, "efsdp"))
+
+
+def compile_blocks(model: LanguageModel) -> None:
+    """Compile each block, but for what looks at numbers on the host or sends them: mixtures and attention's tiles."""
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        elif isinstance(module, Attention):
+            module.attend = torch.compiler.disable(module.attend)
+        elif isinstance(module, Block):
+            module.compile()
 
 
 def share_sequences(models: list[LanguageModel], config: Config, mesh: Mesh) -> None:
@@ -83,7 +96,7 @@ def share_sequences(models: list[LanguageModel], config: Config, mesh: Mesh) -> 
     for model in models:
         for module in model.modules():
             if hasattr(module, "sequence"):
-                module.sequence = sequence
+                module.sequence = sequence  # type: ignore[assignment]
             if isinstance(module, Attention) and cp.size() > 1:
                 module.attend = ContextAttention(pieces, cp.get_local_rank(), cp.get_group())
 

@@ -7,6 +7,7 @@ stage reads for itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ SCHEDULES = {
     "gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved_1f1b": ScheduleInterleaved1F1B,
     "zero_bubble": ScheduleInterleavedZeroBubble,
 }
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 """tokens, targets, positions, serial: [batch, seq] int64, as in a Batch."""
 
 
@@ -80,7 +81,7 @@ class Pipeline:
 
     def forward_backward(self, inputs: Sequence[Inputs], loss: Callable[[LossSums], Tensor]) -> None:
         """Run micro-batches of one shape forward and backward. loss: called with each one's sums on the last stage."""
-        joined = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
+        joined: Inputs = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
         tokens = joined.pop("tokens")
         self._loss = loss
         schedule = self._schedule(len(inputs), inputs[0]["tokens"].shape)

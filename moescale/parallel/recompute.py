@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -25,21 +23,27 @@ def recompute(model: nn.Module, extent: str) -> None:
     kinds: tuple[type[nn.Module], ...] = (Block,) if extent == "full" else (FeedForward, Experts)
     for module in model.modules():
         if isinstance(module, kinds):
-            again = partial(_uncounted, module)
-            module.forward = partial(  # type: ignore[method-assign]
+            module.forward = partial(
                 checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False,
-                context_fn=lambda again=again: (nullcontext(), again()),
+                context_fn=partial(_contexts, module),
             )
 
 
-@contextmanager
-def _uncounted(module: nn.Module) -> Iterator[Any]:
-    """Let statistics pass: what runs again was counted the first time."""
-    statistics = [layer.statistics for layer in moe_layers(module)]
-    for each in statistics:
-        each.counting = False
-    try:
-        yield
-    finally:
-        for each in statistics:
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """-> what surrounds the first run, and the others"""
+    return nullcontext(), _Uncounted(module)
+
+
+class _Uncounted(AbstractContextManager[None]):
+    """Let statistics pass: what runs again was counted the first time. Entered once for each part of backward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.statistics = [layer.statistics for layer in moe_layers(module)]
+
+    def __enter__(self) -> None:
+        for each in self.statistics:
+            each.counting = False
+
+    def __exit__(self, *error: object) -> None:
+        for each in self.statistics:
             each.counting = True

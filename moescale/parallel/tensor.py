@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moescale.layers.feed_forward import FeedForward
+from moescale.layers.linear import Embedding, Linear
 from moescale.mixers.attention import Attention
 from moescale.model.language_model import LanguageModel
 from moescale.ops.vocabulary import vocabulary_losses
@@ -27,9 +28,9 @@ def spread_matrices(model: LanguageModel, tp: DeviceMesh) -> None:
             for linear, dim in ((module.gate, 0), (module.up, 0), (module.down, 1)):
                 if linear is not None:
                     _cut(linear, dim, tp)
-    for module in (model.embedding, model.head):
-        if module is not None:
-            _cut(module, 0, tp)
+    for end in (model.embedding, model.head):
+        if end is not None:
+            _cut(end, 0, tp)
     if model.embedding is not None:
         model.embedding.first_token = _first_token(model.embedding, tp)
 
@@ -53,10 +54,10 @@ def _spread_attention(attention: Attention, tp: DeviceMesh) -> None:
             linear.rows = slice(head * head_dim, (head + 1) * head_dim)
 
 
-def _cut(module: nn.Module, dim: int, tp: DeviceMesh) -> None:
+def _cut(module: Linear | Embedding, dim: int, tp: DeviceMesh) -> None:
     weight = distribute_tensor(module.weight.data, tp, [Shard(dim)], src_data_rank=None)
     module.register_parameter("weight", nn.Parameter(weight))
 
 
-def _first_token(module: nn.Module, tp: DeviceMesh) -> int:
+def _first_token(module: Linear | Embedding, tp: DeviceMesh) -> int:
     return module.weight.shape[0] // tp.size() * tp.get_local_rank()
