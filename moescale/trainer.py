@@ -220,11 +220,14 @@ class _Run:
     def _greet(self, checkpoint: Path | None) -> None:
         if self.terminal is None:
             return
-        count, parallel = count_parameters(self.config), self.config.parallel
+        count = count_parameters(self.config)
+        degrees = {key: getattr(self.config.parallel, key) for key in (
+            "dp_replicate", "dp_shard", "tp", "cp", "pp", "ep", "etp")}
+        layout = ", ".join(f"{key} {degree}" for key, degree in degrees.items() if degree > 1)
         self.terminal.say(
             f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M of them active a token; "
-            f"{self.mesh.world_size} ranks (dp_replicate {parallel.dp_replicate}, dp_shard {parallel.dp_shard}, "
-            f"ep {parallel.ep}) on {self.mesh.device.type}; {self.corpus.train.num_tokens / 1e6:,.1f}M tokens of "
+            f"{self.mesh.world_size} ranks{f' ({layout})' if layout else ''} on {self.mesh.device.type}; "
+            f"{self.corpus.train.num_tokens / 1e6:,.1f}M tokens of "
             f"{self.corpus.train.num_documents:,} documents; into {self.run_dir}"
         )
         if checkpoint is not None:

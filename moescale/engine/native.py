@@ -98,9 +98,9 @@ class NativeEngine:
             sums = self.pipeline.evaluate(vars(batch)) if self.pipeline is not None else _run(self.pieces[0], batch)
             if sums is not None:
                 total += sums.cross_entropy
-        for piece in self.pieces:
-            if isinstance(piece, FSDPModule):
-                piece.reshard()  # the outermost weights stay gathered for a backward that does not come
+        for module in (module for piece in self.pieces for module in piece.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()  # some weights stay gathered for a backward that does not come
         return float(all_reduce_sum(total / self.config.parallel.tp, self.mesh.world_group) / num_targets)
 
     def save(self, run_dir: Path, files: dict[str, str]) -> Path:

@@ -46,26 +46,38 @@ def run_steps(folder: Path, parallel: dict[str, int], resume: bool, save_at: int
         losses.append(float(engine.forward_backward(part).cross_entropy))
         engine.step()
     if save_at:
+        engine.evaluate(batches.micro_batches(0, mesh.batch_rank, mesh.batch_size, 2))
         engine.save(folder, {"config.yaml": config.to_yaml()})
     state = {name: getattr(t, "full_tensor", t.clone)().clone() for name, t in engine._tensors().items()}
     stop_mesh()
     return {"losses": losses, "state": state}
 
 
-LAYOUTS = [(1, {}), (2, {"ep": 2}), (4, {"ep": 2, "dp_replicate": 2}), (4, {"ep": 1}), (2, {"ep": 1})]
+LAYOUTS = [
+    (1, {}), (2, {"ep": 2}), (4, {"tp": 2, "pp": 2}), (4, {"ep": 2, "dp_replicate": 2}),
+    (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}), (2, {"ep": 1}), (2, {"pp": 2}),
+]
+
+
+def run_joined(layout: tuple[int, dict], folder: Path, resume: bool, save_at: int | None) -> dict:
+    """-> the first rank's losses, and the tensors of all ranks, which a pipeline spreads over some of them"""
+    results = run_ranks(layout[0], run_steps, folder, layout[1], resume, save_at)
+    return {"losses": results[0]["losses"],
+            "state": {name: tensor for result in results for name, tensor in result["state"].items()}}
 
 
 @pytest.mark.parametrize(("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=str)
 def test_resume_in_another_layout(tmp_path: Path, before: tuple, after: tuple) -> None:
-    unbroken = run_ranks(before[0], run_steps, tmp_path, before[1], False, None)[0]
-    saved = run_ranks(before[0], run_steps, tmp_path, before[1], False, 10)[0]
-    again = run_ranks(before[0], run_steps, tmp_path, before[1], True, None)[0]
+    unbroken = run_joined(before, tmp_path, False, None)
+    saved = run_joined(before, tmp_path, False, 10)
+    again = run_joined(before, tmp_path, True, None)
     assert saved["losses"] + again["losses"] == unbroken["losses"], "the same layout goes on bit for bit"
     for name, tensor in unbroken["state"].items():
         assert torch.equal(again["state"][name], tensor), name
-    other = run_ranks(after[0], run_steps, tmp_path, after[1], True, None)[0]
+    other = run_joined(after, tmp_path, True, None)
     assert other["losses"] == pytest.approx(unbroken["losses"][10:], rel=1e-5)
-    loaded = run_ranks(after[0], run_steps, tmp_path, after[1], True, 10)[0]
+    loaded = run_joined(after, tmp_path, True, 10)
+    assert loaded["state"].keys() == saved["state"].keys()
     for name, tensor in saved["state"].items():
         assert torch.equal(loaded["state"][name], tensor), f"{name} came back different in another layout"
 

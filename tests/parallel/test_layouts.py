@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 
 SEQ, GLOBAL_BATCH, VOCAB = 24, 8, 64
-MODEL = {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+MODEL = {"vocab_size": VOCAB, "d_model": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 FAMILIES = {
     "mixtral": {"model": {**MODEL, "window": 7, "init": "fan_in"},
                 "moe": {"num_experts": 8, "top_k": 2, "d_ff": 16, "router_z_coefficient": 1e-3}},
@@ -27,12 +29,16 @@ FAMILIES = {
                        "pattern": [{"channel_mixer": "feed_forward"}]}},
 }
 LAYOUTS = [  # ranks, parallel degrees
-    (2, {"ep": 1}), (2, {"ep": 2}), (2, {"dp_replicate": 2}), (4, {"ep": 1}), (4, {"ep": 2}), (4, {"ep": 4}),
-    (4, {"ep": 2, "dp_replicate": 2}), (4, {"ep": 1, "dp_replicate": 2}),
+    (2, {"ep": 2}), (2, {"tp": 2}), (2, {"cp": 2}), (2, {"pp": 2}),
+    (4, {}), (4, {"ep": 4}), (4, {"ep": 2, "dp_replicate": 2}), (4, {"tp": 4}),
+    (4, {"tp": 2, "ep": 4, "recompute": "full"}), (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}),
+    (4, {"pp": 2, "tp": 2, "pp_schedule": "interleaved_1f1b"}),
+    (4, {"pp": 2, "cp": 2, "ep": 2, "pp_schedule": "zero_bubble", "recompute": "selective"}),
 ]
+STEPS = 4
 
 
-def make_config(family: str, parallel: dict[str, int], compute: str = "float32") -> Config:
+def make_config(family: str, parallel: dict[str, Any], compute: str = "float32") -> Config:
     return parse_config({
         **FAMILIES[family], "parallel": parallel, "precision": {"compute": compute},
         "data": {"seq_len": SEQ, "global_batch": GLOBAL_BATCH, "micro_batch": 2, "tokenizer": "none.json"},
@@ -58,7 +64,7 @@ def make_batches(step: int, rank: int, num_ranks: int) -> list[Batch]:
     return [Batch(*part) for part in parts]
 
 
-def run_steps(family: str, parallel: dict[str, int], compute: str, steps: int) -> dict:
+def run_steps(family: str, parallel: dict[str, Any], compute: str, steps: int) -> dict:
     config = make_config(family, parallel, compute)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
@@ -85,17 +91,26 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict:
-    return {family: run_ranks(1, run_steps, family, {}, "float32", 20)[0] for family in FAMILIES}
+    return {family: run_ranks(1, run_steps, family, {}, "float32", STEPS)[0] for family in FAMILIES}
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS, ids=lambda value: str(value))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layout_equals_one_rank(one_rank: dict, family: str, ranks: int, parallel: dict[str, int]) -> None:
-    if family == "palm" and parallel.get("ep", 1) > 1:
-        return  # a dense model has no experts to spread; the configuration refuses it
-    expected = one_rank[family]
-    for result in run_ranks(ranks, run_steps, family, parallel, "float32", 20):
-        compare(result, expected, 1e-5)
+def test_layout_equals_one_rank(one_rank: dict, family: str, ranks: int, parallel: dict[str, Any]) -> None:
+    if family == "palm":  # a dense model has no experts to spread; the configuration refuses it
+        parallel = {key: value for key, value in parallel.items() if key not in ("ep", "etp")}
+    results = run_ranks(ranks, run_steps, family, parallel, "float32", STEPS)
+    for key in ("first", "gradients"):  # a pipeline's ranks hold some of the layers each
+        joined = {name: value for result in results for name, value in result[key].items()}
+        for result in results:
+            result[key] = joined
+    for result in results:
+        compare(result, one_rank[family], 1e-5)
+
+
+def test_compiled_blocks_change_nothing(one_rank: dict) -> None:
+    result = run_ranks(1, run_steps, "mixtral", {"compile": True}, "float32", STEPS)[0]
+    compare(result, one_rank["mixtral"], 1e-5)
 
 
 def compare(result: dict, expected: dict, tolerance: float) -> None:
@@ -116,7 +131,7 @@ def compare(result: dict, expected: dict, tolerance: float) -> None:
 
 def test_bfloat16_stays_near_float32(one_rank: dict) -> None:
     expected = [figures[0] for figures, _ in one_rank["mixtral"]["history"]]
-    for ranks, parallel in ((1, {}), (2, {"ep": 2}), (4, {"ep": 2})):
-        result = run_ranks(ranks, run_steps, "mixtral", parallel, "bfloat16", 20)[0]
+    for ranks, parallel in ((1, {}), (2, {"ep": 2}), (4, {"tp": 2, "ep": 2}), (4, {"pp": 2, "cp": 2})):
+        result = run_ranks(ranks, run_steps, "mixtral", parallel, "bfloat16", STEPS)[0]
         assert [figures[0] for figures, _ in result["history"]] == pytest.approx(expected, rel=2e-2)
         assert all(gradient.dtype == torch.float32 for gradient in result["gradients"].values())
