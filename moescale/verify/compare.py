@@ -158,7 +158,7 @@ def diagnose(figures: Sequence[Figure], tolerance: float) -> str:
 def _describe(figure: Figure) -> str:
     if figure.quantity in ("assignments", "tokens", "tokens per expert", "dropped"):
         return f"{figure}: {figure.error:.1%} differ, {figure.scale:.3f} times as many"
-    return f"{figure} {_times(figure.scale)}differs by {figure.error:.1e}"
+    return f"{figure} {_times(figure.scale)}, error {figure.error:.1e}"
 
 
 def _parameters(wrong: Sequence[Figure]) -> str:
@@ -167,9 +167,9 @@ def _parameters(wrong: Sequence[Figure]) -> str:
     name = wrong[0].quantity if wrong[0].quantity != "gradient" else "gradients"
     scales = [figure.scale for figure in wrong]
     top = worst(wrong, 1.0)
-    factor = _times(scales[0]) if max(scales) - min(scales) < 1e-3 else ""
+    factor = _times(scales[0]) if max(scales) - min(scales) < 1e-3 else "wrong"
     whose = " and ".join(kinds) if len(kinds) < 4 else f"{len(kinds)} kinds of"
-    return f"{whose} {name} {factor}differ, most {top.of} ({_times(top.scale)}by {top.error:.1e})"
+    return f"{whose} {name} {factor}, most {top.of} (scale {top.scale:.3f}, error {top.error:.1e})"
 
 
 def _kind(parameter: str) -> str:
@@ -178,5 +178,5 @@ def _kind(parameter: str) -> str:
 
 def _times(scale: float) -> str:
     if abs(scale - 1) < 5e-4:
-        return ""
-    return f"{scale:.3f} times too large, " if scale > 1 else f"only {scale:.3f} times as large, "
+        return "wrong"
+    return f"{scale:.3f} times too large" if scale > 1 else f"only {scale:.3f} times as large"

@@ -27,7 +27,7 @@ class Trace:
     losses, counts: of all ranks together, by name. first, gradients, updated: this rank's part of every parameter,
     before, between and after; a gradient may be None.
     stream: [layers, 2, tokens, d_model], the features of own tokens after each mixer and after each channel mixer.
-    seen: [layers, 2, tokens] int32, whether each was met. kept: [layers, tokens, experts] int32, the assignments.
+    seen: [layers, 2, tokens] int32, how often each was met. kept: [layers, tokens, experts] int32, the assignments.
     closest: the smallest gap between two logits whose order decides where a token goes, over the largest logit.
     """
 
@@ -105,7 +105,7 @@ class _Observer:
         self.seen = torch.zeros(layers, 2, tokens, dtype=torch.int32)
         self.kept = torch.zeros(layers, tokens, config.moe.num_experts, dtype=torch.int32)
         self.closest = math.inf
-        self.serial = torch.empty(0, dtype=torch.int64)  # of the own tokens of the pass under way
+        self.serial: Tensor | None = None  # of the own tokens of the block under way; none in what recompute runs again
         for name, module in model.named_modules():
             if isinstance(module, Block):
                 self._watch(int(name.rpartition(".")[2]), module)
@@ -118,15 +118,15 @@ class _Observer:
             self._write(norm, index, 0, inputs[0])
 
         def routed(router: nn.Module, inputs: object, outputs: tuple[Any, Tensor]) -> None:
-            routing, layer = outputs[0], block.channel_mixer
-            assert isinstance(layer, MoELayer)
-            if router.training and layer.statistics.counting:
+            routing = outputs[0]
+            if router.training and self.serial is not None:
                 expert = torch.arange(self.kept.shape[2]).repeat_interleave(routing.tokens_per_expert)
                 one = torch.ones((), dtype=torch.int32)
                 self.kept[index].index_put_((self.serial[routing.token], expert), one, accumulate=True)
 
         def end(block: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
             self._write(block, index, 1, outputs[0])
+            self.serial = None
 
         block.register_forward_pre_hook(begin)
         if block.channel_norm is not None:
@@ -140,16 +140,16 @@ class _Observer:
     def _choose(
         self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], top_k: int, logits: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        best = logits.detach().flatten(0, 1)[self.serial >= 0].sort(descending=True).values[:, : top_k + 1]
-        if best.shape[0] > 0 and best.shape[1] > 1:
+        if logits.shape[-1] > 1 and self.serial is not None and (self.serial >= 0).any():
+            best = logits.detach().flatten(0, 1)[self.serial >= 0].sort(descending=True).values[:, : top_k + 1]
             gap = (best[:, :-1] - best[:, 1:]).min() / best.abs().max()
             self.closest = min(self.closest, float(gap))
         return choose(logits, probs)
 
     @torch.no_grad()
     def _write(self, module: nn.Module, index: int, place: int, x: Tensor) -> None:
-        """x: [batch, seq/cp/tp, d_model]. What recompute runs again is written again, and the same."""
-        if module.training:
+        """x: [batch, seq/cp/tp, d_model]."""
+        if module.training and self.serial is not None:
             valid = self.serial >= 0
             self.stream[index, place, self.serial[valid]] = x.flatten(0, 1)[valid].double()
-            self.seen[index, place, self.serial[valid]] = 1
+            self.seen[index, place, self.serial[valid]] += 1
