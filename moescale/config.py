@@ -65,7 +65,7 @@ class ModelConfig(Group):
     d_ff: int = Field(1024, ge=8)  # hidden features of a dense feed-forward
     activation: Activation = "swiglu"
     window: int | None = Field(None)  # positions a query sees, itself included; none = all before it
-    positions: Literal["rope", "none"] = "rope"
+    positions: Literal["rope", "alibi", "none"] = "rope"
     rope_theta: float = Field(10000.0, gt=1)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(1e-5, gt=0)

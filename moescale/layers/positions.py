@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""Where tokens are: rotary embedding, linear biases."""
 
 from __future__ import annotations
 
@@ -14,3 +14,15 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     pair = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
     angle = positions.to(torch.float32).unsqueeze(-1) * theta ** (-2 * pair / head_dim)
     return angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Say how much each head's scores lose with distance: 2^(-8/heads) and its powers (ALiBi, sec. 3).
+
+    Where heads is no power of two, the slopes of the power below it, and every second one of the power above.
+    -> [heads] float32
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (index + 1) / power) for index in range(power)]
+    slopes += [2 ** (-4 * (index + 1) / power) for index in range(0, 2 * power, 2)]
+    return torch.tensor(slopes[:heads])

@@ -1,4 +1,4 @@
-"""Multi-head, multi-query and grouped-query attention with rotary positions and a sliding window."""
+"""Multi-head, multi-query and grouped-query attention with rotary positions or linear biases and a sliding window."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from moescale.layers.linear import Linear
-from moescale.layers.positions import rotary_angles
+from moescale.layers.positions import alibi_slopes, rotary_angles
 from moescale.ops.attention import attention
 from moescale.ops.rotary import rotate
 from moescale.ops.sequence import Sequence
@@ -24,11 +24,14 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         window: int | None,
-        rope_theta: float | None,
+        rope_theta: float | None = None,
+        alibi: bool = False,
         init: str,
     ) -> None:
         super().__init__()
         self.head_dim, self.window, self.rope_theta = head_dim, window, rope_theta
+        self.num_heads, self.alibi = num_heads, alibi
+        self.first_head = 0  # of those that lie here
         self.sequence = Sequence()
         self.attend: Callable[..., Tensor] = attention
         self.q = Linear(d_model, num_heads * head_dim, init)
@@ -44,5 +47,10 @@ class Attention(nn.Module):
             angles = rotary_angles(self.sequence.part(positions), self.head_dim, self.rope_theta)
             cosine, sine = (angle.to(x.dtype) for angle in angles)
             q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-        out = self.attend(q, k, v, window=self.window, positions=positions)  # [batch, seq/cp, heads, head_dim]
-        return self.o(out.flatten(2))
+        slopes = self._slopes(q) if self.alibi else None
+        out = self.attend(q, k, v, window=self.window, positions=positions, alibi_slopes=slopes)
+        return self.o(out.flatten(2))  # from [batch, seq/cp, heads, head_dim]
+
+    def _slopes(self, q: Tensor) -> Tensor:
+        """-> those of the heads that lie here"""
+        return alibi_slopes(self.num_heads).to(q.device)[self.first_head : self.first_head + q.shape[2]]

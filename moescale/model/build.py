@@ -45,7 +45,8 @@ def _block(config: Config, index: int) -> Block:
         NORMS[model.norm](model.d_model, model.norm_eps),
         Attention(
             model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, window=model.window,
-            rope_theta=model.rope_theta if model.positions == "rope" else None, init=model.init,
+            rope_theta=model.rope_theta if model.positions == "rope" else None, alibi=model.positions == "alibi",
+            init=model.init,
         ),
         None if model.block == "parallel" else NORMS[model.norm](model.d_model, model.norm_eps),
         _channel_mixer(config, index),

@@ -1,4 +1,4 @@
-"""Exact attention: causal, windowed, over documents, with grouped heads."""
+"""Exact attention: causal, windowed, over documents, with grouped heads and linear biases."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def attention(
     *,
     window: int | None = None,
     positions: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     backend: Literal["auto", "sdpa", "reference"] = "auto",
 ) -> Tensor:
     """Let each position attend to itself and those before it, in its window and its document.
@@ -28,19 +29,22 @@ def attention(
     q: [batch, seq_q, heads, head_dim], the queries of the last seq_q of the keys' positions.
     k, v: [batch, seq_k, kv_heads, head_dim]; each key head serves heads / kv_heads.
     window: positions that a query sees, itself included. positions: [batch, seq_k] int64, restart at 0 with a document.
+    alibi_slopes: [heads] float32, how much a score loses with each position that the key lies behind (ALiBi, sec. 3).
     -> [batch, seq_q, heads, head_dim]
     """
     seq_q, seq_k = q.shape[1], k.shape[1]
     assert seq_q <= seq_k, f"{seq_q} queries do not fit the positions of {seq_k} keys"
     if backend == "reference":
-        return _reference(q, k, v, window, positions)
+        return _reference(q, k, v, window, positions, alibi_slopes)
     documents = positions if _has_documents(positions) else None
     masked = seq_q < seq_k or (window is not None and window < seq_k) or documents is not None
+    masked = masked or alibi_slopes is not None
     if backend == "auto" and q.device.type == "cpu" and (masked or seq_k <= LONG):
-        return _Blocks.apply(q, k, v, window, documents)
+        return _Blocks.apply(q, k, v, window, documents, alibi_slopes)
     mask = None
-    if masked:
-        mask = visible(seq_q, seq_k, window, documents, q.device).unsqueeze(-3)  # [batch or 1, 1, seq_q, seq_k]
+    if masked:  # [batch or 1, heads or 1, seq_q, seq_k]
+        mask = visible(seq_q, seq_k, window, documents, q.device).unsqueeze(-3)
+        mask = mask if alibi_slopes is None else _bias(mask, alibi_slopes, q.dtype)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
         enable_gqa=q.shape[2] != k.shape[2],
@@ -61,6 +65,16 @@ def visible(seq_q: int, seq_k: int, window: int | None, positions: Tensor | None
     return mask
 
 
+def _bias(sees: Tensor, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores. sees: [..., seq_q, seq_k] bool. slopes: [heads]. -> of the same shape, by head"""
+    if slopes is None:
+        return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, float("-inf"))
+    seq_q, seq_k = sees.shape[-2:]
+    index = torch.arange(seq_k, device=sees.device)
+    behind = index[seq_k - seq_q :].unsqueeze(1) - index
+    return (-slopes.to(dtype).view(-1, 1, 1) * behind).masked_fill(~sees, float("-inf"))
+
+
 def _has_documents(positions: Tensor | None) -> bool:
     if positions is None:
         return False
@@ -69,13 +83,15 @@ def _has_documents(positions: Tensor | None) -> bool:
     return bool((positions[:, 1:] == 0).any())
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, positions: Tensor | None) -> Tensor:
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, positions: Tensor | None, slopes: Tensor | None
+) -> Tensor:
     repeats = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[3] ** -0.5
     mask = visible(q.shape[1], k.shape[1], window, positions, q.device)
     mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
-    probs = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    probs = (scores + _bias(mask, slopes, scores.dtype)).softmax(-1)
     return torch.einsum("bhqk,bkhd->bqhd", probs, v)
 
 
@@ -86,27 +102,29 @@ class _Blocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, positions: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, positions: Tensor | None, slopes: Tensor | None
+    ) -> Tensor:
         wide_q, wide_k, wide_v = _wide(q), _wide(k), _wide(v)
         out = torch.empty(q.shape, dtype=q.dtype)
         logs = wide_q.new_empty(q.shape[:3])
-        for rows, keys, mask in _blocks(q.shape[1], k.shape[1], window, positions, wide_q.dtype):
+        for rows, keys, mask in _blocks(q.shape[1], k.shape[1], window, positions, slopes, wide_q.dtype):
             part, log = aten._scaled_dot_product_flash_attention_for_cpu(
                 _heads_first(wide_q, rows), _heads_first(wide_k, keys), _heads_first(wide_v, keys), attn_mask=mask
             )  # [batch, heads, rows, head_dim], [batch, heads, rows]
             out[:, rows] = part.transpose(1, 2)
             logs[:, rows] = log.transpose(1, 2)
         ctx.window = window
-        ctx.save_for_backward(q, k, v, out, logs, positions)
+        ctx.save_for_backward(q, k, v, out, logs, positions, slopes)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, logs, positions = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        q, k, v, out, logs, positions, slopes = ctx.saved_tensors
         wide_q, wide_k, wide_v, wide_out, grad = _wide(q), _wide(k), _wide(v), _wide(out), _wide(grad)
         grad_q = torch.empty(q.shape, dtype=q.dtype)
         grad_k, grad_v = torch.zeros(k.shape, dtype=wide_q.dtype), torch.zeros(v.shape, dtype=wide_q.dtype)
-        for rows, keys, mask in _blocks(q.shape[1], k.shape[1], ctx.window, positions, wide_q.dtype):
+        for rows, keys, mask in _blocks(q.shape[1], k.shape[1], ctx.window, positions, slopes, wide_q.dtype):
             of_q, of_k, of_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 _heads_first(grad, rows), _heads_first(wide_q, rows), _heads_first(wide_k, keys),
                 _heads_first(wide_v, keys), _heads_first(wide_out, rows), _heads_first(logs, rows), 0.0, False,
@@ -115,11 +133,11 @@ class _Blocks(torch.autograd.Function):
             grad_q[:, rows] = of_q.transpose(1, 2)
             grad_k[:, keys] += of_k.transpose(1, 2)
             grad_v[:, keys] += of_v.transpose(1, 2)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
 def _blocks(
-    seq_q: int, seq_k: int, window: int | None, positions: Tensor | None, dtype: torch.dtype
+    seq_q: int, seq_k: int, window: int | None, positions: Tensor | None, slopes: Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """-> for each block of queries: its rows, the keys that one of them can see, what to add to the scores."""
     first, mask = _first_keys(seq_q, seq_k, window, positions), torch.empty(0)
@@ -127,10 +145,11 @@ def _blocks(
         stop = min(start + BLOCK, seq_q)
         keys = slice(first[start], seq_k - seq_q + stop)
         shape = (stop - start, keys.stop - keys.start)
-        if positions is not None or mask.shape != shape:  # without documents, one shape has one mask
+        if positions is not None or mask.shape[-2:] != shape:  # without documents, one shape has one mask
             sees = visible(*shape, window, None if positions is None else positions[:, keys], torch.device("cpu"))
-            mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf"))
-        yield slice(start, stop), keys, mask if positions is None else mask.unsqueeze(1)
+            mask = _bias(sees.unsqueeze(-3), slopes, dtype)
+            mask = mask if mask.ndim == 4 else mask.unsqueeze(0)
+        yield slice(start, stop), keys, mask
 
 
 def _first_keys(seq_q: int, seq_k: int, window: int | None, positions: Tensor | None) -> list[int]:

@@ -46,7 +46,8 @@ class ContextAttention:
         self._plans: dict[tuple[int, int | None, torch.device], _Plan] = {}
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, positions: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, positions: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         """q, k, v: [batch, seq/cp, heads or kv_heads, head_dim]. positions: [batch, seq], whole. -> like q"""
         batch, length, kv_heads, head_dim = k.shape
@@ -63,7 +64,8 @@ class ContextAttention:
         ):
             end = (piece + 1) * piece_length
             seen = None if positions is None else positions[:, end - (last - first) : end]
-            outs.append(attention(queries, k[:, first:last], v[:, first:last], window=window, positions=seen))
+            outs.append(attention(queries, k[:, first:last], v[:, first:last], window=window, positions=seen,
+                                  alibi_slopes=alibi_slopes))
         return torch.cat(outs, 1)
 
     def _plan(self, seq: int, window: int | None, device: torch.device) -> _Plan:

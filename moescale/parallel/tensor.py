@@ -44,6 +44,7 @@ def spread_losses(piece: LanguageModel, tp: DeviceMesh) -> None:
 
 def _spread_attention(attention: Attention, tp: DeviceMesh) -> None:
     _cut(attention.q, 0, tp)
+    attention.first_head = attention.num_heads // tp.size() * tp.get_local_rank()
     _cut(attention.o, 1, tp)
     num_kv_heads, head_dim = attention.k.weight.shape[0] // attention.head_dim, attention.head_dim
     for linear in (attention.k, attention.v):

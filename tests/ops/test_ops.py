@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.layers.loss import cross_entropy, cross_entropy_reference
+from moescale.layers.positions import alibi_slopes
 from moescale.ops.attention import attention
 from moescale.ops.expert_feed_forward import expert_feed_forward, expert_feed_forward_reference
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
@@ -165,11 +166,11 @@ def check_attention(inputs: list[torch.Tensor], grad: torch.Tensor, dtype: torch
     st.integers(1, 200), st.one_of(st.none(), st.integers(1, 200)), st.sampled_from([(4, 4), (4, 1), (4, 2)]),
     st.one_of(st.none(), st.sampled_from([1, 2, 64]), st.integers(1, 250)),
     st.lists(st.lists(st.integers(1, 199), max_size=12), min_size=2, max_size=2),
-    st.sampled_from([*ATTENTION_TOLERANCE]),
+    st.booleans(), st.sampled_from([*ATTENTION_TOLERANCE]),
 )
 def test_attention_equals_the_reference(
     seq_k: int, seq_q: int | None, heads: tuple[int, int], window: int | None, restarts: list[list[int]],
-    dtype: torch.dtype,
+    alibi: bool, dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(seq_k)
     seq_q = min(seq_q or seq_k, seq_k)
@@ -179,7 +180,15 @@ def test_attention_equals_the_reference(
             row[start:] = torch.arange(max(0, seq_k - start))
     shapes = [(2, seq_q, heads[0], 8), (2, seq_k, heads[1], 8), (2, seq_k, heads[1], 8), (2, seq_q, heads[0], 8)]
     *inputs, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    check_attention(inputs, grad, dtype, window=window, positions=positions)
+    slopes = alibi_slopes(heads[0]) if alibi else None
+    check_attention(inputs, grad, dtype, window=window, positions=positions, alibi_slopes=slopes)
+
+
+def test_slopes_are_the_papers() -> None:
+    """ALiBi, sec. 3: eight heads have 1/2 to 1/256; twelve have those and every second one of sixteen heads."""
+    eight = [2.0**-power for power in range(1, 9)]
+    assert alibi_slopes(8).tolist() == eight
+    assert alibi_slopes(12).tolist() == pytest.approx([*eight, 2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
 
 
 def test_attention_over_a_long_sequence_and_other_strides() -> None:

@@ -22,7 +22,7 @@ FAMILIES = {
     "switch": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
                "moe": {"num_experts": 4, "top_k": 1, "router": "switch", "capacity_factor": 1.0, "d_ff": 16,
                        "jitter": 0.01, "activation": "relu"}},
-    "gshard": {"model": {**MODEL, "init": "fan_in", "norm": "layernorm"},
+    "gshard": {"model": {**MODEL, "init": "fan_in", "norm": "layernorm", "positions": "alibi"},
                "moe": {"num_experts": 8, "top_k": 2, "router": "gshard", "capacity_factor": 1.0, "d_ff": 16}},
     "palm": {"model": {**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
                        "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
