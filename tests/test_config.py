@@ -1,0 +1,52 @@
+"""What cannot work in a world is refused before anything starts, in one line that says what to write instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moescale.config import Config, ConfigError, parse_config
+
+
+def settle(ranks: int, **parallel: Any) -> Config:
+    data = parallel.pop("data", {})
+    model = parallel.pop("model", {})
+    return parse_config({
+        "model": {"num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "vocab_size": 264, "d_model": 64, **model},
+        "moe": {"d_ff": 24}, "data": {"seq_len": 48, "global_batch": 16, **data}, "parallel": parallel,
+    }, "test").for_world(ranks)
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "words"), [
+    (6, {"tp": 4}, "parallel.tp=4 is 4 ranks, which must divide the 6 that were started: use 1, 2, 3 or 6"),
+    (8, {"tp": 2, "dp_shard": 2}, "parallel.tp=2 x parallel.dp_shard=2 is 4 ranks, but 8 were started: "
+                                  "write parallel.dp_shard=4 or -1"),
+    (16, {"tp": 16}, "parallel.tp=16 must divide model.num_heads=8: use 1, 2, 4 or 8"),
+    (4, {"tp": 4, "model": {"num_heads": 12, "num_kv_heads": 6}},
+     "parallel.tp=4 must divide model.num_kv_heads=6 or be a multiple of it: use 1, 2 or 3"),
+    (4, {"ep": 3}, "parallel.ep=3 must divide moe.num_experts=8: use 1, 2 or 4"),
+    (6, {"ep": 2, "etp": 2}, "parallel.etp=2"),
+    (4, {"ep": 4, "etp": 2}, "parallel.ep=4 x parallel.etp=2 must divide dp_shard x cp x tp=4"),
+    (5, {"etp": 5, "data": {"global_batch": 5}}, "parallel.etp=5 must divide moe.d_ff=24 and dp_shard x cp x tp=5"),
+    (4, {"cp": 4, "data": {"seq_len": 44}}, "data.seq_len=44 must be a multiple of 8 for parallel.cp=4 and "
+                                            "parallel.tp=1: use 48"),
+    (8, {"pp": 8}, "model.num_layers=4: use parallel.pp=4 or less"),
+    (4, {"pp": 4, "pp_schedule": "zero_bubble"}, "8 stages of at least one layer"),
+    (4, {"pp": 4, "data": {"micro_batch": 8}}, "parallel.pp_schedule=1f1b needs at least parallel.pp=4 micro-batches"),
+    (2, {"pp": 2, "pp_schedule": "interleaved_1f1b", "data": {"global_batch": 5, "micro_batch": 1}}, "in 2 rounds"),
+    (2, {"pp": 2, "pp_schedule": "zero_bubble", "compile": True}, "write 1f1b"),
+    (3, {"model": {"d_model": 72}}, "data.global_batch=16 must be a multiple of the 3 ranks that share it: use 18"),
+])
+def test_refused_in_one_line(ranks: int, parallel: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        settle(ranks, **parallel)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_left_to_derive() -> None:
+    settled = settle(8, tp=2, pp=2)
+    assert settled.parallel.dp_shard == 2
+    assert settled.data.micro_batch == 4, "the largest that fills a pipeline of two"
+    assert settle(2).data.micro_batch == 8, "a rank's whole share"
