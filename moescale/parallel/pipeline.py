@@ -104,21 +104,19 @@ class Pipeline:
     def evaluate(self, inputs: Inputs) -> LossSums | None:
         """Run one micro-batch forward, stage after stage. -> its sums where the last stage is"""
         tokens, rest = inputs["tokens"], {name: value for name, value in inputs.items() if name != "tokens"}
-        result: tuple[Tensor, ...] = ()
-        for piece, stage in zip(self.pieces, self.mesh.stages, strict=True):
-            if piece.first:
-                received: tuple[Tensor, ...] = (tokens,)
-            elif stage - 1 in self.mesh.stages:
-                received = result
-            else:
+        place, pp = self.group.rank(), self.parallel.pp
+        for piece in self.pieces:
+            received: tuple[Tensor, ...] = (tokens,)
+            if not piece.first:
                 received = self._features(tokens.shape, tokens.device)
                 for tensor in received:
-                    dist.recv(tensor, group=self.group, group_src=self._place(stage - 1))
-            result = piece(*received, **rest)
-            if piece.norm is None and stage + 1 not in self.mesh.stages:
-                for tensor in result:
-                    dist.send(tensor.contiguous(), group=self.group, group_dst=self._place(stage + 1))
-        return LossSums(*result) if self.holds_last else None
+                    dist.recv(tensor, group=self.group, group_src=(place - 1) % pp)
+            result: tuple[Tensor, ...] = piece(*received, **rest)
+            if piece.norm is not None:
+                return LossSums(*result)
+            for tensor in result:
+                dist.send(tensor.contiguous(), group=self.group, group_dst=(place + 1) % pp)
+        return None
 
     def tie(self) -> None:
         """Add up the gradients of the embedding and of the head that is tied to it, where two ranks hold them."""
@@ -160,7 +158,3 @@ class Pipeline:
         dtype = self.pieces[0].compute_dtype
         x = torch.empty(shape[0], shape[1] // self.mesh.sequence_size, self.d_model, dtype=dtype, device=device)
         return x, torch.empty(2, dtype=torch.promote_types(dtype, torch.float32), device=device)
-
-    def _place(self, stage: int) -> int:
-        """The rank of pp that runs a stage."""
-        return stage % self.parallel.pp
