@@ -58,10 +58,12 @@ class NativeEngine:
         else:
             (piece,) = self.pieces
             for index, batch in enumerate(batches):
+                last = index == len(batches) - 1
                 if isinstance(piece, FSDPModule):
-                    last = index == len(batches) - 1
                     piece.set_requires_gradient_sync(last)
-                    piece.set_reshard_after_backward(last, recurse=False)  # the next pass begins with these weights
+                for module in (piece, piece.embedding):
+                    if isinstance(module, FSDPModule):
+                        module.set_reshard_after_backward(last, recurse=False)  # the next pass begins with these
                 total(_run(piece, batch)).backward()
         sums[:2] /= self.config.parallel.tp  # ranks of tp have the same sums of these
         sums = all_reduce_sum(sums, self.mesh.world_group)
