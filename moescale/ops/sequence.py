@@ -64,11 +64,9 @@ class SharedSequence(Sequence):
     def own(self, whole: Tensor) -> Tensor:
         return self.part(whole).chunk(self.tp, 1)[self.tp_rank]
 
-    @torch.compiler.disable
     def widen(self, own: Tensor) -> Tensor:
         return gather_sequence(own, self.tp_group) if self.tp > 1 else own
 
-    @torch.compiler.disable
     def narrow(self, part: Tensor) -> Tensor:
         return scatter_sequence(part, self.tp_group) if self.tp > 1 else part
 

@@ -80,6 +80,9 @@ def compile_blocks(model: LanguageModel) -> None:
         elif isinstance(module, Attention):
             module.attend = torch.compiler.disable(module.attend)
         elif isinstance(module, Block):
+            sequence = module.sequence
+            sequence.widen = torch.compiler.disable(sequence.widen)  # type: ignore[method-assign]
+            sequence.narrow = torch.compiler.disable(sequence.narrow)  # type: ignore[method-assign]
             module.compile()
 
 
