@@ -100,6 +100,7 @@ class ModelConfig(Group):
 class MoEConfig(Group):
     num_experts: int = Field(8, ge=1)
     top_k: int = Field(2, ge=1)
+    num_shared_experts: int = Field(0, ge=0)  # beside those, experts that all tokens use
     router: Literal["mixtral", "switch", "gshard"] = "mixtral"
     capacity_factor: float | None = Field(None, gt=0)  # slots per expert over its even share; none = dropless
     d_ff: int = Field(512, ge=8)  # hidden features of one expert

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moescale.config import load_config
+from moescale.config import load_config, parse_config
 from moescale.model.build import build_model
 from moescale.planner.count import count_parameters, model_flops_per_token
 
@@ -27,6 +27,14 @@ def test_configuration_builds_and_is_counted_right(path: Path) -> None:
     for published, counted in ((total, count.total), (active, count.active)):
         if published is not None:
             assert counted / 1e9 == pytest.approx(published, abs=reach)
+
+
+def test_shared_experts_are_counted() -> None:
+    config = parse_config({"moe": {"num_shared_experts": 3, "activation": "gelu"}}, "test")
+    count = count_parameters(config)
+    assert sum(parameter.numel() for parameter in build_model(config, "meta").parameters()) == count.total
+    expert = 2 * config.model.d_model * config.moe.d_ff * config.model.num_layers
+    assert count.total - count.active == (config.moe.num_experts - config.moe.top_k) * expert
 
 
 def test_palm_utilisation_is_the_papers() -> None:

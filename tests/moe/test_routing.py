@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moescale.layers.feed_forward import FeedForward
 from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS, Router
@@ -149,6 +150,21 @@ def test_equal_experts_are_a_dense_layer_forward_and_backward() -> None:
     torch.testing.assert_close(y, dense, atol=1e-5, rtol=1e-5)
     ours, theirs = (torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (y, dense))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_shared_experts_answer_every_token_whatever_the_router_drops() -> None:
+    torch.manual_seed(4)
+    layer = make_layer("switch", 1, 0.1)
+    x, serial = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
+    alone, _ = layer(x, serial)
+    assert not alone.any(-1).all()
+    layer.shared = FeedForward(8, 32, "swiglu", "fan_in")
+    for weight in layer.shared.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    gate, up, down = (weight.view(2, 16, 8) if weight.shape[1] == 8 else weight.view(8, 2, 16).permute(1, 0, 2)
+                      for weight in layer.shared.parameters())  # as two experts
+    both = sum((torch.nn.functional.silu(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T for e in range(2))
+    torch.testing.assert_close(layer(x, serial)[0], alone + both, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])

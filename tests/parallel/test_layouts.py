@@ -24,6 +24,8 @@ FAMILIES = {
                        "jitter": 0.01, "activation": "relu"}},
     "gshard": {"model": {**MODEL, "init": "fan_in", "norm": "layernorm", "positions": "alibi"},
                "moe": {"num_experts": 8, "top_k": 2, "router": "gshard", "capacity_factor": 1.0, "d_ff": 16}},
+    "deepseek": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+                 "moe": {"num_experts": 8, "top_k": 3, "d_ff": 8, "num_shared_experts": 2}},
     "palm": {"model": {**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
                        "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
                        "pattern": [{"channel_mixer": "feed_forward"}]}},
@@ -35,6 +37,8 @@ LAYOUTS = [  # ranks, parallel degrees
     (4, {"pp": 2, "tp": 2, "pp_schedule": "interleaved_1f1b"}),
     (4, {"pp": 2, "cp": 2, "ep": 2, "pp_schedule": "zero_bubble", "recompute": "selective"}),
 ]
+MIXED = [LAYOUTS[index] for index in (8, 9, 11)]  # enough of them for a family of which little is new
+CASES = [(family, *layout) for family in FAMILIES for layout in (MIXED if family == "deepseek" else LAYOUTS)]
 STEPS = 4
 
 
@@ -94,8 +98,7 @@ def one_rank() -> dict:
     return {family: run_ranks(1, run_steps, family, {}, "float32", STEPS)[0] for family in FAMILIES}
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS, ids=lambda value: str(value))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "ranks", "parallel"), CASES, ids=str)
 def test_layout_equals_one_rank(one_rank: dict, family: str, ranks: int, parallel: dict[str, Any]) -> None:
     if family == "palm":  # a dense model has no experts to spread; the configuration refuses it
         parallel = {key: value for key, value in parallel.items() if key not in ("ep", "etp")}
