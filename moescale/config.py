@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+SIGMOID_BIAS_KEYS = ("num_expert_groups", "top_k_groups", "routed_scaling", "bias_update_rate")  # for that router alone
 
 
 class ConfigError(ValueError):
@@ -100,13 +101,18 @@ class ModelConfig(Group):
 class MoEConfig(Group):
     num_experts: int = Field(8, ge=1)
     top_k: int = Field(2, ge=1)
-    router: Literal["mixtral", "switch", "gshard"] = "mixtral"
+    num_shared_experts: int = Field(0, ge=0)  # beside those, experts that all tokens use
+    router: Literal["mixtral", "switch", "gshard", "sigmoid_bias"] = "mixtral"
     capacity_factor: float | None = Field(None, gt=0)  # slots per expert over its even share; none = dropless
     d_ff: int = Field(512, ge=8)  # hidden features of one expert
     activation: Activation = "swiglu"
     jitter: float = Field(0.0, ge=0, lt=1)  # the router's input is multiplied by 1 +- this (Switch)
     load_balance_coefficient: float = Field(0.01, ge=0)
     router_z_coefficient: float = Field(0.0, ge=0)
+    num_expert_groups: int = Field(1, ge=1)  # the experts lie in so many groups
+    top_k_groups: int = Field(1, ge=1)  # a token's experts lie in so many of them
+    routed_scaling: float = Field(1.0, gt=0)  # the experts' weights add up to this
+    bias_update_rate: float = Field(0.001, ge=0)  # how far the bias of each expert moves in a step
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -116,10 +122,29 @@ class MoEConfig(Group):
                 f"moe.router=switch sends each token to one expert: write moe.top_k=1 instead of {self.top_k}")
         _refuse(self.router == "gshard" and self.top_k != 2,
                 f"moe.router=gshard sends each token to two experts: write moe.top_k=2 instead of {self.top_k}")
-        _refuse(self.router == "mixtral" and self.capacity_factor is not None,
-                "moe.router=mixtral drops nothing: write moe.capacity_factor=null, or moe.router=switch or gshard")
+        _refuse(self.router in ("mixtral", "sigmoid_bias") and self.capacity_factor is not None,
+                f"moe.router={self.router} drops nothing: write moe.capacity_factor=null, or moe.router=switch or "
+                "gshard")
+        self._check_sigmoid_bias()
         _check_width("moe.d_ff", self.d_ff)
         return self
+
+    def _check_sigmoid_bias(self) -> None:
+        if self.router != "sigmoid_bias":
+            for key in SIGMOID_BIAS_KEYS:
+                default = type(self).model_fields[key].default
+                _refuse(getattr(self, key) != default,
+                        f"moe.{key}={getattr(self, key)} means nothing to moe.router={self.router}: "
+                        f"write moe.{key}={default}, or moe.router=sigmoid_bias")
+        groups, chosen = self.num_expert_groups, self.top_k_groups
+        _refuse(self.num_experts % groups != 0,
+                f"moe.num_expert_groups={groups} must divide moe.num_experts={self.num_experts}: "
+                f"use {_divisors(self.num_experts)}")
+        _refuse(chosen > groups, f"moe.top_k_groups={chosen} must be at most moe.num_expert_groups={groups}")
+        size = self.num_experts // groups
+        _refuse(self.top_k > chosen * size,
+                f"moe.top_k={self.top_k} is more than the {chosen * size} experts of moe.top_k_groups={chosen} of "
+                f"moe.num_expert_groups={groups}: write moe.top_k_groups={-(-self.top_k // size)}")
 
 
 class ParallelConfig(Group):

@@ -13,7 +13,6 @@ from moescale.config import Config, ConfigError, load_config
 from moescale.data.tokenizer import Tokenizer, load_tokenizer
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
-from moescale.parallel.expert import moe_layers
 
 
 def load_model(path: Path) -> tuple[LanguageModel, Config, Path]:
@@ -29,9 +28,9 @@ def load_model(path: Path) -> tuple[LanguageModel, Config, Path]:
     config = load_config(checkpoint / "config.yaml")
     model = build_model(config)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    for layer in moe_layers(model):
-        layer.statistics.reset()
-    tensors: dict[str, Tensor] = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+    for buffer in model.buffers():
+        buffer.zero_()  # counts, which no checkpoint holds
+    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     load_checkpoint(checkpoint, tensors, prefix="model.")
     return model.eval(), config, checkpoint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moescale.config import load_config
+from moescale.config import ConfigError, load_config, parse_config
 from moescale.model.build import build_model
 from moescale.planner.count import count_parameters, model_flops_per_token
 
@@ -27,6 +27,33 @@ def test_configuration_builds_and_is_counted_right(path: Path) -> None:
     for published, counted in ((total, count.total), (active, count.active)):
         if published is not None:
             assert counted / 1e9 == pytest.approx(published, abs=reach)
+
+
+def test_shared_experts_are_counted() -> None:
+    config = parse_config({"moe": {"num_shared_experts": 3, "activation": "gelu"}}, "test")
+    count = count_parameters(config)
+    assert sum(parameter.numel() for parameter in build_model(config, "meta").parameters()) == count.total
+    expert = 2 * config.model.d_model * config.moe.d_ff * config.model.num_layers
+    assert count.total - count.active == (config.moe.num_experts - config.moe.top_k) * expert
+
+
+@pytest.mark.parametrize(("moe", "message"), [
+    ({"router": "sigmoid_bias", "capacity_factor": 1.0},
+     "moe.router=sigmoid_bias drops nothing: write moe.capacity_factor=null, or moe.router=switch or gshard"),
+    ({"routed_scaling": 2.5},
+     "moe.routed_scaling=2.5 means nothing to moe.router=mixtral: write moe.routed_scaling=1.0, or "
+     "moe.router=sigmoid_bias"),
+    ({"router": "sigmoid_bias", "num_expert_groups": 3},
+     "moe.num_expert_groups=3 must divide moe.num_experts=8: use 1, 2, 4 or 8"),
+    ({"router": "sigmoid_bias", "top_k_groups": 2}, "moe.top_k_groups=2 must be at most moe.num_expert_groups=1"),
+    ({"router": "sigmoid_bias", "top_k": 5, "num_expert_groups": 4},
+     "moe.top_k=5 is more than the 2 experts of moe.top_k_groups=1 of moe.num_expert_groups=4: write "
+     "moe.top_k_groups=3"),
+])
+def test_what_a_router_cannot_do_is_refused(moe: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config({"moe": moe}, "test")
+    assert str(error.value) == f"test: {message}"
 
 
 def test_palm_utilisation_is_the_papers() -> None:

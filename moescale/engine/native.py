@@ -18,6 +18,7 @@ from moescale.ops.collectives import all_reduce_sum
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.optim.optimizer import STATE, build_optimizer
 from moescale.optim.schedule import learning_rate
+from moescale.parallel.expert import balance_by_bias, moe_layers
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
 
@@ -41,6 +42,8 @@ class NativeEngine:
         """Add up the gradients of this rank's micro-batches; every loss is a global sum over one global count."""
         for piece in self.pieces:
             piece.train()
+        for layer in moe_layers(self.model):
+            layer.statistics.reset()
         model, moe = self.config.model, self.config.moe
         num_targets, num_tokens = self._global_counts(batches)
         sums = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
@@ -71,7 +74,7 @@ class NativeEngine:
         return StepLosses(sums[0] / num_targets, sums[2] / router_count, sums[3] / router_count)
 
     def step(self) -> Tensor:
-        """Clip, update every weight, clear the gradients. -> the gradient norm before clipping"""
+        """Clip, update every weight and expert bias, clear the gradients. -> the gradient norm before clipping"""
         optim = self.config.optim
         norm = clip_gradients(
             self.model.parameters(), optim.clip_norm, copies=() if self.pipeline is None else self.pipeline.copies,
@@ -81,6 +84,7 @@ class NativeEngine:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        balance_by_bias(self.model, self.config, self.mesh.world_group)
         self.step_count += 1
         return norm
 
@@ -120,9 +124,8 @@ class NativeEngine:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name; sharded tensors as DTensors."""
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.data
             for key in STATE:
                 tensors[f"optim.{key}.{name}"] = self.optimizer.state[parameter][key]
         return tensors

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from moescale.config import Config
+from moescale.config import SIGMOID_BIAS_KEYS, Config
 from moescale.layers.feed_forward import FeedForward
 from moescale.layers.linear import Embedding, Linear
 from moescale.layers.norm import NORMS
@@ -57,8 +59,15 @@ def _channel_mixer(config: Config, index: int) -> nn.Module:
     model, moe = config.model, config.moe
     if model.layers[index].channel_mixer == "feed_forward":
         return FeedForward(model.d_model, model.d_ff, model.activation, model.init)
+    own: dict[str, Any] = {}  # arguments of one router alone
+    if moe.router == "sigmoid_bias":
+        own = {key: getattr(moe, key) for key in SIGMOID_BIAS_KEYS}
     router = ROUTERS[moe.router](
         model.d_model, moe.num_experts, moe.top_k, capacity_factor=moe.capacity_factor, jitter=moe.jitter,
-        salt=(config.run.seed * model.num_layers + index) * 2, init=model.init,
+        salt=(config.run.seed * model.num_layers + index) * 2, init=model.init, **own,
     )
-    return MoELayer(router, Experts(moe.num_experts, model.d_model, moe.d_ff, moe.activation, model.init))
+    experts = Experts(moe.num_experts, model.d_model, moe.d_ff, moe.activation, model.init)
+    shared = None
+    if moe.num_shared_experts:
+        shared = FeedForward(model.d_model, moe.num_shared_experts * moe.d_ff, moe.activation, model.init)
+    return MoELayer(router, experts, shared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moescale.layers.feed_forward import FeedForward
 from moescale.moe.dispatchers import Dispatcher, LocalDispatcher
 from moescale.moe.experts import Experts
 from moescale.moe.routers import Router
@@ -11,14 +12,18 @@ from moescale.moe.statistics import Statistics
 
 
 class MoELayer(nn.Module):
-    """Send each token to a few experts and add up their answers."""
+    """Send each token to a few experts and add up their answers.
+
+    shared: what all tokens use besides, on the rank where they are, several experts as one (DeepSeekMoE, sec. 3.2).
+    """
 
     dispatcher: Dispatcher
 
-    def __init__(self, router: Router, experts: Experts) -> None:
+    def __init__(self, router: Router, experts: Experts, shared: FeedForward | None = None) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
         self.dispatcher = LocalDispatcher()
         self.statistics = Statistics(router.num_experts)
 
@@ -30,7 +35,9 @@ class MoELayer(nn.Module):
         routing, losses = self.router(x, serial)
         rows, tokens_per_expert, handle = self.dispatcher.dispatch(x.flatten(0, 1), routing)
         rows = self.experts(rows, tokens_per_expert)
-        y = self.dispatcher.combine(rows, routing, handle)
+        y = self.dispatcher.combine(rows, routing, handle).view_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x, serial)[0]
         if self.training:
             self.statistics.add(routing, self.router.sequence.own(serial))
-        return y.view_as(x), losses
+        return y, losses

@@ -1,18 +1,20 @@
 """Routers: which experts a token goes to, and how much of each it takes. All in float32.
 
-| router  | experts | weight                          | balance loss counts | drops                    | causal |
-|---------|---------|---------------------------------|---------------------|--------------------------|--------|
-| mixtral | top_k   | softmax over the chosen logits  | all choices         | nothing                  | yes    |
-| switch  | 1       | raw probability                 | the choice          | beyond capacity          | yes    |
-| gshard  | 2       | normalised over both, then drop | first choices       | beyond capacity, by coin | no     |
+| router       | experts | weight                          | balance loss counts | drops                    | causal |
+|--------------|---------|---------------------------------|---------------------|--------------------------|--------|
+| mixtral      | top_k   | softmax over the chosen logits  | all choices         | nothing                  | yes    |
+| switch       | 1       | raw probability                 | the choice          | beyond capacity          | yes    |
+| gshard       | 2       | normalised over both, then drop | first choices       | beyond capacity, by coin | no     |
+| sigmoid_bias | top_k   | normalised sigmoid scores       | all choices         | nothing                  | yes    |
 
 Capacity and the balance loss are counted per sequence, before dropping. In evaluation nothing is dropped and nothing
-is random.
+is random. sigmoid_bias chooses by score plus a bias, which moves once a step, against the load of the global batch.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +64,7 @@ class Router(nn.Module, ABC):
             noise = uniform_features(serial, self.salt, x.shape[-1])
             wide = wide * (1 + self.jitter * (2 * noise - 1))
         logits = F.linear(wide, self.weight.to(wide.dtype))  # [groups, tokens, experts]
-        probs = logits.softmax(-1)
+        probs = self.probabilities(logits)
         expert, weight = self.choose(logits, probs)  # [groups, tokens, choices]
         wanted = self.wanted(weight, serial) & valid.unsqueeze(-1)
         if self.training and self.capacity_factor is not None:
@@ -87,6 +89,10 @@ class Router(nn.Module, ABC):
         assert self.capacity_factor is not None
         share = valid.sum(1).double() * self.top_k / self.num_experts
         return (self.capacity_factor * share).long().clamp(min=1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Say how much of a token each expert would take if it could choose all; they add up to one."""
+        return logits.softmax(-1)
 
     @abstractmethod
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,10 +135,58 @@ class GShardRouter(Router):
         return wanted
 
 
+class SigmoidBiasRouter(Router):
+    """The top_k experts by sigmoid score plus bias, weighed by the scores alone (DeepSeek-V3, eq. 12 to 16).
+
+    The experts lie in groups, in order. A token's come from its best `top_k_groups` of them, by the sum of each one's
+    best two. expert_bias: [experts] float32; it selects, has no gradient, and balances in place of a loss.
+    """
+
+    expert_bias: Tensor
+
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int, *, num_expert_groups: int, top_k_groups: int,
+        routed_scaling: float, bias_update_rate: float, **others: Any,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k, **others)
+        self.num_expert_groups, self.top_k_groups = num_expert_groups, top_k_groups
+        self.routed_scaling, self.bias_update_rate = routed_scaling, bias_update_rate
+        self.register_buffer("expert_bias", torch.zeros(num_experts))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return _normalise(logits.sigmoid())
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        scores = logits.sigmoid()
+        biased = scores.detach() + self.expert_bias
+        if self.top_k_groups < self.num_expert_groups:
+            groups = biased.unflatten(-1, (self.num_expert_groups, -1))
+            _, best = top_k(top_k(groups, 2)[0].sum(-1), self.top_k_groups)
+            others = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            biased = groups.masked_fill(others.unsqueeze(-1), float("-inf")).flatten(-2)
+        _, expert = top_k(biased, self.top_k)
+        return expert, self.routed_scaling * _normalise(scores.gather(-1, expert))
+
+    @torch.no_grad()
+    def balance(self, load: Tensor) -> None:
+        """Move the bias of each expert against its load (Wang et al., 2024, algorithm 1).
+
+        load: [experts] int64, assignments of one step's whole global batch.
+        """
+        above = (load * self.num_experts - load.sum()).sign()  # of the mean, in whole numbers: the same on every rank
+        self.expert_bias -= self.bias_update_rate * above
+
+
+def _normalise(scores: Tensor) -> Tensor:
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)  # all may be zero
+
+
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Take the k largest along the last dim, the best first, the lower index among equals. -> values, indices"""
     values, indices = scores.sort(dim=-1, descending=True, stable=True)
     return values[..., :k], indices[..., :k]
 
 
-ROUTERS: dict[str, type[Router]] = {"mixtral": MixtralRouter, "switch": SwitchRouter, "gshard": GShardRouter}
+ROUTERS: dict[str, type[Router]] = {
+    "mixtral": MixtralRouter, "switch": SwitchRouter, "gshard": GShardRouter, "sigmoid_bias": SigmoidBiasRouter,
+}

@@ -9,7 +9,7 @@ from moescale.moe.routing import Routing
 
 
 class Statistics(nn.Module):
-    """Counts since the last reset, of this rank's tokens. tokens_per_expert: [experts] int64. dropped: scalar int64"""
+    """Counts of one step, of this rank's tokens. tokens_per_expert: [experts] int64. dropped: scalar int64"""
 
     tokens_per_expert: Tensor
     dropped: Tensor

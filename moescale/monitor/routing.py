@@ -13,16 +13,10 @@ from torch import nn
 from moescale.moe.layer import MoELayer
 
 
-def reset_statistics(model: nn.Module) -> None:
-    """Begin to count anew in every MoE layer."""
-    for _, layer in _layers(model):
-        layer.statistics.reset()
-
-
 def routing_metrics(
     model: nn.Module, group: dist.ProcessGroup | None, *, num_layers: int, num_experts: int
 ) -> dict[str, list[int] | int]:
-    """Add up the counts of all ranks since the last reset, in one collective.
+    """Add up the counts of all ranks in the last step, in one collective.
 
     model: this rank's blocks, by their index. num_layers: of the whole model.
     -> `moe/layer_NN/tokens_per_expert`: rows of each expert; `moe/layer_NN/dropped`. NN is the block's index.

@@ -72,6 +72,8 @@ def _shard_shared(
                 reshard_after_forward=reshard)
     if isinstance(block.mixer, Attention) and not isinstance(block.mixer.k.weight, DTensor):
         fully_shard([block.mixer.k, block.mixer.v], mesh=shared, mp_policy=policy, reshard_after_forward=reshard)
+    if isinstance(block.channel_mixer, MoELayer) and block.channel_mixer.shared is not None:
+        fully_shard(block.channel_mixer.shared, mesh=shared, mp_policy=policy, reshard_after_forward=reshard)
 
 
 def _shard(

@@ -16,7 +16,7 @@ from moescale.model.language_model import LanguageModel
 from moescale.moe.layer import MoELayer
 from moescale.ops.sequence import SharedSequence
 from moescale.parallel.context import ContextAttention, deal_pieces
-from moescale.parallel.expert import moe_layers, spread_experts
+from moescale.parallel.expert import spread_experts
 from moescale.parallel.fsdp import shard_parameters
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.recompute import recompute
@@ -43,8 +43,8 @@ def build_parallel_model(config: Config, mesh: Mesh) -> ParallelModel:
         model = join(pieces)
     parallelize(model, pieces, config, mesh)
     model.to_empty(device=mesh.device)
-    for layer in moe_layers(model):
-        layer.statistics.reset()
+    for buffer in model.buffers():
+        buffer.zero_()  # counts and biases
     initialize(model, config.run.seed)
     return ParallelModel(pieces, model)
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from moescale.layers.feed_forward import FeedForward
 from moescale.layers.linear import Embedding, Linear
 from moescale.mixers.attention import Attention
+from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
 from moescale.ops.vocabulary import vocabulary_losses
 
@@ -24,8 +25,9 @@ def spread_matrices(model: LanguageModel, tp: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             _spread_attention(module, tp)
-        elif isinstance(module, FeedForward):
-            for linear, dim in ((module.gate, 0), (module.up, 0), (module.down, 1)):
+        elif isinstance(module, Block) and isinstance(module.channel_mixer, FeedForward):
+            dense = module.channel_mixer  # the shared experts of a mixture see own positions, and stay whole
+            for linear, dim in ((dense.gate, 0), (dense.up, 0), (dense.down, 1)):
                 if linear is not None:
                     _cut(linear, dim, tp)
     for end in (model.embedding, model.head):

@@ -47,7 +47,7 @@ def _count_layer(config: Config, layer: LayerConfig) -> ParameterCount:
         shared += d_model * model.d_ff * (3 if model.activation in GATED else 2)
         return ParameterCount(shared, shared)
     expert = d_model * moe.d_ff * (3 if moe.activation in GATED else 2)
-    shared += d_model * moe.num_experts  # the router
+    shared += d_model * moe.num_experts + moe.num_shared_experts * expert  # the router, and what all tokens use
     return ParameterCount(shared + moe.num_experts * expert, shared + moe.top_k * expert)
 
 

@@ -15,8 +15,8 @@ from moescale.ops.collectives import all_reduce_sum
 from moescale.verify.trace import Trace
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
-PARTS = {".experts.": "expert", ".router.": "router", ".mixer.": "attention", "norm": "norm",
-         ".channel_mixer.": "feed-forward", "embedding": "embedding", "head": "head"}
+PARTS = {".experts.": "expert", ".shared.": "shared expert", ".router.": "router", ".mixer.": "attention",
+         "norm": "norm", ".channel_mixer.": "feed-forward", "embedding": "embedding", "head": "head"}
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ def _shrink_model(config: Config, layouts: Sequence[Layout], seq_len: int) -> Mo
 
 def _shrink_moe(moe: MoEConfig, layouts: Iterable[Layout]) -> MoEConfig:
     layouts = list(layouts)
-    enough = min(moe.num_experts, 2 * moe.top_k + 2)
-    experts = _smallest_divisor(moe.num_experts, enough, lambda n: all(n % layout.ep == 0 for layout in layouts))
+    enough = min(moe.num_experts, max(2 * moe.top_k + 2, -(-moe.top_k // moe.top_k_groups) * moe.num_expert_groups))
+    experts = _smallest_divisor(moe.num_experts, enough, lambda n: all(
+        n % group == 0 for group in (moe.num_expert_groups, *(layout.ep for layout in layouts))))
     return moe.model_copy(update={
         "num_experts": experts, "d_ff": _multiple(16, (8, *(layout.etp for layout in layouts)))})
 

@@ -16,7 +16,7 @@ from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.model.block import Block
 from moescale.moe.layer import MoELayer
-from moescale.monitor.routing import reset_statistics, routing_metrics
+from moescale.monitor.routing import routing_metrics
 from moescale.parallel.mesh import Mesh
 
 
@@ -71,7 +71,6 @@ def trace_step(config: Config, mesh: Mesh, batches: Batch) -> Trace:
     observer = _Observer(engine.model, config)
     first = _copy({name: parameter.data for name, parameter in engine.model.named_parameters()})
     share = _share(batches, mesh.batch_rank, mesh.batch_size, config.data.micro_batch)
-    reset_statistics(engine.model)
     losses = engine.forward_backward(share)
     gradients = _copy({name: parameter.grad for name, parameter in engine.model.named_parameters()})
     counts = routing_metrics(

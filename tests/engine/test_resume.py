@@ -24,7 +24,7 @@ def make_config(folder: Path, parallel: dict[str, int]) -> Config:
                  "seq_len": 32, "global_batch": 8, "micro_batch": 2},
         "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
                   "init": "fan_in", "window": 16, "pattern": [{"channel_mixer": "feed_forward"}, {}]},
-        "moe": {"num_experts": 12, "top_k": 2, "d_ff": 16},
+        "moe": {"num_experts": 12, "top_k": 2, "d_ff": 16, "router": "sigmoid_bias", "bias_update_rate": 0.01},
         "parallel": parallel, "optim": {"lr": 3e-3, "warmup_steps": 3}, "checkpoint": {"keep": 9},
     }, "test").for_world(world_size())
 
@@ -85,8 +85,10 @@ def test_resume_in_another_layout(tmp_path: Path, before: tuple, after: tuple) -
 def test_load_gives_the_model_on_one_process(tmp_path: Path) -> None:
     saved = run_ranks(4, run_steps, tmp_path, {"ep": 4}, False, 2)[0]
     model, _, _ = load_model(tmp_path)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, saved["state"][f"model.{name}"])
+    tensors = model.state_dict()
+    assert tensors["blocks.1.channel_mixer.router.expert_bias"].count_nonzero() > 6  # of 12, after two steps
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, saved["state"][f"model.{name}"])
     logits = model.logits(torch.zeros(2, 5, dtype=torch.int64))
     assert logits.shape == (2, 5, 264)
     assert logits.dtype == torch.float32

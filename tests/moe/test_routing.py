@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moescale.layers.feed_forward import FeedForward
 from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
-from moescale.moe.routers import ROUTERS, Router
+from moescale.moe.routers import ROUTERS, Router, SigmoidBiasRouter
+from moescale.moe.routing import Routing
 from moescale.ops.random import uniform
 
 CASES = [
     ("mixtral", 2, None), ("mixtral", 3, None), ("switch", 1, 0.7), ("switch", 1, 1.25), ("gshard", 2, 0.6),
     ("gshard", 2, 2.0),
 ]
+ALL = [*CASES, ("sigmoid_bias", 2, None)]
 
 
-def make_router(name: str, top_k: int, capacity_factor: float | None, num_experts: int = 5, d_model: int = 8) -> Router:
+def make_router(
+    name: str, top_k: int, capacity_factor: float | None, num_experts: int = 5, d_model: int = 8, **own: Any
+) -> Router:
+    if name == "sigmoid_bias":
+        own = {"num_expert_groups": 1, "top_k_groups": 1, "routed_scaling": 1.0, "bias_update_rate": 0.001, **own}
     router = ROUTERS[name](
-        d_model, num_experts, top_k, capacity_factor=capacity_factor, jitter=0.0, salt=6, init="fan_in"
+        d_model, num_experts, top_k, capacity_factor=capacity_factor, jitter=0.0, salt=6, init="fan_in", **own
     )
     torch.nn.init.normal_(router.weight)
     return router
@@ -69,20 +78,60 @@ def test_router_equals_the_paper(
     x = torch.randn(groups, tokens, 8)
     serial = torch.arange(groups * tokens).view(groups, tokens)
     serial = torch.where(torch.rand(groups, tokens) < 0.2, -1, serial)
-    routing, losses = router(x, serial)
     expected, balance = {}, 0.0
     for group in range(groups):
         out, loss = loop(router, x[group], serial[group], top_k)
         expected.update({(group * tokens + t, e): w for (t, e), w in out.items()})
         balance += loss
-    experts = torch.arange(5).repeat_interleave(routing.tokens_per_expert).tolist()
+    check(router(x, serial), expected, balance)
+
+
+def check(result: tuple[Routing, torch.Tensor], expected: dict[tuple[int, int], float], balance: float) -> None:
+    routing, losses = result
+    experts = torch.arange(len(routing.tokens_per_expert)).repeat_interleave(routing.tokens_per_expert).tolist()
     got = dict(zip(zip(routing.token.tolist(), experts, strict=True), routing.weight.tolist(), strict=True))
     assert got.keys() == expected.keys()
     assert got == pytest.approx(expected, abs=1e-5)
-    assert float(losses[0]) == pytest.approx(balance, rel=1e-4, abs=1e-5)
+    assert losses[0].item() == pytest.approx(balance, rel=1e-4, abs=1e-5)
     rows = [(t, r) for t, choices in enumerate(routing.row.tolist()) for r in choices if r >= 0]
     assert sorted(r for _, r in rows) == list(range(len(routing.token)))
     assert all(int(routing.token[r]) == t for t, r in rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), tokens=st.integers(1, 12), top_k=st.integers(1, 4),
+       groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 3), (8, 4)]))
+def test_sigmoid_bias_equals_the_paper(seed: int, tokens: int, top_k: int, groups: tuple[int, int]) -> None:
+    torch.manual_seed(seed)
+    router = make_router("sigmoid_bias", top_k, None, 8, num_expert_groups=groups[0], top_k_groups=groups[1],
+                         routed_scaling=2.5)
+    router.expert_bias.normal_(std=0.3)
+    x, serial = torch.randn(1, tokens, 8), torch.arange(tokens).view(1, tokens)
+    serial = torch.where(torch.rand(1, tokens) < 0.2, -1, serial)
+    expected, probs, chosen = {}, [], [0] * 8
+    for t in (t for t in range(tokens) if serial[0, t] >= 0):
+        score = (x[0, t] @ router.weight.detach().T).sigmoid().tolist()
+        biased = [s + b for s, b in zip(score, router.expert_bias.tolist(), strict=True)]
+        size = 8 // groups[0]
+        parts = [range(first, first + size) for first in range(0, 8, size)]
+        parts.sort(key=lambda part: -sum(sorted((biased[e] for e in part), reverse=True)[:2]))
+        best = sorted((e for part in parts[: groups[1]] for e in part), key=lambda e: -biased[e])[:top_k]
+        for e in best:
+            expected[t, e] = 2.5 * score[e] / sum(score[e] for e in best)
+            chosen[e] += 1
+        probs.append([s / sum(score) for s in score])
+    balance = sum(8 * chosen[e] / (top_k * len(probs)) * sum(p[e] for p in probs) for e in range(8)) if probs else 0.0
+    check(router(x, serial), expected, balance)
+
+
+def test_bias_moves_against_the_load_alone() -> None:
+    router = make_router("sigmoid_bias", 2, None, 4)
+    assert isinstance(router, SigmoidBiasRouter)
+    router.balance(torch.tensor([7, 2, 4, 3]))
+    assert router.expert_bias.tolist() == pytest.approx([-0.001, 0.001, 0, 0.001])
+    router.balance(torch.tensor([2, 0, 0, 0]))
+    assert router.expert_bias.tolist() == pytest.approx([-0.002, 0.002, 0.001, 0.002])
+    assert not any("bias" in name for name, _ in router.named_parameters())
 
 
 def test_equal_logits_take_the_lowest_experts() -> None:
@@ -102,7 +151,7 @@ def test_balance_loss_is_one_when_balanced_and_the_number_of_experts_when_collap
     assert float(router(torch.eye(4, 8)[:1].repeat(12, 1).unsqueeze(0), serial)[1][0]) / 12 == pytest.approx(4)
 
 
-@pytest.mark.parametrize(("name", "top_k", "factor"), CASES)
+@pytest.mark.parametrize(("name", "top_k", "factor"), ALL)
 def test_padding_changes_nothing(name: str, top_k: int, factor: float | None) -> None:
     torch.manual_seed(1)
     layer = make_layer(name, top_k, factor)
@@ -121,7 +170,7 @@ def test_padding_changes_nothing(name: str, top_k: int, factor: float | None) ->
     assert int(counts[0].sum() + counts[1]) == 18 * top_k
 
 
-@pytest.mark.parametrize(("name", "top_k", "factor"), CASES)
+@pytest.mark.parametrize(("name", "top_k", "factor"), ALL)
 def test_causality_is_as_the_table_says(name: str, top_k: int, factor: float | None) -> None:
     torch.manual_seed(2)
     layer = make_layer(name, top_k, factor)
@@ -149,6 +198,21 @@ def test_equal_experts_are_a_dense_layer_forward_and_backward() -> None:
     torch.testing.assert_close(y, dense, atol=1e-5, rtol=1e-5)
     ours, theirs = (torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (y, dense))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_shared_experts_answer_every_token_whatever_the_router_drops() -> None:
+    torch.manual_seed(4)
+    layer = make_layer("switch", 1, 0.1)
+    x, serial = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
+    alone, _ = layer(x, serial)
+    assert not alone.any(-1).all()
+    layer.shared = FeedForward(8, 32, "swiglu", "fan_in")
+    for weight in layer.shared.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    gate, up, down = (weight.view(2, 16, 8) if weight.shape[1] == 8 else weight.view(8, 2, 16).permute(1, 0, 2)
+                      for weight in layer.shared.parameters())  # as two experts
+    both = sum((torch.nn.functional.silu(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T for e in range(2))
+    torch.testing.assert_close(layer(x, serial)[0], alone + both, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])

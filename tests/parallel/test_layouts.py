@@ -10,7 +10,7 @@ import torch
 from moescale.config import Config, parse_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
-from moescale.monitor.routing import reset_statistics, routing_metrics
+from moescale.monitor.routing import routing_metrics
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 
@@ -24,6 +24,9 @@ FAMILIES = {
                        "jitter": 0.01, "activation": "relu"}},
     "gshard": {"model": {**MODEL, "init": "fan_in", "norm": "layernorm", "positions": "alibi"},
                "moe": {"num_experts": 8, "top_k": 2, "router": "gshard", "capacity_factor": 1.0, "d_ff": 16}},
+    "deepseek": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+                 "moe": {"num_experts": 8, "top_k": 3, "d_ff": 8, "num_shared_experts": 2, "router": "sigmoid_bias",
+                         "num_expert_groups": 4, "top_k_groups": 2, "bias_update_rate": 0.05}},
     "palm": {"model": {**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
                        "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
                        "pattern": [{"channel_mixer": "feed_forward"}]}},
@@ -35,6 +38,8 @@ LAYOUTS = [  # ranks, parallel degrees
     (4, {"pp": 2, "tp": 2, "pp_schedule": "interleaved_1f1b"}),
     (4, {"pp": 2, "cp": 2, "ep": 2, "pp_schedule": "zero_bubble", "recompute": "selective"}),
 ]
+MIXED = [LAYOUTS[index] for index in (8, 9, 11)]  # enough of them for a family of which little is new
+CASES = [(family, *layout) for family in FAMILIES for layout in (MIXED if family == "deepseek" else LAYOUTS)]
 STEPS = 4
 
 
@@ -71,7 +76,6 @@ def run_steps(family: str, parallel: dict[str, Any], compute: str, steps: int) -
     first = {name: _whole(parameter.data) for name, parameter in engine.model.named_parameters()}
     history, gradients = [], {}
     for step in range(steps):
-        reset_statistics(engine.model)
         losses = engine.forward_backward(make_batches(step, mesh.batch_rank, mesh.batch_size))
         if step == 0:
             gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
@@ -79,9 +83,10 @@ def run_steps(family: str, parallel: dict[str, Any], compute: str, steps: int) -
         figures = [float(x) for x in (losses.cross_entropy, losses.load_balance, losses.router_z, norm)]
         history.append((figures, routing_metrics(
             engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)))
+    biases = {name: buffer.clone() for name, buffer in engine.model.named_buffers() if name.endswith("expert_bias")}
     evaluated = engine.evaluate(make_batches(99, mesh.batch_rank, mesh.batch_size))
     stop_mesh()
-    return {"first": first, "gradients": gradients, "history": history, "evaluated": evaluated}
+    return {"first": first, "gradients": gradients, "history": history, "biases": biases, "evaluated": evaluated}
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,18 +99,29 @@ def one_rank() -> dict:
     return {family: run_ranks(1, run_steps, family, {}, "float32", STEPS)[0] for family in FAMILIES}
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS, ids=lambda value: str(value))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "ranks", "parallel"), CASES, ids=str)
 def test_layout_equals_one_rank(one_rank: dict, family: str, ranks: int, parallel: dict[str, Any]) -> None:
     if family == "palm":  # a dense model has no experts to spread; the configuration refuses it
         parallel = {key: value for key, value in parallel.items() if key not in ("ep", "etp")}
     results = run_ranks(ranks, run_steps, family, parallel, "float32", STEPS)
-    for key in ("first", "gradients"):  # a pipeline's ranks hold some of the layers each
+    for key in ("first", "gradients", "biases"):  # a pipeline's ranks hold some of the layers each
         joined = {name: value for result in results for name, value in result[key].items()}
         for result in results:
             result[key] = joined
     for result in results:
         compare(result, one_rank[family], 1e-5)
+
+
+def test_biases_move_once_a_step_by_the_load_of_the_global_batch(one_rank: dict) -> None:
+    biases, history = one_rank["deepseek"]["biases"], one_rank["deepseek"]["history"]
+    assert len(biases) == 2
+    for name, bias in biases.items():
+        expected = torch.zeros(8)
+        for _, counts in history:
+            load = torch.tensor(counts[f"moe/layer_{int(name.split('.')[1]):02d}/tokens_per_expert"])
+            assert int(load.sum()) == 3 * (GLOBAL_BATCH * SEQ - 9 - 21)  # without the padding
+            expected -= 0.05 * (load - load.double().mean()).sign()
+        torch.testing.assert_close(bias, expected)
 
 
 def test_compiled_blocks_change_nothing(one_rank: dict) -> None:
@@ -126,6 +142,9 @@ def compare(result: dict, expected: dict, tolerance: float) -> None:
     ):
         assert ours == pytest.approx(theirs, rel=tolerance), f"step {step}"
         assert counts == expected_counts, f"step {step}"
+    assert result["biases"].keys() == expected["biases"].keys()
+    for name, bias in expected["biases"].items():
+        assert torch.equal(result["biases"][name], bias), name
     assert result["evaluated"] == pytest.approx(expected["evaluated"], rel=tolerance)
 
 
