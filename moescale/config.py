@@ -102,7 +102,7 @@ class MoEConfig(Group):
     num_experts: int = Field(8, ge=1)
     top_k: int = Field(2, ge=1)
     num_shared_experts: int = Field(0, ge=0)  # beside those, experts that all tokens use
-    router: Literal["mixtral", "switch", "gshard", "sigmoid_bias"] = "mixtral"
+    router: Literal["mixtral", "switch", "gshard", "sigmoid_bias", "expert_choice"] = "mixtral"
     capacity_factor: float | None = Field(None, gt=0)  # slots per expert over its even share; none = dropless
     d_ff: int = Field(512, ge=8)  # hidden features of one expert
     activation: Activation = "swiglu"
@@ -126,8 +126,20 @@ class MoEConfig(Group):
                 f"moe.router={self.router} drops nothing: write moe.capacity_factor=null, or moe.router=switch or "
                 "gshard")
         self._check_sigmoid_bias()
+        self._check_expert_choice()
         _check_width("moe.d_ff", self.d_ff)
         return self
+
+    def _check_expert_choice(self) -> None:
+        if self.router != "expert_choice":
+            return
+        if self.capacity_factor is None:
+            raise ConfigError("moe.router=expert_choice needs the number of experts that a token has on average: write "
+                              f"e.g. moe.capacity_factor={float(self.top_k)}")
+        nearest = max(1, round(self.capacity_factor))
+        _refuse(self.top_k != nearest,
+                f"moe.router=expert_choice with moe.capacity_factor={self.capacity_factor} gives a token about "
+                f"{nearest} experts in evaluation: write moe.top_k={nearest} instead of {self.top_k}")
 
     def _check_sigmoid_bias(self) -> None:
         if self.router != "sigmoid_bias":

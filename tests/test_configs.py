@@ -49,6 +49,12 @@ def test_shared_experts_are_counted() -> None:
     ({"router": "sigmoid_bias", "top_k": 5, "num_expert_groups": 4},
      "moe.top_k=5 is more than the 2 experts of moe.top_k_groups=1 of moe.num_expert_groups=4: write "
      "moe.top_k_groups=3"),
+    ({"router": "expert_choice"},
+     "moe.router=expert_choice needs the number of experts that a token has on average: write e.g. "
+     "moe.capacity_factor=2.0"),
+    ({"router": "expert_choice", "capacity_factor": 3.2},
+     "moe.router=expert_choice with moe.capacity_factor=3.2 gives a token about 3 experts in evaluation: write "
+     "moe.top_k=3 instead of 2"),
 ])
 def test_what_a_router_cannot_do_is_refused(moe: dict, message: str) -> None:
     with pytest.raises(ConfigError) as error:

@@ -39,5 +39,5 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             y = y + self.shared(x, serial)[0]
         if self.training:
-            self.statistics.add(routing, self.router.sequence.own(serial))
+            self.statistics.add(routing, self.router.dropped(routing, self.router.sequence.own(serial) >= 0))
         return y, losses

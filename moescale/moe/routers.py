@@ -1,14 +1,16 @@
 """Routers: which experts a token goes to, and how much of each it takes. All in float32.
 
-| router       | experts | weight                          | balance loss counts | drops                    | causal |
-|--------------|---------|---------------------------------|---------------------|--------------------------|--------|
-| mixtral      | top_k   | softmax over the chosen logits  | all choices         | nothing                  | yes    |
-| switch       | 1       | raw probability                 | the choice          | beyond capacity          | yes    |
-| gshard       | 2       | normalised over both, then drop | first choices       | beyond capacity, by coin | no     |
-| sigmoid_bias | top_k   | normalised sigmoid scores       | all choices         | nothing                  | yes    |
+| router        | experts       | weight                          | balance loss counts | drops               | causal |
+|---------------|---------------|---------------------------------|---------------------|---------------------|--------|
+| mixtral       | top_k         | softmax over the chosen logits  | all choices         | nothing             | yes    |
+| switch        | 1             | raw probability                 | the choice          | over capacity       | yes    |
+| gshard        | 2             | normalised over both, then drop | first choices       | over it, or by coin | no     |
+| sigmoid_bias  | top_k         | normalised sigmoid scores       | all choices         | nothing             | yes    |
+| expert_choice | that chose it | raw probability                 | none needed         | what none chose     | no     |
 
 Capacity and the balance loss are counted per sequence, before dropping. In evaluation nothing is dropped and nothing
 is random. sigmoid_bias chooses by score plus a bias, which moves once a step, against the load of the global batch.
+Where experts chose in training, tokens choose in evaluation, their top_k.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from moescale.layers.linear import matrix_fill
 from moescale.moe.losses import load_balance_loss, router_z_loss
-from moescale.moe.routing import Routing, sort_by_expert, within_capacity
+from moescale.moe.routing import Routing, best_tokens, sort_by_expert, within_capacity
 from moescale.ops.random import uniform, uniform_features
 from moescale.ops.sequence import Sequence
 
@@ -65,18 +67,35 @@ class Router(nn.Module, ABC):
             wide = wide * (1 + self.jitter * (2 * noise - 1))
         logits = F.linear(wide, self.weight.to(wide.dtype))  # [groups, tokens, experts]
         probs = self.probabilities(logits)
-        expert, weight = self.choose(logits, probs)  # [groups, tokens, choices]
-        wanted = self.wanted(weight, serial) & valid.unsqueeze(-1)
+        expert, weight, kept = self.decide(logits, probs, serial, valid_whole)  # [groups, tokens, choices]
+        losses = torch.stack((self.balance_loss(expert, probs, valid), router_z_loss(logits, valid)))
+        routing = sort_by_expert(expert.flatten(0, 1), weight.flatten(0, 1), kept.flatten(0, 1), self.num_experts)
+        return routing, losses
+
+    def decide(
+        self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose, and drop. logits, probs: [groups, tokens, experts]. serial: [groups, tokens] int64, own positions.
+
+        valid_whole: [groups, seq] bool. -> expert, weight, kept: [groups, tokens, choices]
+        """
+        expert, weight = self.choose(logits, probs)
+        wanted = self.wanted(weight, serial) & (serial >= 0).unsqueeze(-1)
         if self.training and self.capacity_factor is not None:
             wanted = self._within_capacity(expert, wanted, valid_whole)
+        return expert, weight, wanted
+
+    def balance_loss(self, expert: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
+        """Count over the whole sequences what goes to each expert. -> scalar, summed over own valid tokens"""
         counted = expert[..., : self.balance_choices]
         ones = valid.unsqueeze(-1).expand_as(counted).to(probs.dtype)
-        assignments = probs.new_zeros(len(x), self.num_experts)
+        assignments = probs.new_zeros(len(expert), self.num_experts)
         assignments.scatter_add_(1, counted.flatten(1), ones.flatten(1))  # [groups, experts]
-        assignments = self.sequence.sum(assignments)
-        losses = torch.stack((load_balance_loss(probs, assignments, valid), router_z_loss(logits, valid)))
-        routing = sort_by_expert(expert.flatten(0, 1), weight.flatten(0, 1), wanted.flatten(0, 1), self.num_experts)
-        return routing, losses
+        return load_balance_loss(probs, self.sequence.sum(assignments), valid)
+
+    def dropped(self, routing: Routing, valid: Tensor) -> Tensor:
+        """Count the choices that have no row. valid: [groups, tokens] bool, own. -> scalar int64"""
+        return valid.sum() * routing.row.shape[1] - len(routing.token)
 
     def _within_capacity(self, expert: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
         """Count slots over the whole sequences, whoever holds their positions. valid: [groups, seq] bool"""
@@ -177,6 +196,43 @@ class SigmoidBiasRouter(Router):
         self.expert_bias -= self.bias_update_rate * above
 
 
+class ExpertChoiceRouter(Router):
+    """Each expert takes the tokens of a sequence that give it most probability (Zhou et al., 2022, eq. 1 and 2).
+
+    capacity_factor is how many experts a token has on average; top_k how many it has in evaluation, where an expert
+    cannot look at tokens to come. Loads are equal, so that nothing needs balancing.
+    """
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        weight, expert = top_k(probs, self.top_k)
+        return expert, weight
+
+    def decide(
+        self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.training:
+            return super().decide(logits, probs, serial, valid_whole)
+        # Equal tokens, such as the first of each document, differ by rounding alone, in each layout otherwise. In fewer
+        # bits they are equal, and the earlier one comes first. The bits of positive floats sort as the floats do.
+        scores = self.sequence.whole(probs.detach().float().contiguous().view(torch.int32) >> 8)
+        kept = self.sequence.own(best_tokens(scores, valid_whole, self._capacity(valid_whole)))
+        most = int(kept.sum(-1).max()) if len(kept.flatten()) else 0
+        order = kept.byte().argsort(dim=-1, descending=True, stable=True)
+        expert = order[..., : max(1, most)]  # no more choices than some token has
+        return expert, probs.gather(-1, expert), kept.gather(-1, expert)
+
+    def _capacity(self, valid: Tensor) -> Tensor:
+        assert self.capacity_factor is not None
+        return (self.capacity_factor * valid.sum(1).double() / self.num_experts).long().clamp(min=1)
+
+    def balance_loss(self, expert: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
+        return probs.new_zeros(())
+
+    def dropped(self, routing: Routing, valid: Tensor) -> Tensor:
+        """Count the tokens that no expert took."""
+        return (valid.flatten() & (routing.row < 0).all(1)).sum()
+
+
 def _normalise(scores: Tensor) -> Tensor:
     return scores / (scores.sum(-1, keepdim=True) + 1e-20)  # all may be zero
 
@@ -189,4 +245,5 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 ROUTERS: dict[str, type[Router]] = {
     "mixtral": MixtralRouter, "switch": SwitchRouter, "gshard": GShardRouter, "sigmoid_bias": SigmoidBiasRouter,
+    "expert_choice": ExpertChoiceRouter,
 }

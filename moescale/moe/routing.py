@@ -61,3 +61,16 @@ def within_capacity(expert: Tensor, wanted: Tensor, capacity: Tensor, num_expert
     slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=key.device) - first)
     slot = slot.view(groups, choices, tokens).transpose(1, 2)
     return wanted & (slot < capacity.view(-1, 1, 1))
+
+
+def best_tokens(scores: Tensor, valid: Tensor, capacity: Tensor) -> Tensor:
+    """Let each expert of each group take the `capacity` tokens that score highest; among equals the earlier one.
+
+    scores: [groups, tokens, experts] int32, not below zero. valid: [groups, tokens] bool. capacity: [groups] int64.
+    -> [groups, tokens, experts] bool
+    """
+    valid = valid.unsqueeze(-1)
+    order = torch.where(valid, scores, -1).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(scores.shape[1], device=scores.device).view(1, -1, 1).expand_as(order)
+    slot = torch.empty_like(order).scatter_(1, order, place)
+    return valid & (slot < capacity.view(-1, 1, 1))

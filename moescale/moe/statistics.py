@@ -21,12 +21,12 @@ class Statistics(nn.Module):
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
-    def add(self, routing: Routing, serial: Tensor) -> None:
-        """Count one pass. serial: [groups, tokens] int64; a choice of a valid token that has no row was dropped."""
+    def add(self, routing: Routing, dropped: Tensor) -> None:
+        """Count one pass. dropped: scalar int64"""
         if not self.counting:
             return
         self.tokens_per_expert += routing.tokens_per_expert
-        self.dropped += (serial >= 0).sum() * routing.row.shape[1] - len(routing.token)
+        self.dropped += dropped
 
     def reset(self) -> None:
         self.tokens_per_expert.zero_()

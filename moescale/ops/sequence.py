@@ -35,7 +35,7 @@ class Sequence:
         return part
 
     def whole(self, own: Tensor) -> Tensor:
-        """Gather integers of all positions, in order. [batch, seq/cp/tp, ...] -> [batch, seq, ...]"""
+        """Gather integers of all positions, in order, outside autograd. [batch, seq/cp/tp, ...] -> [batch, seq, ...]"""
         return own
 
     def sum(self, tensor: Tensor) -> Tensor:

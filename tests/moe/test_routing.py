@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ CASES = [
     ("mixtral", 2, None), ("mixtral", 3, None), ("switch", 1, 0.7), ("switch", 1, 1.25), ("gshard", 2, 0.6),
     ("gshard", 2, 2.0),
 ]
-ALL = [*CASES, ("sigmoid_bias", 2, None)]
+ALL = [*CASES, ("sigmoid_bias", 2, None), ("expert_choice", 2, 1.7)]
 
 
 def make_router(
@@ -124,6 +125,33 @@ def test_sigmoid_bias_equals_the_paper(seed: int, tokens: int, top_k: int, group
     check(router(x, serial), expected, balance)
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), groups=st.integers(1, 3), tokens=st.integers(1, 14), train=st.booleans(),
+       factor=st.sampled_from([0.3, 1.0, 1.7, 2.4, 5.0]))
+def test_expert_choice_equals_the_paper(seed: int, groups: int, tokens: int, train: bool, factor: float) -> None:
+    torch.manual_seed(seed)
+    top_k = max(1, round(factor))
+    layer = make_layer("expert_choice", top_k, factor).train(train)
+    x = torch.randn(groups, tokens, 8)
+    x[:, tokens // 2 :] = x[:, : tokens - tokens // 2].clone()  # equal tokens: the earlier one comes first
+    serial = torch.arange(groups * tokens).view(groups, tokens)
+    serial = torch.where(torch.rand(groups, tokens) < 0.2, -1, serial)
+    expected, valid = {}, (serial >= 0).tolist()
+    probs = (x @ layer.router.weight.detach().T).softmax(-1)
+    for group in range(groups):
+        own = [t for t in range(tokens) if valid[group][t]]
+        score = {(t, e): math.frexp(float(probs[group, t, e])) for t in own for e in range(5)}
+        score = {key: math.floor(m * 2**16) * 2.0**power for key, (m, power) in score.items()}  # 16 bits are compared
+        slots = max(1, int(factor * len(own) / 5))
+        taken = [(t, e) for e in range(5) for t in sorted(own, key=lambda t, e=e: (-score[t, e], t))[:slots]]
+        chosen = [(t, e) for t in own for e in probs[group, t].argsort(descending=True, stable=True)[:top_k].tolist()]
+        expected.update({(group * tokens + t, e): float(probs[group, t, e]) for t, e in (taken if train else chosen)})
+    check(layer.router(x, serial), expected, 0.0)
+    layer(x, serial)
+    left = sum(map(sum, valid)) - len({token for token, _ in expected})
+    assert int(layer.statistics.dropped) == (left if train else 0)
+
+
 def test_bias_moves_against_the_load_alone() -> None:
     router = make_router("sigmoid_bias", 2, None, 4)
     assert isinstance(router, SigmoidBiasRouter)
@@ -167,7 +195,8 @@ def test_padding_changes_nothing(name: str, top_k: int, factor: float | None) ->
     torch.testing.assert_close(losses_padded, losses)
     assert torch.equal(layer.statistics.tokens_per_expert, counts[0])
     assert torch.equal(layer.statistics.dropped, counts[1])
-    assert int(counts[0].sum() + counts[1]) == 18 * top_k
+    if name != "expert_choice":
+        assert int(counts[0].sum() + counts[1]) == 18 * top_k
 
 
 @pytest.mark.parametrize(("name", "top_k", "factor"), ALL)
@@ -181,7 +210,7 @@ def test_causality_is_as_the_table_says(name: str, top_k: int, factor: float | N
         changed = x.clone()
         changed[:, token] = torch.randn(8) * 3
         leaks |= not torch.allclose(layer(changed, serial)[0][:, :token], before[:, :token], atol=1e-6)
-    assert leaks == (name == "gshard" and factor == 0.6)
+    assert leaks == ((name == "gshard" and factor == 0.6) or name == "expert_choice")
 
 
 def test_equal_experts_are_a_dense_layer_forward_and_backward() -> None:

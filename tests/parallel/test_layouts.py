@@ -27,6 +27,9 @@ FAMILIES = {
     "deepseek": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
                  "moe": {"num_experts": 8, "top_k": 3, "d_ff": 8, "num_shared_experts": 2, "router": "sigmoid_bias",
                          "num_expert_groups": 4, "top_k_groups": 2, "bias_update_rate": 0.05}},
+    "expert_choice": {"model": {**MODEL, "init": "fan_in"},
+                      "moe": {"num_experts": 8, "top_k": 2, "router": "expert_choice", "capacity_factor": 1.8,
+                              "d_ff": 16, "router_z_coefficient": 1e-3}},
     "palm": {"model": {**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
                        "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
                        "pattern": [{"channel_mixer": "feed_forward"}]}},
@@ -39,7 +42,8 @@ LAYOUTS = [  # ranks, parallel degrees
     (4, {"pp": 2, "cp": 2, "ep": 2, "pp_schedule": "zero_bubble", "recompute": "selective"}),
 ]
 MIXED = [LAYOUTS[index] for index in (8, 9, 11)]  # enough of them for a family of which little is new
-CASES = [(family, *layout) for family in FAMILIES for layout in (MIXED if family == "deepseek" else LAYOUTS)]
+CASES = [(family, *layout) for family in FAMILIES
+         for layout in (MIXED if family in ("deepseek", "expert_choice") else LAYOUTS)]
 STEPS = 4
 
 

@@ -47,7 +47,8 @@ def try_one(proof: Proof, layout: Layout) -> Row:
 def test_sample_of_the_day() -> None:
     """Another router each day, another extent of recompute, other layouts; the printed seed tries the same again."""
     router = ({"router": "mixtral", "capacity_factor": None}, {"router": "gshard"}, {"router": "switch", "top_k": 1},
-              {"router": "sigmoid_bias", "capacity_factor": None, "bias_update_rate": 0.05, "num_shared_experts": 1})
+              {"router": "sigmoid_bias", "capacity_factor": None, "bias_update_rate": 0.05, "num_shared_experts": 1},
+              {"router": "expert_choice", "capacity_factor": 2.0})
     moe = RUN.moe.model_copy(update=router[TODAY % len(router)])
     recompute = ("none", "selective", "full")[TODAY // 3 % 3]
     parallel = RUN.parallel.model_copy(update={"recompute": recompute})
