@@ -25,7 +25,7 @@ def start(folder: Path, ranks: int) -> float:
                    f"run.dir={run_dir}", "run.steps=1", "optim.warmup_steps=0", "monitor.eval_sequences=2",
                    f"parallel.ep={ranks}"]
         begin = time.perf_counter()
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL,
                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)})
         return time.perf_counter() - begin
 
