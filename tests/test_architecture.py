@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moescale"
 MAY_IMPORT = {
-    "config": set(), "ops": set(), "data": {"config"}, "optim": {"config"}, "layers": {"ops"},
+    "config": set(), "ops": set(), "data": {"config"}, "optim": {"config", "ops"}, "layers": {"ops"},
     "mixers": {"ops", "layers"}, "moe": {"ops", "layers"}, "model": {"config", "ops", "layers", "mixers", "moe"},
     "parallel": {"config", "ops", "layers", "mixers", "moe", "model", "planner"}, "checkpoint": {"config"},
     "planner": {"config"}, "monitor": {"moe"},

@@ -72,8 +72,8 @@ class SharedSequence(Sequence):
 
     def whole(self, own: Tensor) -> Tensor:
         gathered = all_gather(own, self.group).transpose(0, 1).flatten(1, 2)  # [batch, seq, ...], rank by rank
-        order = torch.tensor([piece for held in self.pieces for piece in held], device=own.device)
-        return gathered.unflatten(1, (self.num_pieces, -1))[:, order.argsort()].flatten(1, 2)
+        cut, dealt = gathered.unflatten(1, (self.num_pieces, -1)), [piece for held in self.pieces for piece in held]
+        return torch.cat([cut[:, dealt.index(piece)] for piece in range(self.num_pieces)], 1)
 
     def sum(self, tensor: Tensor) -> Tensor:
         return all_reduce_sum(tensor.clone(), self.group)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from moescale.ops.collectives import local_tensor
+
 
 @torch.no_grad()
 def clip_gradients(
@@ -29,7 +31,7 @@ def clip_gradients(
         grad = parameter.grad if id(parameter) not in not_counted else None
         if isinstance(grad, DTensor):
             axes = tuple(axis for axis, placement in enumerate(grad.placements) if isinstance(placement, Shard))
-            by_axes[grad.device_mesh, axes].append(_local(grad))
+            by_axes[grad.device_mesh, axes].append(local_tensor(grad))
         elif grad is not None:
             by_axes[None, ()].append(grad)
     squares = []
@@ -46,10 +48,6 @@ def clip_gradients(
     norm = square.sqrt()
     if max_norm is not None:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        grads = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        grads = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_(grads, scale)
     return norm
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -74,15 +74,15 @@ def parallelize(model: LanguageModel, pieces: list[LanguageModel], config: Confi
 
 def compile_blocks(model: LanguageModel) -> None:
     """Compile each block, but for what looks at numbers on the host or sends them: mixtures and attention's tiles."""
+    for sequence in {id(block.sequence): block.sequence for block in model.blocks.values()}.values():
+        sequence.widen = torch.compiler.disable(sequence.widen)  # type: ignore[union-attr]
+        sequence.narrow = torch.compiler.disable(sequence.narrow)  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, MoELayer):
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         elif isinstance(module, Attention):
             module.attend = torch.compiler.disable(module.attend)
         elif isinstance(module, Block):
-            sequence = module.sequence
-            sequence.widen = torch.compiler.disable(sequence.widen)  # type: ignore[method-assign]
-            sequence.narrow = torch.compiler.disable(sequence.narrow)  # type: ignore[method-assign]
             module.compile()
 
 
