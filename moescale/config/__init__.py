@@ -1,0 +1,30 @@
+"""The run as small frozen models, one per folder of the package.
+
+A run is one YAML file of groups (`run`, `data`, `model`, `moe`, ...), at most one `base:` line that names another
+such file, and overrides `group.key=value`. Whatever cannot work is refused here, in one line, before any process
+group starts.
+"""
+
+from moescale.config.errors import ConfigError, TrainingError
+from moescale.config.groups import (
+    SIGMOID_BIAS_KEYS,
+    CheckpointConfig,
+    DataConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    MonitorConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+)
+from moescale.config.layout import sequence_pieces
+from moescale.config.read import load_config, parse_config
+from moescale.config.run import Config
+
+__all__ = [
+    "SIGMOID_BIAS_KEYS", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LayerConfig", "MoEConfig",
+    "ModelConfig", "MonitorConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig", "RunConfig", "TrainingError",
+    "load_config", "parse_config", "sequence_pieces",
+]

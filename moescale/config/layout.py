@@ -1,0 +1,132 @@
+"""Which layouts a run can have: what depends on the number of ranks is settled, what does not fit refused."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from moescale.config.errors import any_of, divisors, refuse, round_up
+from moescale.config.groups import ParallelConfig
+
+if TYPE_CHECKING:
+    from moescale.config.run import Config
+
+
+def settle(config: Config, world_size: int) -> Config:
+    """Settle `dp_shard: -1` and `micro_batch` for so many ranks, and refuse what does not fit them."""
+    parallel = _settle_ranks(config, world_size)
+    _check_experts(config, parallel)
+    _check_tensor(config, parallel)
+    _check_context(config, parallel)
+    micro_batch = _settle_micro_batch(config, parallel)
+    share = config.data.global_batch // (parallel.dp_replicate * parallel.dp_shard)
+    _check_pipeline(config, parallel, share // micro_batch)
+    return config.model_copy(update={
+        "parallel": parallel, "data": config.data.model_copy(update={"micro_batch": micro_batch}),
+    })
+
+
+def sequence_pieces(cp: int, window: int | None) -> int:
+    """How many equal pieces the ranks of `cp` cut a sequence into.
+
+    With a window every piece costs the same. Without, later ones cost more, and each rank takes one from both ends.
+    """
+    return cp if cp == 1 or window is not None else 2 * cp
+
+
+def _settle_ranks(config: Config, world_size: int) -> ParallelConfig:
+    parallel = config.parallel
+    degrees = {key: getattr(parallel, key) for key in ("dp_replicate", "tp", "cp", "pp")}
+    fixed = math.prod(degrees.values())
+    product = " x ".join(f"parallel.{key}={degree}" for key, degree in degrees.items() if degree > 1)
+    refuse(world_size % fixed != 0,
+            f"{product} is {fixed} ranks, which must divide the {world_size} that were started: "
+            f"use {divisors(world_size)}")
+    left = world_size // fixed
+    dp_shard = left if parallel.dp_shard == -1 else parallel.dp_shard
+    product = " x ".join(part for part in (product, f"parallel.dp_shard={dp_shard}") if part)
+    refuse(dp_shard != left, f"{product} is {fixed * dp_shard} ranks, but {world_size} were started: "
+            f"write parallel.dp_shard={left} or -1")
+    return parallel.model_copy(update={"dp_shard": dp_shard})
+
+
+def _check_experts(config: Config, parallel: ParallelConfig) -> None:
+    model, moe, ep, etp = config.model, config.moe, parallel.ep, parallel.etp
+    sharing = parallel.dp_shard * parallel.cp * parallel.tp
+    for key, degree in (("ep", ep), ("etp", etp)):
+        refuse(degree > 1 and config.num_moe_layers == 0,
+                f"parallel.{key}={degree}, but model.pattern has no moe layer: write parallel.{key}=1")
+    allowed = [n for n in range(1, sharing + 1) if sharing % (n * etp) == 0 and moe.num_experts % n == 0]
+    refuse(sharing % etp != 0 or moe.d_ff % etp != 0,
+            f"parallel.etp={etp} must divide moe.d_ff={moe.d_ff} and dp_shard x cp x tp={sharing} "
+            f"(the ranks that share one copy of the model): use {divisors(math.gcd(sharing, moe.d_ff))}")
+    refuse(moe.num_experts % ep != 0,
+            f"parallel.ep={ep} must divide moe.num_experts={moe.num_experts}: use {any_of(allowed)}")
+    refuse(sharing % (ep * etp) != 0,
+            f"parallel.ep={ep} x parallel.etp={etp} must divide dp_shard x cp x tp={sharing} "
+            f"(the ranks that share one copy of the model): use parallel.ep={any_of(allowed)}")
+    efsdp = sharing // (ep * etp)
+    refuse(config.num_moe_layers > 0 and model.d_model % efsdp != 0,
+            f"each expert is split over {efsdp} ranks (dp_shard x cp x tp={sharing} / ep={ep} / etp={etp}), which "
+            f"must divide model.d_model={model.d_model}: use a larger parallel.ep or parallel.dp_replicate")
+
+
+def _check_tensor(config: Config, parallel: ParallelConfig) -> None:
+    model, tp = config.model, parallel.tp
+    if tp == 1:
+        return
+    shared = {"model.num_heads": model.num_heads, "model.vocab_size": model.vocab_size}
+    if config.num_moe_layers < model.num_layers:
+        shared["model.d_ff"] = model.d_ff
+    for name, size in shared.items():
+        refuse(size % tp != 0, f"parallel.tp={tp} must divide {name}={size}: "
+                f"use {divisors(math.gcd(*shared.values()))}")
+    refuse(model.num_kv_heads % tp != 0 and tp % model.num_kv_heads != 0,
+            f"parallel.tp={tp} must divide model.num_kv_heads={model.num_kv_heads} or be a multiple of it: "
+            f"use {any_of([n for n in range(1, tp) if model.num_kv_heads % n == 0])}")
+    fsdp = parallel.dp_shard * parallel.cp
+    refuse(model.d_model % fsdp != 0,
+            f"with parallel.tp={tp}, dp_shard x cp={fsdp} must divide model.d_model={model.d_model}: "
+            "use a larger parallel.dp_replicate")
+
+
+def _check_context(config: Config, parallel: ParallelConfig) -> None:
+    pieces = sequence_pieces(parallel.cp, config.model.window) * parallel.tp
+    seq = config.data.seq_len
+    refuse(seq % pieces != 0,
+            f"data.seq_len={seq} must be a multiple of {pieces} for parallel.cp={parallel.cp} and "
+            f"parallel.tp={parallel.tp}: use {round_up(seq, pieces)}")
+
+
+def _settle_micro_batch(config: Config, parallel: ParallelConfig) -> int:
+    data, batch_ranks = config.data, parallel.dp_replicate * parallel.dp_shard
+    refuse(data.global_batch % batch_ranks != 0,
+            f"data.global_batch={data.global_batch} must be a multiple of the {batch_ranks} ranks that share it: "
+            f"use {round_up(data.global_batch, batch_ranks)}")
+    share = data.global_batch // batch_ranks
+    if data.micro_batch is not None:
+        refuse(share % data.micro_batch != 0,
+                f"data.micro_batch={data.micro_batch} must divide a rank's share of {share} sequences "
+                f"(data.global_batch={data.global_batch} over {batch_ranks} ranks): use {divisors(share)}")
+        return data.micro_batch
+    return share if parallel.pp == 1 else max(n for n in range(1, share + 1)
+                                              if share % n == 0 and (share // n >= parallel.pp or n == 1))
+
+
+def _check_pipeline(config: Config, parallel: ParallelConfig, passes: int) -> None:
+    pp, schedule = parallel.pp, parallel.pp_schedule
+    if pp == 1:
+        return
+    refuse(parallel.pp_stages > config.model.num_layers,
+            f"parallel.pp={pp} cuts the model into {parallel.pp_stages} stages of at least one layer, but "
+            f"model.num_layers={config.model.num_layers}: use parallel.pp="
+            f"{max(1, config.model.num_layers // (parallel.pp_stages // pp))} or less")
+    refuse(schedule == "1f1b" and passes < pp,
+            f"parallel.pp_schedule=1f1b needs at least parallel.pp={pp} micro-batches a step, but a rank makes "
+            f"{passes}: write a smaller data.micro_batch or parallel.pp_schedule=gpipe")
+    rounds = max(1, passes // pp)
+    refuse(schedule == "interleaved_1f1b" and passes % rounds != 0,
+            f"parallel.pp_schedule=interleaved_1f1b runs {passes} micro-batches in {rounds} rounds: write a "
+            f"data.micro_batch that gives a multiple of parallel.pp={pp}, or parallel.pp_schedule=1f1b")
+    refuse(parallel.compile and schedule == "zero_bubble",
+            "parallel.compile=true cannot split backward as parallel.pp_schedule=zero_bubble does: write 1f1b")

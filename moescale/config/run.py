@@ -1,0 +1,58 @@
+"""A whole run: its groups, and what concerns several of them."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from moescale.config.errors import refuse
+from moescale.config.groups import (
+    CheckpointConfig,
+    DataConfig,
+    Group,
+    ModelConfig,
+    MoEConfig,
+    MonitorConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+)
+from moescale.config.layout import settle
+
+
+class Config(Group):
+    run: RunConfig = Field(default_factory=RunConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    moe: MoEConfig = Field(default_factory=MoEConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(layer.channel_mixer == "moe" for layer in self.model.layers)
+
+    def for_world(self, world_size: int) -> Config:
+        """Settle what depends on the number of ranks (`dp_shard: -1`, `micro_batch`) and refuse what does not fit.
+
+        world_size: ranks of the whole job. -> the same run, with nothing left to derive
+        """
+        return settle(self, world_size)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse(self.data.tokenizer == "bytes" and self.model.vocab_size < 257,
+                f"model.vocab_size={self.model.vocab_size} is too small for data.tokenizer=bytes "
+                "(256 bytes and the start of a document): write at least 257")
+        refuse(self.optim.warmup_steps >= self.run.steps and self.optim.warmup_steps > 0,
+                f"optim.warmup_steps={self.optim.warmup_steps} must be below run.steps={self.run.steps}")
+        return self
