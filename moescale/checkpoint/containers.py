@@ -56,7 +56,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             if begin < 0 or min(stored.shape, default=0) < 0 or end - begin != stored.size_bytes:
                 raise ValueError
             tensors[name] = stored
-        ends = sorted((entry["data_offsets"] for entry in header.values()))
+        ends = sorted(entry["data_offsets"] for entry in header.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{path} is no safetensors file, or its header is damaged") from None
     if ends != sorted(ends) or any(one[1] > two[0] for one, two in zip(ends, ends[1:], strict=False)):

@@ -41,8 +41,13 @@ def fingerprints(parts: Mapping[str, str]) -> dict[str, str]:
             groups[f"layer {place[1]}"].append(f"{place[2]} {digest}")
         else:
             groups[f"layer {place[1]} expert {place[3]}"].append(f"{place[2]} {digest}")
-    found = {group: _hex("\n".join(sorted(lines))) for group, lines in groups.items()}
+    found = {group: _hex("\n".join(sorted(groups[group]))) for group in sorted(groups, key=_in_order)}
     return {"model": _hex("\n".join(sorted(f"{group} {digest}" for group, digest in found.items()))), **found}
+
+
+def _in_order(group: str) -> tuple[bool, list[int], str]:
+    """What is not in a layer first, then layers and experts by their numbers: 10 comes after 2."""
+    return group.startswith("layer"), [int(word) for word in group.split() if word.isdigit()], group
 
 
 def _hex(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,11 @@ def read_atom(opened: Opened, pieces: Sequence[Piece], name: str) -> Tensor:
     return values
 
 
-def atoms_of(opened: Opened) -> Iterator[tuple[str, Tensor]]:
-    """Read all native tensors, one after another."""
+def atoms_of(opened: Opened, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+    """Read native tensors, one after another."""
     for name, pieces in opened.by_atom().items():
-        yield name, read_atom(opened, pieces, name)
+        if wanted(name):
+            yield name, read_atom(opened, pieces, name)
 
 
 def _named(key: str) -> str:

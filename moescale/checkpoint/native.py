@@ -55,7 +55,7 @@ def native_atoms(config: Config) -> dict[str, Shape]:
 
 def _feed_forward(d_model: int, d_ff: int, activation: str) -> dict[str, Shape]:
     names = ("gate", "up") if activation in GATED else ("up",)
-    return {**{name: (d_ff, d_model) for name in names}, "down": (d_model, d_ff)}
+    return {**dict.fromkeys(names, (d_ff, d_model)), "down": (d_model, d_ff)}
 
 
 def with_planes(atoms: Mapping[str, Shape]) -> dict[str, Shape]:

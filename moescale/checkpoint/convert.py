@@ -1,0 +1,285 @@
+"""From one format to another, tensor by tensor, through native names.
+
+A source is opened by its headers, and every element of it is accounted for; the destination is laid out at its full
+size beside its place; native tensors then go across one by one, several at a time, and the folder is renamed. Whatever
+goes wrong on the way, the destination does not appear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+from moescale.checkpoint import hf, native
+from moescale.checkpoint.containers import Sizes
+from moescale.checkpoint.fingerprint import digests, fingerprints
+from moescale.checkpoint.journal import Journal
+from moescale.checkpoint.mapped import Layout, Opened, check_pieces, read_atom
+from moescale.checkpoint.region import Chunk, Shape, Stored, write_region
+from moescale.checkpoint.table import Piece
+from moescale.config import Config, ConfigError
+
+THREADS = 4
+BLOCK = 1 << 22  # elements looked at at a time
+
+
+class Format(Protocol):
+    """What a module of a format has."""
+
+    NAME: str
+
+    def detect(self, path: Path) -> bool: ...
+    def open_checkpoint(self, path: Path) -> Opened: ...
+    def refuse(self, config: Config, layout: Layout, dtype: torch.dtype | None) -> None: ...
+    def plan(self, config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]: ...
+    def create(
+        self, folder: Path, config: Config, layout: Layout, pieces: list[Piece], sizes: Sizes, opened: Opened
+    ) -> dict[str, Stored]: ...
+    def finish(self, folder: Path, opened: Opened) -> None: ...
+
+
+FORMATS: dict[str, Format] = {module.NAME: module for module in (native, hf)}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a native tensor of the destination comes from those of the source, one by one in their order."""
+
+    sources: tuple[str, ...]
+    combine: Callable[[Iterator[Tensor]], Tensor] = next
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another model than the source's: its configuration, and a recipe for each of its native tensors.
+
+    files: texts to put beside it.
+    """
+
+    config: Config
+    recipes: Mapping[str, Recipe]
+    files: Mapping[str, str]
+    name: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """source: as it was read. fingerprints: of what was written. left_out: source tensors that were not used, why."""
+
+    source: Opened
+    fingerprints: Mapping[str, str]
+    left_out: Mapping[str, str]
+    size_bytes: int
+
+
+Check = Callable[[Opened, Opened, Mapping[str, str]], None]
+"""Looks at the source and at what was written, by its fingerprints, before it appears. Raises ConfigError."""
+
+
+def open_source(path: Path) -> Opened:
+    """Open a checkpoint of any known format. Raises ConfigError."""
+    if not path.is_dir():
+        raise ConfigError(f"no such checkpoint: {path}")
+    for module in FORMATS.values():
+        if module.detect(path):
+            return module.open_checkpoint(path)
+    raise ConfigError(f"{path} is no checkpoint of a known format: " + ", ".join(FORMATS))
+
+
+def convert(
+    source: Opened, destination: Path, to: str, layout: Layout, dtype: torch.dtype | None = None, *,
+    change: Change | None = None, check: Check | None = None,
+) -> Result:
+    """Write a checkpoint in another format, whole or not at all; the same call again goes on where it was cut off.
+
+    dtype: of the weights; None keeps the source's, where the format can hold it. change: to another model.
+    Raises ConfigError.
+    """
+    target = FORMATS[to]
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConfigError(f"{destination} exists already: give a folder that does not")
+    config, recipes = (source.config, _unchanged(source, to)) if change is None else (change.config, change.recipes)
+    target.refuse(config, layout, dtype)
+    atoms = native.native_atoms(config)
+    if any(name.startswith(native.PLANES) for name in recipes):
+        atoms = native.with_planes(atoms)
+    if recipes.keys() != atoms.keys():
+        raise AssertionError("a recipe for each native tensor, and none else")
+    if change is not None:
+        source = replace(source, files={**source.files, **change.files})
+    pieces = target.plan(config, layout, atoms)
+    shapes = {piece.key: piece.shape for piece in pieces}
+    check_pieces(atoms, shapes, pieces, f"{to} checkpoint of this model")
+    written = _dtypes(source, recipes, dtype, to, config)
+    sizes = {piece.key: (piece.shape, written[piece.native]) for piece in pieces}
+    _check_room(destination, sizes)
+    journal = Journal(destination, _plan(source, config, to, layout, sizes, change))
+    try:
+        fresh = journal.fresh()
+        places = target.create(fresh, config, layout, pieces, sizes, replace(source, atoms=atoms))
+        places = {key: _moved(stored, fresh, journal.data) for key, stored in places.items()}
+        journal.adopt(fresh)
+        _copy_all(source, recipes, _by_atom(pieces), places, journal)
+        target.finish(journal.data, replace(source, atoms=atoms))
+        found = fingerprints({name: digest for parts in journal.done.values() for name, digest in parts.items()
+                              if not name.startswith(native.PLANES)})
+        if check is not None:
+            check(source, target.open_checkpoint(journal.data), found)
+        journal.publish()
+    except ConfigError:
+        journal.discard()  # it would come to the same end again
+        raise
+    except OSError as error:
+        raise ConfigError(f"{destination} could not be written: {(error.strerror or str(error)).lower()}; the same "
+                          "command goes on from here") from None
+    finally:
+        journal.close()
+    used = {name for recipe in recipes.values() for name in recipe.sources}
+    left_out = {**source.left_out, **{name: "not part of the destination" for name in source.atoms if name not in used}}
+    return Result(source, found, left_out, sum(stored.size_bytes for stored in places.values()))
+
+
+def _unchanged(source: Opened, to: str) -> dict[str, Recipe]:
+    """Every tensor as it is; the optimizer's state only where it can be kept."""
+    keep = to == native.NAME
+    return {name: Recipe((name,)) for name in source.atoms if keep or not name.startswith(native.PLANES)}
+
+
+def _by_atom(pieces: list[Piece]) -> dict[str, list[Piece]]:
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.native, []).append(piece)
+    return found
+
+
+def _dtypes(
+    source: Opened, recipes: Mapping[str, Recipe], dtype: torch.dtype | None, to: str, config: Config
+) -> dict[str, torch.dtype]:
+    """-> what each native tensor is written as"""
+    wide = torch.float64 if config.precision.compute == "float64" else torch.float32
+    stored = {piece.native: source.tensors[piece.key].dtype for piece in source.pieces}
+    chosen = {}
+    for name, recipe in recipes.items():
+        kept = [stored[part] for part in recipe.sources]
+        chosen[name] = wide if to == native.NAME or name.endswith("expert_bias") or not kept else dtype or kept[0]
+    return chosen
+
+
+def _check_room(destination: Path, sizes: Sizes) -> None:
+    need = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes.values())
+    parent = destination.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(destination.name + ".partial")
+    there = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free + there
+    if need > free:
+        raise ConfigError(f"{destination} needs {need:,} bytes, but {parent} has {free:,} left")
+
+
+def _plan(
+    source: Opened, config: Config, to: str, layout: Layout, sizes: Sizes, change: Change | None
+) -> str:
+    """Say in a few letters what is converted to what: only the same conversion goes on where one was cut off."""
+    files = sorted({chunk.path for stored in source.tensors.values() for chunk in stored.chunks})
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    what = [stats, config.model_dump(mode="json"), to, vars(layout), [(key, str(size)) for key, size in sizes.items()],
+            None if change is None else [change.name, *map(str, change.files.values())]]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _moved(stored: Stored, old: Path, new: Path) -> Stored:
+    chunks = tuple(Chunk(new / chunk.path.relative_to(old), chunk.offset, chunk.part) for chunk in stored.chunks)
+    return replace(stored, chunks=chunks)
+
+
+def _copy_all(
+    source: Opened, recipes: Mapping[str, Recipe], pieces: Mapping[str, list[Piece]], places: Mapping[str, Stored],
+    journal: Journal,
+) -> None:
+    """Copy what is not done yet, several tensors at a time, within twice the memory of the largest tensor."""
+    origin = source.by_atom()
+    largest = max(stored.size_bytes for stored in (*source.tensors.values(), *places.values()))
+    budget = _Budget(2 * largest)
+    todo = [name for name in recipes if name not in journal.done]
+    sizes = {name: sum(places[piece.key].dtype.itemsize * piece.part.size for piece in pieces[name]) for name in todo}
+    stop = threading.Event()
+
+    def copy(name: str) -> None:
+        recipe, goals = recipes[name], pieces[name]
+        wide = max(source.tensors[origin[part][0].key].dtype.itemsize for part in recipe.sources)
+        itemsize = max(wide, places[goals[0].key].dtype.itemsize)
+        elements = max(int(torch.Size(source.atoms[part]).numel()) for part in recipe.sources)
+        with budget.of(2 * elements * itemsize):
+            if stop.is_set():
+                return
+            values = recipe.combine(read_atom(source, origin[part], part) for part in recipe.sources)
+            _refuse_nan(values, name, source.path)
+            values = values.to(places[goals[0].key].dtype)
+            parts = digests(name, values)
+            for goal in goals:
+                part = values.contiguous().as_strided(goal.part.shape, goal.part.stride, goal.part.offset)
+                write_region(places[goal.key], goal.place, part)
+        journal.finished(name, parts, sizes[name])
+
+    with _progress(sum(sizes.values())) as advance, ThreadPoolExecutor(THREADS) as pool:
+        futures = {name: pool.submit(copy, name) for name in todo}
+        try:
+            for name, future in futures.items():
+                future.result()
+                advance(sizes[name])
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            journal.commit()
+            raise
+    journal.commit()
+
+
+def _refuse_nan(values: Tensor, name: str, path: Path) -> None:
+    flat = values.reshape(-1)
+    for begin in range(0, len(flat), BLOCK):
+        if not bool(flat[begin : begin + BLOCK].isfinite().all()):
+            raise ConfigError(f"{path}: {name} holds values that are no finite numbers")
+
+
+class _Budget:
+    """Lets work begin while memory is left for it; a piece of work larger than all of it runs alone."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.total = self.left = size_bytes
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def of(self, size_bytes: int) -> Iterator[None]:
+        size_bytes = min(size_bytes, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= size_bytes)
+            self.left -= size_bytes
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += size_bytes
+                self.changed.notify_all()
+
+
+@contextmanager
+def _progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar with bytes a second on a terminal. -> takes the bytes that were written since the last call"""
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not os.isatty(2)) as bar:
+        task = bar.add_task("", total=total_bytes)
+        yield lambda size_bytes: bar.advance(task, size_bytes)
