@@ -11,6 +11,8 @@ import math
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         ends = sorted(entry["data_offsets"] for entry in header.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{path} is no safetensors file, or its header is damaged") from None
-    if ends != sorted(ends) or any(one[1] > two[0] for one, two in zip(ends, ends[1:], strict=False)):
+    if ends != sorted(ends) or any(one[1] > two[0] for one, two in pairwise(ends)):
         raise ConfigError(f"{path} is damaged: two of its tensors lie in one place")
     wanted = 8 + length + max((end for _, end in ends), default=0)
     if wanted != size:
@@ -161,16 +163,20 @@ def open_distributed(folder: Path) -> dict[str, Stored]:
             path = inside(folder, info.relative_path)
             with path.open("rb") as file:
                 item = _read_pickle(reader._slice_file(file, info), path, info.offset, ())
-            if not isinstance(item, Stored) or item.shape != tuple(chunk.sizes):
+            if not isinstance(item, Stored) or math.prod(item.shape) != math.prod(chunk.sizes):
                 raise ConfigError(f"{folder} is damaged: {path.name} does not hold {name} as its index says")
             box = [slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
-            part = region(tuple(entry.size), lambda tensor, box=box: tensor[tuple(box)])
+            part = region(tuple(entry.size), partial(_box, box=tuple(box)))
             chunks.append(Chunk(path, item.chunks[0].offset, part))
         tensors[name] = Stored(entry.properties.dtype, tuple(entry.size), tuple(chunks))
         problem = covers_once(tensors[name].shape, [chunk.part for chunk in chunks])
         if problem:
             raise ConfigError(f"{folder} is damaged: its index does not hold the whole of {name} once")
     return tensors
+
+
+def _box(tensor: Tensor, box: tuple[slice, ...]) -> Tensor:
+    return tensor[box]
 
 
 def create_distributed(folder: Path, files: Mapping[str, Sizes], leading: Mapping[str, int]) -> dict[str, Stored]:

@@ -14,7 +14,7 @@ from moescale.checkpoint.containers import Sizes, create_safetensors, inside, op
 from moescale.checkpoint.mapped import Layout, Opened
 from moescale.checkpoint.native import native_atoms
 from moescale.checkpoint.region import Shape, Stored
-from moescale.checkpoint.table import At, Cut, Piece, Row, half, matches, piece, row, stacked_experts
+from moescale.checkpoint.table import At, Piece, Row, half, matches, piece, row, stacked_experts
 from moescale.config import Config, ConfigError, parse_config
 
 NAME = "hf"
@@ -46,6 +46,7 @@ FUSED_EXPERTS = (  # as transformers 5 holds them
     row(MIXTURE + "experts.up.{expert}", FUSED + "experts.gate_up_proj", half(1), stacked_experts()),
     row(MIXTURE + "experts.down.{expert}", FUSED + "experts.down_proj", stacked_experts()),
 )
+STYLES = {"published": EXPERTS, "fused": FUSED_EXPERTS}
 LEFT_OUT = {r".*\.rotary_emb\.inv_freq": "it follows from rope_theta"}
 ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu"}
 LARGEST_FILE = 5_000_000_000  # bytes
@@ -64,12 +65,12 @@ def open_checkpoint(path: Path) -> Opened:
     config = read_config(values, str(path / "config.json"), tokenizer="tokenizer.json" in files)
     atoms = native_atoms(config)
     left_out = {name: why for name in tensors for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, name)}
-    fused = any(name.endswith("experts.gate_up_proj") for name in tensors)
-    pieces = _pieces(config, atoms, FUSED_EXPERTS if fused else EXPERTS)
+    style = "fused" if any(name.endswith("experts.gate_up_proj") for name in tensors) else "published"
+    pieces = _pieces(config, atoms, STYLES[style])
     if config.model.tied_embeddings and "lm_head.weight" in tensors:
         tied = next(found for found in pieces if found.native == "embedding.weight")
         pieces.append(Piece(tied.native, tied.part, "lm_head.weight", tied.shape, tied.place, copy=True))
-    return Opened(NAME, path, config, Layout(), atoms, tensors, pieces, left_out, files)
+    return Opened(NAME, path, config, Layout(style=style), atoms, tensors, pieces, left_out, files)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _pieces(config: Config, atoms: Mapping[str, Shape], experts: Sequence[Row]) 
     for entry, native, layer, expert in matches((*COMMON, *experts), atoms, config):
         key = entry.foreign.format(layer=layer, expert=expert)
         at = At(config, layer, expert, config.moe.num_experts, config.model.num_layers)
-        found.append(piece(entry, atoms, native, key, at, Cut(), copy=False))
+        found.append(piece(entry, atoms[native], native, key, at))
     return found
 
 
@@ -180,15 +181,17 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
         if bad:
             group, name = key.split(".")
             value = getattr(getattr(config, group), name)
-            shown = "with dense and moe layers" if name == "pattern" else f"={value}"
-            raise ConfigError(f"{key} {shown} cannot be expressed by Hugging Face's Mixtral, Mistral and Llama: convert "
-                              "--to megatron, deepspeed or moescale".replace(" =", "="))
-    if layout != Layout():
+            shown = " with dense and moe layers" if name == "pattern" else f"={value}"
+            raise ConfigError(f"{key}{shown} cannot be expressed by Hugging Face's Mixtral, Mistral and Llama: convert "
+                              "--to moescale, megatron or deepspeed")
+    if layout.style not in (None, *STYLES):
+        raise ConfigError(f"--style {layout.style}: a Hugging Face checkpoint is {' or '.join(STYLES)}")
+    if layout != Layout(style=layout.style):
         raise ConfigError("a Hugging Face checkpoint is not cut by a layout: leave out --ep, --tp, --pp and --etp")
 
 
 def plan(config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]:
-    return _pieces(config, atoms, EXPERTS)
+    return _pieces(config, atoms, STYLES[layout.style or "published"])
 
 
 def create(

@@ -18,12 +18,13 @@ from moescale.config import Config, ConfigError
 
 @dataclass(frozen=True)
 class Layout:
-    """Over how many ranks a format's files are cut."""
+    """Over how many ranks a format's files are cut, and which of its styles they have; None is its usual one."""
 
     ep: int = 1
     tp: int = 1
     pp: int = 1
     etp: int = 1
+    style: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def read_atom(opened: Opened, pieces: Sequence[Piece], name: str) -> Tensor:
     whole = region(opened.atoms[name])
     first = pieces[0]
     if first.part == whole:
-        values = read_region(opened.tensors[first.key], first.place).reshape(whole.shape)
+        values = read_region(opened.tensors[first.key], first.place).reshape(whole.shape).contiguous()
         rest = pieces[1:]
     else:
         values, rest = torch.empty(whole.shape, dtype=opened.tensors[first.key].dtype), pieces

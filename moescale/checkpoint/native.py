@@ -103,7 +103,7 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
         raise ConfigError("a native checkpoint holds float32 weights: write --dtype float32, or leave it out")
     if layout != Layout():
         raise ConfigError("a native checkpoint is not cut by a layout, and loads in every one: leave out "
-                          "--ep, --tp, --pp and --etp")
+                          "--ep, --tp, --pp, --etp and --style")
 
 
 def plan(config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]:

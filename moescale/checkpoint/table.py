@@ -7,11 +7,12 @@ checkpoint, but an expert is one of its own: `blocks.3.channel_mixer.experts.gat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
-from moescale.checkpoint.region import Region, Shape, region
+from moescale.checkpoint.region import Region, Shape, View, region
 from moescale.config import Config
 
 
@@ -31,7 +32,7 @@ class Transform:
     """shape: of a tensor that holds one of the given shape. view: the part of it that does, and as it lies there."""
 
     shape: Callable[[Shape, At], Shape]
-    view: Callable[[Tensor, At], Tensor]
+    view: Callable[..., Tensor]
 
 
 def stacked_experts() -> Transform:
@@ -53,19 +54,19 @@ def transposed() -> Transform:
     return Transform(lambda shape, at: (shape[1], shape[0]), lambda tensor, at: tensor.mT)
 
 
-def beside_experts() -> Transform:
-    """The columns of all experts side by side: [rows, experts x columns]."""
+def grouped_columns() -> Transform:
+    """[rows, experts x columns] by its shape, but in memory one matrix [rows, columns] after another."""
     return Transform(
         lambda shape, at: (shape[0], at.num_experts * shape[1]),
-        lambda tensor, at: tensor.unflatten(1, (at.num_experts, -1))[:, at.expert],
+        lambda tensor, at: tensor.view(at.num_experts, tensor.shape[0], -1)[at.expert],
     )
 
 
-def above_experts() -> Transform:
-    """The rows of all experts one above another: [experts x rows, columns]."""
+def grouped_rows() -> Transform:
+    """[experts x rows, columns], one matrix [rows, columns] after another."""
     return Transform(
-        lambda shape, at: (at.num_experts * shape[0], *shape[1:]),
-        lambda tensor, at: tensor.unflatten(0, (at.num_experts, -1))[at.expert],
+        lambda shape, at: (at.num_experts * shape[0], shape[1]),
+        lambda tensor, at: tensor.view(at.num_experts, -1, tensor.shape[1])[at.expert],
     )
 
 
@@ -126,17 +127,31 @@ class Cut:
     count: int = 1
 
 
-def piece(row: Row, atoms: Mapping[str, Shape], native: str, key: str, at: At, cut: Cut, copy: bool) -> Piece:
-    """Work out one row for one file."""
-    whole = atoms[native]
-    dim = row.cut
-    parts = [] if dim is None or cut.count == 1 else [lambda tensor: tensor.chunk(cut.count, dim)[cut.index]]
+WHOLE = Cut()
+
+
+def piece(row: Row, shape: Shape, native: str, key: str, at: At, cut: Cut = WHOLE) -> Piece:
+    """Work out one row for one file. shape: of the native tensor"""
+    whole, dim = shape, row.cut
+    parts: list[View] = []
+    if dim is not None and cut.count > 1:
+        parts = [lambda tensor: tensor.chunk(cut.count, dim)[cut.index]]
     part = region(whole, *parts)
     shape = part.shape
     for transform in row.transforms:
         shape = transform.shape(shape, at)
-    views = [lambda tensor, t=transform: t.view(tensor, at) for transform in reversed(row.transforms)]
-    return Piece(native, part, key, shape, region(shape, *views), copy)
+    views: list[View] = [partial(transform.view, at=at) for transform in reversed(row.transforms)]
+    return Piece(native, part, key, shape, region(shape, *views))
+
+
+def with_copies(pieces: Iterable[Piece]) -> list[Piece]:
+    """Say which pieces hold what an earlier one holds too."""
+    seen: set[tuple[str, Region]] = set()
+    marked = []
+    for found in pieces:
+        marked.append(replace(found, copy=(found.native, found.part) in seen))
+        seen.add((found.native, found.part))
+    return marked
 
 
 def matches(rows: Iterable[Row], atoms: Mapping[str, Shape], config: Config) -> Iterator[tuple[Row, str, int, int]]:
