@@ -23,7 +23,7 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from moescale.checkpoint import hf, megatron_files, native
+from moescale.checkpoint import deepspeed, hf, megatron_files, native
 from moescale.checkpoint.containers import Sizes
 from moescale.checkpoint.fingerprint import digests, fingerprints
 from moescale.checkpoint.journal import Journal
@@ -51,7 +51,7 @@ class Format(Protocol):
     def finish(self, folder: Path, opened: Opened) -> None: ...
 
 
-FORMATS: dict[str, Format] = {module.NAME: module for module in (native, hf, megatron_files)}
+FORMATS: dict[str, Format] = {module.NAME: module for module in (native, hf, megatron_files, deepspeed)}
 
 
 @dataclass(frozen=True)
