@@ -1,4 +1,4 @@
-"""The command line: `moescale train | generate | verify | convert`; also `python -m moescale`, alone or under torchrun."""
+"""The command line: `moescale train | generate | verify | convert`; also `python -m moescale`, or under torchrun."""
 
 from __future__ import annotations
 
@@ -120,10 +120,22 @@ def convert(
     tp: Annotated[int, typer.Option(min=1, help="Ranks that share each matrix.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Ranks in a row, each with some of the layers.")] = 1,
     etp: Annotated[int, typer.Option(min=1, help="Ranks that share each expert.")] = 1,
+    style: Annotated[str | None, typer.Option(
+        help="hf: published, fused; megatron: torch_dist, sequential, grouped, te_grouped.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the source's, if not given.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Run both models on the same tokens first.")] = False,
     inspect: Annotated[bool, typer.Option("--inspect", help="Print what SOURCE holds, and write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="With --inspect: as JSON.")] = False,
+    upcycle: Annotated[int | None, typer.Option(min=1, help="Make a dense model one of so many experts.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="With --upcycle; 2 copies if not given.")] = None,
+    granularity: Annotated[int, typer.Option(min=1, help="With --upcycle: parts that a copy is cut into.")] = 1,
+    noise: Annotated[float, typer.Option(min=0, help="Added to copies, over each matrix's deviation.")] = 0.0,
+    experts: Annotated[int | None, typer.Option(min=1, help="Copy experts up to so many; logits stay.")] = None,
+    drop_experts: Annotated[int | None, typer.Option(min=1, help="Leave out so many of the idlest.")] = None,
+    merge_experts: Annotated[int | None, typer.Option(min=1, help="Merge so many of the idlest into others.")] = None,
+    place_experts: Annotated[int | None, typer.Option(
+        min=1, metavar="EP", help="Renumber experts so that EP ranks have equal loads.")] = None,
+    load: Annotated[Path | None, typer.Option(help="The run that measured the loads; SOURCE, if not given.")] = None,
 ) -> None:
     """Write a checkpoint in another format, whole or not at all.
 
@@ -148,11 +160,15 @@ def convert(
             return
         if destination is None or to is None:
             raise ConfigError("write moescale convert SOURCE DESTINATION --to FORMAT, or --inspect SOURCE")
-        compare = None
+        compare: command.Compare | None = None
         if verify:
-            from moescale.verify.conversion import compare_models as compare
-        options = command.Options(to, Layout(ep, tp, pp, etp), dtype)
-        command.run(source, destination, options, compare)
+            from moescale.verify.conversion import compare_models
+
+            compare = compare_models
+        command.run(source, destination, command.Options(
+            to, Layout(ep, tp, pp, etp, style), dtype, upcycle, top_k, granularity, noise, experts, drop_experts,
+            merge_experts, place_experts, load,
+        ), compare)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -118,8 +119,6 @@ def convert(
         atoms = native.with_planes(atoms)
     if recipes.keys() != atoms.keys():
         raise AssertionError("a recipe for each native tensor, and none else")
-    if change is not None:
-        source = replace(source, files={**source.files, **change.files})
     pieces = target.plan(config, layout, atoms)
     shapes = {piece.key: piece.shape for piece in pieces}
     check_pieces(atoms, shapes, pieces, f"{to} checkpoint of this model")
@@ -130,6 +129,8 @@ def convert(
     try:
         fresh = journal.fresh()
         places = target.create(fresh, config, layout, pieces, sizes, replace(source, atoms=atoms))
+        for name, text in ({} if change is None else change.files).items():
+            (fresh / name).write_text(text, encoding="utf-8")
         places = {key: _moved(stored, fresh, journal.data) for key, stored in places.items()}
         journal.adopt(fresh)
         _copy_all(source, recipes, _by_atom(pieces), places, journal)
@@ -219,15 +220,15 @@ def _copy_all(
 
     def copy(name: str) -> None:
         recipe, goals = recipes[name], pieces[name]
-        wide = max(source.tensors[origin[part][0].key].dtype.itemsize for part in recipe.sources)
-        itemsize = max(wide, places[goals[0].key].dtype.itemsize)
-        elements = max(int(torch.Size(source.atoms[part]).numel()) for part in recipe.sources)
-        with budget.of(2 * elements * itemsize):
+        dtype = places[goals[0].key].dtype
+        widest = max([dtype.itemsize, *(source.tensors[origin[part][0].key].dtype.itemsize for part in recipe.sources)])
+        elements = max([sizes[name] // dtype.itemsize, *(math.prod(source.atoms[part]) for part in recipe.sources)])
+        with budget.of(2 * elements * widest):
             if stop.is_set():
                 return
             values = recipe.combine(read_atom(source, origin[part], part) for part in recipe.sources)
             _refuse_nan(values, name, source.path)
-            values = values.to(places[goals[0].key].dtype)
+            values = values.to(dtype)
             parts = digests(name, values)
             for goal in goals:
                 part = values.contiguous().as_strided(goal.part.shape, goal.part.stride, goal.part.offset)

@@ -61,7 +61,8 @@ ALLOWED = [(_Word, f"deepspeed.{name}") for name in (
 
 
 def detect(path: Path) -> bool:
-    return any(MODEL_FILE.fullmatch(file.name) for file in (path if not (path / LATEST).is_file() else _tag(path)).glob("*"))
+    folder = _tag(path) if (path / LATEST).is_file() else path
+    return any(MODEL_FILE.fullmatch(file.name) for file in folder.glob("*"))
 
 
 def _tag(path: Path) -> Path:
@@ -174,8 +175,8 @@ def _chunk(part: Stored, begin: int, goal: int, count: int) -> Chunk:
 def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
     """Refuse what DeepSpeed's gate cannot do, and layouts that its files cannot have."""
     if config.num_moe_layers and config.moe.router not in ROUTERS:
-        raise ConfigError(f"moe.router={config.moe.router} cannot be expressed by DeepSpeed's gate: convert --to moescale "
-                          "or megatron")
+        raise ConfigError(f"moe.router={config.moe.router} cannot be expressed by DeepSpeed's gate: convert --to "
+                          "moescale or megatron")
     if layout.style is not None:
         raise ConfigError(f"--style {layout.style}: a DeepSpeed checkpoint has one style, leave it out")
     if layout.pp > 1:
@@ -184,8 +185,10 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
     moe, model = config.moe, config.model
     if layout.etp not in (1, layout.tp):
         raise ConfigError(f"--etp {layout.etp} must be 1 or --tp {layout.tp}")
-    for name, size, key in (("moe.num_experts", moe.num_experts, "ep"), ("model.num_kv_heads", model.num_kv_heads, "tp"),
-                            ("model.vocab_size", model.vocab_size, "tp"), ("moe.d_ff", moe.d_ff, "etp")):
+    for name, size, key in (
+        ("moe.num_experts", moe.num_experts, "ep"), ("model.num_kv_heads", model.num_kv_heads, "tp"),
+        ("model.vocab_size", model.vocab_size, "tp"), ("moe.d_ff", moe.d_ff, "etp"),
+    ):
         if size % getattr(layout, key):
             raise ConfigError(f"--{key} {getattr(layout, key)} must divide {name}={size}")
 
@@ -215,7 +218,7 @@ def create(
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     inner = folder / TAG
     inner.mkdir()
-    values = {
+    values: dict[str, Any] = {
         "buffer_names": [], "optimizer": None, "param_shapes": None, "frozen_param_shapes": None, "shared_params": None,
         "frozen_param_fragments": None, "lr_scheduler": None, "data_sampler": None, "random_ltd": None,
         "sparse_tensor_module_names": [], "skipped_steps": 0, "global_steps": 0, "global_samples": 0,
@@ -226,7 +229,7 @@ def create(
     for key, size in sizes.items():
         file, _, name = key.partition(":")
         by_file.setdefault(file, {})[name] = size
-    tensors = {}
+    tensors: dict[str, Stored] = {}
     for file, own in by_file.items():
         of_expert = EXPERT_FILE.fullmatch(file) is not None
         places = create_pickle(inner / file, {} if of_expert else values, "" if of_expert else "module", own)

@@ -61,17 +61,17 @@ def _digest(values: Tensor) -> str:
     for begin in range(0, len(flat), BLOCK):
         block = flat[begin : begin + BLOCK]
         if block.dtype == torch.bfloat16:
-            upper.update(block.view(torch.uint8).numpy())
+            upper.update(block.view(torch.uint8).numpy().tobytes())
             lower.update(bytes(block.numel() * 2))
             continue
         halves = block.float().numpy().view(np.uint16).reshape(-1, 2)
-        upper.update(np.ascontiguousarray(halves[:, 1]))
-        lower.update(np.ascontiguousarray(halves[:, 0]))
+        upper.update(halves[:, 1].tobytes())
+        lower.update(halves[:, 0].tobytes())
         any_lower = any_lower or bool(halves[:, 0].any())
         rest = block - block.float() if block.dtype == torch.float64 else None
         if rest is not None and bool(rest.any()):
             any_lower = True
-            lower.update(rest.numpy())
+            lower.update(rest.numpy().tobytes())
     if any_lower:
         upper.update(lower.digest())
     return upper.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -46,7 +47,7 @@ def print_description(values: dict[str, Any]) -> None:
     print_fingerprints(values["fingerprints"])
 
 
-def print_fingerprints(found: dict[str, str]) -> None:
+def print_fingerprints(found: Mapping[str, str]) -> None:
     """One line for what is not in layers, one for each layer with its experts."""
     experts: dict[str, list[str]] = {}
     for name, digest in found.items():

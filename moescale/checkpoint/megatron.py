@@ -1,4 +1,4 @@
-"""Megatron-Core's names: one table for its distributed checkpoint, one for the files of its ranks, and its arguments."""
+"""Megatron-Core's names, a table for its distributed checkpoints and one for the files of its ranks; its arguments."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def _names(prefix: str, norm: str, channel_norm: str, *outer: Transform) -> tupl
 def _experts(first: str, second: str, *outer: Transform) -> tuple[Row, ...]:
     """The rows of experts in layers of their own. first, second: names of the two matrices; outer: around them"""
     return (
-        *(row(f"{MIXER}experts.{part}.{{expert}}", first, half(index), *outer, cut=0) for index, part in enumerate(GATED)),
+        *(row(f"{MIXER}experts.{part}.{{expert}}", first, half(index), *outer, cut=0)
+          for index, part in enumerate(GATED)),
         row(MIXER + "experts.down.{expert}", second, *outer, cut=1),
     )
 
@@ -108,8 +109,9 @@ def read_arguments(args: Namespace, source: str) -> Config:
         return default if value is None else value
 
     wrong = {
-        "normalization": get("normalization", "LayerNorm") != "RMSNorm", "add_bias_linear": get("add_bias_linear", False),
-        "add_qkv_bias": get("add_qkv_bias", False), "qk_layernorm": get("qk_layernorm", False),
+        "normalization": get("normalization", "LayerNorm") != "RMSNorm",
+        "add_bias_linear": get("add_bias_linear", False), "add_qkv_bias": get("add_qkv_bias", False),
+        "qk_layernorm": get("qk_layernorm", False),
         "position_embedding_type": get("position_embedding_type", "rope") not in ("rope", "none"),
         "rotary_percent": get("rotary_percent", 1.0) != 1.0, "rotary_interleaved": get("rotary_interleaved", False),
         "multi_latent_attention": get("multi_latent_attention", False), "mtp_num_layers": bool(get("mtp_num_layers")),
@@ -126,7 +128,8 @@ def read_arguments(args: Namespace, source: str) -> Config:
         mixtures = _mixtures(get("moe_layer_freq", 1), layers) if get("num_experts") else [False] * layers
         model = {
             "vocab_size": get("padded_vocab_size", get("vocab_size")), "d_model": d_model, "num_layers": layers,
-            "num_heads": heads, "num_kv_heads": get("num_query_groups", heads) if get("group_query_attention", False) else heads,
+            "num_heads": heads,
+            "num_kv_heads": get("num_query_groups", heads) if get("group_query_attention", False) else heads,
             "head_dim": get("kv_channels", d_model // heads), "d_ff": get("ffn_hidden_size", 4 * d_model),
             "activation": activation, "window": None if not window else window[0] + 1,
             "positions": get("position_embedding_type", "rope"), "rope_theta": float(get("rotary_base", 10000)),
@@ -162,8 +165,9 @@ def _read_moe(get: Any, activation: str, source: str) -> dict[str, Any]:
     moe = {
         "num_experts": get("num_experts"), "top_k": top_k, "d_ff": width, "activation": activation,
         "num_shared_experts": get("moe_shared_expert_intermediate_size", 0) // width,
-        "load_balance_coefficient": get("moe_aux_loss_coeff", 0.0), "router_z_coefficient": get("moe_z_loss_coeff", 0.0),
-        "jitter": get("moe_input_jitter_eps", 0.0), "router": "mixtral",
+        "load_balance_coefficient": get("moe_aux_loss_coeff", 0.0),
+        "router_z_coefficient": get("moe_z_loss_coeff", 0.0), "jitter": get("moe_input_jitter_eps", 0.0),
+        "router": "mixtral",
     }
     if score == "sigmoid":
         moe |= {
@@ -189,7 +193,8 @@ def write_arguments(config: Config, layout: Layout) -> Namespace:
         "make_vocab_size_divisible_by": 1, "max_position_embeddings": config.data.seq_len,
         "seq_length": config.data.seq_len, "normalization": "RMSNorm", "norm_epsilon": model.norm_eps,
         "position_embedding_type": model.positions, "rotary_base": model.rope_theta, "rotary_percent": 1.0,
-        "swiglu": _activation(config) == "swiglu", "window_size": None if model.window is None else (model.window - 1, 0),
+        "swiglu": _activation(config) == "swiglu",
+        "window_size": None if model.window is None else (model.window - 1, 0),
         "untie_embeddings_and_output_weights": not model.tied_embeddings, "add_bias_linear": False,
         "add_qkv_bias": False, "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.etp, "iteration": 0,
@@ -239,8 +244,8 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
     if layout.style not in (None, *STYLES):
         raise ConfigError(f"--style {layout.style}: a Megatron checkpoint is {', '.join(STYLES)}")
     if layout.style == "torch_dist" and layout != Layout(style="torch_dist"):
-        raise ConfigError("--style torch_dist is not cut by a layout, and loads in every one: leave out --ep, --tp, --pp "
-                          "and --etp, or write --style sequential, grouped or te_grouped")
+        raise ConfigError("--style torch_dist is not cut by a layout, and loads in every one: leave out --ep, --tp, "
+                          "--pp and --etp, or write --style sequential, grouped or te_grouped")
     sizes = {"model.num_kv_heads": (model.num_kv_heads, "tp"), "model.vocab_size": (model.vocab_size, "tp"),
              "model.num_layers": (model.num_layers, "pp")}
     if mixtures:

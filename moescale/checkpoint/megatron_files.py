@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from moescale.checkpoint.containers import Sizes, create_distributed, create_pickle, inside, open_distributed, open_pickle
+from moescale.checkpoint.containers import (
+    Sizes,
+    create_distributed,
+    create_pickle,
+    inside,
+    open_distributed,
+    open_pickle,
+)
 from moescale.checkpoint.mapped import Layout, Opened
 from moescale.checkpoint.megatron import (
     DISTRIBUTED,
@@ -129,32 +136,34 @@ def _open_ranks(folder: Path) -> Opened:
     for inner in sorted(folder.glob("mp_rank_*")):
         found = RANK.fullmatch(inner.name)
         if found is None:
-            raise ConfigError(f"{folder} holds {inner.name}, which is no name of a rank: mp_rank_00, mp_rank_00_001 ...")
+            raise ConfigError(f"{folder} holds {inner.name}, which names no rank: mp_rank_00 and mp_rank_00_001 do")
         values = open_pickle(inside(folder, f"{inner.name}/{MODEL_FILE}"), ALLOWED)
         if not isinstance(values, Mapping) or not isinstance(values.get("model"), Mapping):
             raise ConfigError(f"{inner / MODEL_FILE} has no `model`"
                               + (": virtual pipeline stages are not read" if "model0" in values else ""))
         args = values.get("args") or args
         ranks[inner.name] = tuple(int(number) for number in found.groups() if number is not None)
-        tensors |= {f"{inner.name}:{name}": value for name, value in values["model"].items() if isinstance(value, Stored)}
+        own = {name: value for name, value in values["model"].items() if isinstance(value, Stored)}
+        tensors |= {f"{inner.name}:{name}": value for name, value in own.items()}
     config = read_arguments(args, str(folder))
     style = _style(tensors)
-    layout = Layout(*(getattr(args, f"{word}_model_parallel_size", 1) or 1 for word in ("expert", "tensor", "pipeline")),
-                    _expert_tensor(args), style)
+    layout = _layout(args, style)
     files = {name: _place(numbers, layout, name) for name, numbers in ranks.items()}
     atoms = native_atoms(config)
     return Opened(NAME, folder, config, layout, atoms, tensors, _rank_pieces(config, atoms, layout, files, tensors),
                   _left_out(list(tensors)))
 
 
-def _expert_tensor(args: Namespace) -> int:
-    return int(getattr(args, "expert_tensor_parallel_size", None) or getattr(args, "tensor_model_parallel_size", 1))
+def _layout(args: Namespace, style: str) -> Layout:
+    ep, tp, pp = (int(getattr(args, f"{word}_model_parallel_size", 1) or 1) for word in ("expert", "tensor", "pipeline"))
+    return Layout(ep, tp, pp, int(getattr(args, "expert_tensor_parallel_size", None) or tp), style)
 
 
 def _style(tensors: Mapping[str, Stored]) -> str:
     if any(name.endswith("experts.weight1") for name in tensors):
         return "grouped"
-    return "te_grouped" if any(re.search(r"experts\.linear_fc1\.weight\d+$", name) for name in tensors) else "sequential"
+    grouped = any(re.search(r"experts\.linear_fc1\.weight\d+$", name) for name in tensors)
+    return "te_grouped" if grouped else "sequential"
 
 
 def _place(numbers: tuple[int, ...], layout: Layout, name: str) -> tuple[int, int, int]:
@@ -256,7 +265,7 @@ def _create_ranks(folder: Path, values: Mapping[str, Any], sizes: Sizes) -> dict
     for key, size in sizes.items():
         file, _, name = key.partition(":")
         by_file.setdefault(file, {})[name] = size
-    tensors = {}
+    tensors: dict[str, Stored] = {}
     for file, own in by_file.items():
         (folder / file).mkdir()
         places = create_pickle(folder / file / MODEL_FILE, values, "model", own)

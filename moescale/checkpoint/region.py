@@ -38,7 +38,7 @@ class Region:
 
     def runs(self) -> tuple[np.ndarray, int]:
         """Break it into pieces without gaps. -> where each begins, in elements and in `order`; the length of each"""
-        length, outer = 1, []
+        length, outer = 1, list[int]()
         for dim in reversed(self.order()):
             if self.stride[dim] == length and not outer:
                 length *= self.shape[dim]
@@ -153,4 +153,4 @@ def covers_once(shape: Shape, parts: Iterable[Region]) -> str | None:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
