@@ -10,8 +10,9 @@ import json
 import math
 import pickle
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,7 @@ def open_distributed(folder: Path) -> dict[str, Stored]:
                 item = _read_pickle(reader._slice_file(file, info), path, info.offset, ())
             if not isinstance(item, Stored) or math.prod(item.shape) != math.prod(chunk.sizes):
                 raise ConfigError(f"{folder} is damaged: {path.name} does not hold {name} as its index says")
-            box = [slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
-            part = region(tuple(entry.size), partial(_box, box=tuple(box)))
+            part = region(tuple(entry.size), partial(_box, box=_slices(chunk.offsets, chunk.sizes)))
             chunks.append(Chunk(path, item.chunks[0].offset, part))
         tensors[name] = Stored(entry.properties.dtype, tuple(entry.size), tuple(chunks))
         problem = covers_once(tensors[name].shape, [chunk.part for chunk in chunks])
@@ -187,22 +187,46 @@ def create_distributed(folder: Path, files: Mapping[str, Sizes], leading: Mappin
     """
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
+    tensors: dict[str, Stored] = {}
     for file_name, sizes in files.items():
-        with (folder / file_name).open("wb") as file, FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        with (folder / file_name).open("wb") as file:
             for name, (shape, dtype) in sizes.items():
                 cut = leading.get(name, 0)
-                chunk_shape = (*(1 for _ in shape[:cut]), *shape[cut:])
-                chunks = []
+                size = (*(1 for _ in shape[:cut]), *shape[cut:])
+                chunks, stored = [], []
                 for index in range(math.prod(shape[:cut])):
                     offsets = (*_unravel(index, shape[:cut]), *(0 for _ in shape[cut:]))
                     start = file.tell()
-                    torch.save(torch.empty(chunk_shape, dtype=dtype), file)
+                    part = region(shape, partial(_box, box=_slices(offsets, size)))
+                    stored.append(Chunk(folder / file_name, _reserve(file, size, dtype), part))
                     places[MetadataIndex(name, offsets)] = _StorageInfo(file_name, start, file.tell() - start)
-                    chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(chunk_shape)))
+                    chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(size)))
                 entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
-    with (folder / INDEX).open("wb") as file:
-        pickle.dump(Metadata(entries, storage_data=places), file)
-    return open_distributed(folder)
+                tensors[name] = Stored(dtype, shape, tuple(stored))
+    with (folder / INDEX).open("wb") as index_file:
+        pickle.dump(Metadata(entries, storage_data=places), index_file)
+    return tensors
+
+
+def _reserve(file: Any, shape: Shape, dtype: torch.dtype) -> int:
+    """Append what `torch.save` would, with room for the data. -> where the data will begin"""
+    start = file.tell()
+    with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        torch.save(torch.empty(shape, dtype=dtype), file)
+    return start + _header_size(shape, dtype)
+
+
+@cache
+def _header_size(shape: Shape, dtype: torch.dtype) -> int:
+    """-> bytes before the data of a tensor that `torch.save` writes alone"""
+    with tempfile.TemporaryFile() as archive, FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        torch.save(torch.empty(shape, dtype=dtype), archive)
+        archive.seek(0)
+        return int(torch.load(archive, weights_only=True).untyped_storage()._checkpoint_offset)
+
+
+def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
 
 
 def _unravel(index: int, shape: Shape) -> Shape:

@@ -128,13 +128,13 @@ def convert(
     journal = Journal(destination, _plan(source, config, to, layout, sizes, change))
     try:
         fresh = journal.fresh()
-        places = target.create(fresh, config, layout, pieces, sizes, replace(source, atoms=atoms))
+        places = target.create(fresh, config, layout, pieces, sizes, source)
         for name, text in ({} if change is None else change.files).items():
             (fresh / name).write_text(text, encoding="utf-8")
         places = {key: _moved(stored, fresh, journal.data) for key, stored in places.items()}
         journal.adopt(fresh)
         _copy_all(source, recipes, _by_atom(pieces), places, journal)
-        target.finish(journal.data, replace(source, atoms=atoms))
+        target.finish(journal.data, source)
         found = fingerprints({name: digest for parts in journal.done.values() for name, digest in parts.items()
                               if not name.startswith(native.PLANES)})
         if check is not None:

@@ -133,7 +133,4 @@ def create(
 
 def finish(folder: Path, opened: Opened) -> None:
     """Write the manifest, with the size and checksum of every file."""
-    inner = checkpoint_folder(folder, opened.state)
-    state = {"step": 0, "seed": 0, **opened.state, "optimizer": any(name.startswith(PLANES) for name in opened.atoms)}
-    write_manifest(inner, state)
-
+    write_manifest(checkpoint_folder(folder, opened.state), {"step": 0, "seed": 0, **opened.state})

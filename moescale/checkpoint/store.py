@@ -94,9 +94,9 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, state: dict[str, Any]) -> None:
     """List what lies in a folder, which makes it a checkpoint. state: small values, with `step` and `seed`"""
-    listing = _check_sums(folder, "*")
+    listing = {name: sums for name, sums in _check_sums(folder, "*").items() if name != MANIFEST}
+    state["optimizer"] = any(name.startswith("optim.") for name in read_index(folder, listing))
     _write_synced(folder / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
-    read_index(folder, listing)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

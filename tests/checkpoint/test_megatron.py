@@ -17,7 +17,8 @@ from moescale.checkpoint.mapped import Layout
 from moescale.parallel.ranks import run_ranks
 from tests.checkpoint.models import make_config, write_run
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
+pytestmark = [pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core"),
+              pytest.mark.slow]
 TOKENS = torch.arange(40).view(2, 20) * 7 % 264
 
 
