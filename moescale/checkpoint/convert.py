@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,15 +26,16 @@ from torch import Tensor
 
 from moescale.checkpoint import deepspeed, hf, megatron_files, native
 from moescale.checkpoint.containers import Sizes
-from moescale.checkpoint.fingerprint import digests, fingerprints
+from moescale.checkpoint.fingerprint import Digest, digests, fingerprints, has_rows
 from moescale.checkpoint.journal import Journal
 from moescale.checkpoint.mapped import Layout, Opened, check_pieces, read_atom
-from moescale.checkpoint.region import Chunk, Shape, Stored, write_region
+from moescale.checkpoint.region import Chunk, Shape, Stored, read_region, write_region
 from moescale.checkpoint.table import Piece
 from moescale.config import Config, ConfigError
 
 THREADS = 4
-BLOCK = 1 << 22  # elements looked at at a time
+BLOCK = 1 << 20  # elements looked at at a time
+ROWS_BYTES = 1 << 22  # of a matrix that goes across row by row, at a time
 
 
 class Format(Protocol):
@@ -210,30 +211,30 @@ def _copy_all(
     source: Opened, recipes: Mapping[str, Recipe], pieces: Mapping[str, list[Piece]], places: Mapping[str, Stored],
     journal: Journal,
 ) -> None:
-    """Copy what is not done yet, several tensors at a time, within twice the memory of the largest tensor."""
+    """Copy what is not done yet, several tensors at a time, within twice the memory of the largest matrix."""
     origin = source.by_atom()
-    largest = max(stored.size_bytes for stored in (*source.tensors.values(), *places.values()))
-    budget = _Budget(2 * largest)
     todo = [name for name in recipes if name not in journal.done]
     sizes = {name: sum(places[piece.key].dtype.itemsize * piece.part.size for piece in pieces[name]) for name in todo}
+    needs = {name: _need(source, [origin[part] for part in recipes[name].sources], pieces[name], places)
+             for name in todo}
+    budget = _Budget(max(needs.values(), default=0))
     stop = threading.Event()
 
     def copy(name: str) -> None:
         recipe, goals = recipes[name], pieces[name]
-        dtype = places[goals[0].key].dtype
-        widest = max([dtype.itemsize, *(source.tensors[origin[part][0].key].dtype.itemsize for part in recipe.sources)])
-        elements = max([sizes[name] // dtype.itemsize, *(math.prod(source.atoms[part]) for part in recipe.sources)])
-        with budget.of(2 * elements * widest):
-            if stop.is_set():
-                return
-            values = recipe.combine(read_atom(source, origin[part], part) for part in recipe.sources)
-            _refuse_nan(values, name, source.path)
-            values = values.to(dtype)
-            parts = digests(name, values)
-            for goal in goals:
-                part = values.contiguous().as_strided(goal.part.shape, goal.part.stride, goal.part.offset)
-                write_region(places[goal.key], goal.place, part)
-        journal.finished(name, parts, sizes[name])
+        with budget.of(needs[name]):
+            if not stop.is_set():
+                if _streams(recipe, origin, goals, name):
+                    found = _copy_rows(source, origin[recipe.sources[0]][0], goals, places, name)
+                else:
+                    values = recipe.combine(read_atom(source, origin[part], part) for part in recipe.sources)
+                    _refuse_nan(values, name, source.path)
+                    values = values.to(places[goals[0].key].dtype).contiguous()
+                    found = digests(name, values)
+                    for goal in goals:
+                        part = values.as_strided(goal.part.shape, goal.part.stride, goal.part.offset)
+                        write_region(places[goal.key], goal.place, part)
+                journal.finished(name, found, sizes[name])
 
     with _progress(sum(sizes.values())) as advance, ThreadPoolExecutor(THREADS) as pool:
         futures = {name: pool.submit(copy, name) for name in todo}
@@ -249,10 +250,52 @@ def _copy_all(
     journal.commit()
 
 
+def _need(
+    source: Opened, origins: Sequence[Sequence[Piece]], goals: Sequence[Piece], places: Mapping[str, Stored]
+) -> int:
+    """-> bytes that a tensor on its way takes at most: as it was read, and as it is written"""
+    read = max((pieces[0].part.size * len(pieces) * source.tensors[pieces[0].key].dtype.itemsize for pieces in origins),
+               default=0)
+    return read + max(goal.part.size * places[goal.key].dtype.itemsize for goal in goals) + ROWS_BYTES
+
+
+def _streams(
+    recipe: Recipe, origin: Mapping[str, Sequence[Piece]], goals: Sequence[Piece], name: str
+) -> bool:
+    """Say whether a tensor can go across a few rows at a time: it is as it was, and lies in rows on both sides."""
+    if recipe.combine is not next or has_rows(name):
+        return False
+    theirs = origin[recipe.sources[0]]
+    whole = theirs[0].part
+    return len(theirs) == 1 and all(
+        piece.part == whole and piece.place.shape == whole.shape and piece.place.order() == whole.order()
+        for piece in (*theirs, *goals))
+
+
+def _copy_rows(
+    source: Opened, theirs: Piece, goals: Sequence[Piece], places: Mapping[str, Stored], name: str
+) -> dict[str, str]:
+    """Copy a matrix a few rows at a time, which stay in the processor's caches from reading to writing. -> its digest"""
+    stored, dtype, shape = source.tensors[theirs.key], places[goals[0].key].dtype, theirs.place.shape
+    step = max(1, ROWS_BYTES // (math.prod(shape[1:]) * max(stored.dtype.itemsize, dtype.itemsize)))
+    digest = Digest(shape)
+    for begin in range(0, shape[0], step):
+        end = min(begin + step, shape[0])
+        values = read_region(stored, theirs.place.rows(begin, end))
+        _refuse_nan(values, name, source.path)
+        values = values.to(dtype)
+        digest.update(values)
+        for goal in goals:
+            write_region(places[goal.key], goal.place.rows(begin, end), values)
+    return {name: digest.hex()}
+
+
 def _refuse_nan(values: Tensor, name: str, path: Path) -> None:
     flat = values.reshape(-1)
     for begin in range(0, len(flat), BLOCK):
-        if not bool(flat[begin : begin + BLOCK].isfinite().all()):
+        block = flat[begin : begin + BLOCK]
+        # the sum is no number if one of them is none; it may also be too large for one, so then all are looked at
+        if not bool(block.sum(dtype=torch.float32).isfinite()) and not bool(block.isfinite().all()):
             raise ConfigError(f"{path}: {name} holds values that are no finite numbers")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -22,9 +22,14 @@ ROWS = (".router.weight", ".router.expert_bias")  # a row an expert
 
 def digests(name: str, values: Tensor) -> dict[str, str]:
     """Hash a native tensor, row by row where each row is an expert's. -> by name, with the row's number behind it"""
-    if name.endswith(ROWS):
-        return {f"{name}.{index}": _digest(row) for index, row in enumerate(values)}
-    return {name: _digest(values)}
+    if has_rows(name):
+        return {f"{name}.{index}": Digest(row.shape).update(row).hex() for index, row in enumerate(values)}
+    return {name: Digest(values.shape).update(values).hex()}
+
+
+def has_rows(name: str) -> bool:
+    """Say whether each row of a native tensor belongs to another expert."""
+    return name.endswith(ROWS)
 
 
 def fingerprints(parts: Mapping[str, str]) -> dict[str, str]:
@@ -54,24 +59,34 @@ def _hex(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _digest(values: Tensor) -> str:
-    """Hash the upper and the lower halves of float32 apart; the lower ones count only where they are not all zero."""
-    upper, lower, any_lower = hashlib.sha256(str(list(values.shape)).encode()), hashlib.sha256(), False
-    flat = values.reshape(-1)
-    for begin in range(0, len(flat), BLOCK):
-        block = flat[begin : begin + BLOCK]
+class Digest:
+    """Hashes the upper and the lower halves of float32 apart; the lower ones count only where they are not all zero."""
+
+    def __init__(self, shape: Iterable[int]) -> None:
+        self._upper, self._lower, self._any_lower = hashlib.sha256(str(list(shape)).encode()), hashlib.sha256(), False
+
+    def update(self, values: Tensor) -> Digest:
+        """Take what comes next, in order, in parts of any size."""
+        flat = values.reshape(-1)
+        for begin in range(0, len(flat), BLOCK):
+            self._update(flat[begin : begin + BLOCK])
+        return self
+
+    def _update(self, block: Tensor) -> None:
         if block.dtype == torch.bfloat16:
-            upper.update(block.view(torch.uint8).numpy().tobytes())
-            lower.update(bytes(block.numel() * 2))
-            continue
+            self._upper.update(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            return
         halves = block.float().numpy().view(np.uint16).reshape(-1, 2)
-        upper.update(halves[:, 1].tobytes())
-        lower.update(halves[:, 0].tobytes())
-        any_lower = any_lower or bool(halves[:, 0].any())
-        rest = block - block.float() if block.dtype == torch.float64 else None
-        if rest is not None and bool(rest.any()):
-            any_lower = True
-            lower.update(rest.numpy().tobytes())
-    if any_lower:
-        upper.update(lower.digest())
-    return upper.hexdigest()
+        self._upper.update(halves[:, 1].tobytes())
+        lower = halves[:, 0].tobytes()
+        self._lower.update(lower)
+        self._any_lower = self._any_lower or lower.count(0) < len(lower)
+        if block.dtype == torch.float64 and bool((rest := block - block.float()).any()):
+            self._any_lower = True
+            self._lower.update(rest.numpy().tobytes())
+
+    def hex(self) -> str:
+        if self._any_lower:
+            self._upper.update(self._lower.digest())
+            self._any_lower = False
+        return self._upper.hexdigest()

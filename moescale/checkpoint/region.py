@@ -36,6 +36,10 @@ class Region:
         """-> the dims, the one with the longest step first"""
         return sorted(range(len(self.shape)), key=lambda dim: -self.stride[dim])
 
+    def rows(self, begin: int, end: int) -> Region:
+        """-> some of its first dim"""
+        return Region(self.offset + begin * self.stride[0], (end - begin, *self.shape[1:]), self.stride)
+
     def runs(self) -> tuple[np.ndarray, int]:
         """Break it into pieces without gaps. -> where each begins, in elements and in `order`; the length of each"""
         length, outer = 1, list[int]()
