@@ -232,7 +232,8 @@ def _copy_all(
                     values = values.to(places[goals[0].key].dtype).contiguous()
                     found = digests(name, values)
                     for goal in goals:
-                        part = values.as_strided(goal.part.shape, goal.part.stride, goal.part.offset)
+                        begin = values.storage_offset() + goal.part.offset
+                        part = values.as_strided(goal.part.shape, goal.part.stride, begin)
                         write_region(places[goal.key], goal.place, part)
                 journal.finished(name, found, sizes[name])
 
