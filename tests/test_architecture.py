@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "mixers": {"ops", "layers"}, "moe": {"ops", "layers"}, "model": {"config", "ops", "layers", "mixers", "moe"},
     "parallel": {"config", "ops", "layers", "mixers", "moe", "model", "planner"}, "checkpoint": {"config"},
     "planner": {"config"}, "monitor": {"moe"},
-    "verify": {"config", "data", "engine", "model", "moe", "monitor", "ops", "parallel"},
+    "verify": {"checkpoint", "config", "data", "engine", "model", "moe", "monitor", "ops", "parallel"},
     "engine": {"config", "data", "model", "ops", "parallel", "optim", "checkpoint"},
 }
 FREE = {"cli", "trainer", "generate", "__init__", "__main__"}

@@ -16,11 +16,12 @@ import moescale
 from moescale.checkpoint.convert import convert, open_source
 from moescale.checkpoint.experts import permute, reduce, replicate, upcycle
 from moescale.checkpoint.loads import read_loads
-from moescale.checkpoint.mapped import Layout
+from moescale.checkpoint.mapped import Layout, atoms_of
 from moescale.checkpoint.placement import balance, place
 from moescale.cli import app
 from moescale.config import ConfigError
 from tests.checkpoint.models import DENSE, make_config, write_run
+from tests.engine.test_resume import run_joined
 
 TOKENS = torch.arange(60).view(2, 30) * 11 % 264
 
@@ -130,15 +131,24 @@ def test_placed_experts_compute_the_same(tmp_path: Path) -> None:
     assert torch.allclose(logits(tmp_path / "there"), logits(run), rtol=0, atol=1e-5)
     placed = json.loads((tmp_path / "there/placement.json").read_text())["layers"]["0"]
     assert max(placed["rank_load_after"]) < max(placed["rank_load_before"])
-    old, new = ({name: values for name, values in
-                 ((name, opened.tensors[name]) for name in opened.tensors)} for opened in
-                (open_source(run), open_source(tmp_path / "there")))
-    assert old.keys() == new.keys()
+    assert open_source(run).tensors.keys() == open_source(tmp_path / "there").tensors.keys()
+
+
+def test_a_run_goes_on_from_placed_experts_and_without_optimizer_state(tmp_path: Path) -> None:
+    unbroken = run_joined((1, {}), tmp_path / "run", False, None)
+    run_joined((1, {}), tmp_path / "run", False, 10)
+    opened = open_source(tmp_path / "run")
+    convert(opened, tmp_path / "placed", "moescale", Layout(), change=permute(opened, {1: [*range(1, 12), 0]}, {}))
+    placed = run_joined((2, {"ep": 2}), tmp_path / "placed", True, None)
+    assert placed["losses"] == pytest.approx(unbroken["losses"][10:], rel=1e-5)
+    convert(opened, tmp_path / "megatron", "megatron", Layout())
+    convert(open_source(tmp_path / "megatron"), tmp_path / "bare", "moescale", Layout())
+    bare = run_joined((1, {}), tmp_path / "bare", True, 3)
+    assert bare["losses"][0] == pytest.approx(unbroken["losses"][0], rel=1), "training starts"
+    assert len(bare["losses"]) == 3
 
 
 def test_permutation_takes_the_optimizer_along(tmp_path: Path) -> None:
-    from moescale.checkpoint.mapped import atoms_of
-
     run = write_run(tmp_path / "run", make_config(), optimizer=True)
     opened = open_source(run)
     order = [3, 10, 2, 0, 11, 4, 9, 1, 5, 8, 7, 6]
