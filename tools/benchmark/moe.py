@@ -11,8 +11,8 @@ each has one thread and its share of the tokens, and a round takes as long as th
 
 Peak: most bytes alive at once beside x, weights and the output's gradient, by the allocator's events under torch's
 profiler. Saved: of it, what autograd keeps from forward for backward. Peak over need: the peak by saved bytes and
-results (output, gradients of x and of the weights) together. Rows and bytes sent: to other ranks, forward and backward, a
-rank's mean; a row goes out and back, and so does its gradient.
+results (output, gradients of x and of the weights) together. Rows and bytes sent: to other ranks, forward and
+backward, a rank's mean; a row goes out and back, and so does its gradient.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def entries_of(contest: str, ranks: int, peers: list[str], routing: str) -> list
 
 def merge(by_rank: list[Figures]) -> Figures:
     """The slowest rank's seconds in each round, the worst error, the greatest peak; the mean of bytes sent."""
-    first = by_rank[0]
     errors = [figures.error for figures in by_rank if figures.error is not None]
     heaviest = max(by_rank, key=lambda figures: figures.peak_bytes)
+    rounds = zip(*(figures.seconds for figures in by_rank), strict=True)
     return Figures(
         max(errors) if errors else None, heaviest.peak_bytes, heaviest.saved_bytes, heaviest.result_bytes,
         sum(figures.sent_bytes for figures in by_rank) // len(by_rank),
-        [max(round_) for round_ in zip(*(figures.seconds for figures in by_rank), strict=True)] if first.seconds else [],
+        [max(seconds) for seconds in rounds],
     )
 
 

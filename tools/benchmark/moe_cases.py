@@ -13,7 +13,6 @@ from torch import Tensor
 class Case:
     """A mixture of SwiGLU experts over `tokens` of all ranks together."""
 
-    name: str
     num_experts: int
     top_k: int
     d_ff: int
@@ -21,7 +20,7 @@ class Case:
     d_model: int = 512
 
 
-CASES = {case.name: case for case in (Case("coarse", 8, 2, 1024), Case("fine", 64, 8, 128), Case("tiny", 8, 2, 64, 256))}
+CASES = {"coarse": Case(8, 2, 1024), "fine": Case(64, 8, 128), "tiny": Case(8, 2, 64, tokens=256)}
 ROUTINGS = ("balanced", "uniform", "drawn", "one_hot")
 Weights = dict[str, Tensor]
 """router: [experts, d_model] float32. gate, up: [experts, d_ff, d_model]. down: [experts, d_model, d_ff]."""

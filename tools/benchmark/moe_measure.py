@@ -115,8 +115,8 @@ class Runner:
 
 def peak_bytes(profiler: profile) -> int:
     """-> the most bytes alive at once of those that were allocated under the profiler"""
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    kineto: Any = profiler.profiler.kineto_results if profiler.profiler is not None else None
+    events = [event for event in kineto.events() if event.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         alive += event.nbytes()

@@ -8,6 +8,7 @@ has its share of the experts; peers that have no expert parallelism compete on o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -130,15 +131,16 @@ class Plain(Peer):
 
     def __init__(self, case: Case, weights: Weights) -> None:
         self.case = case
-        self.module = nn.ParameterDict({name: nn.Parameter(weight.clone()) for name, weight in weights.items()})
+        self.leaf = {name: nn.Parameter(weight.clone()) for name, weight in weights.items()}
+        self.module = nn.ParameterDict(self.leaf)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """-> expert, weight: [tokens, top_k]"""
-        chosen, expert = F.linear(x.float(), self.module["router"]).topk(self.case.top_k)
+        chosen, expert = F.linear(x.float(), self.leaf["router"]).topk(self.case.top_k)
         return expert, chosen.softmax(-1)
 
     def weights(self) -> Weights:
-        return {name: gradient(parameter) for name, parameter in self.module.items()}
+        return {name: gradient(parameter) for name, parameter in self.leaf.items()}
 
 
 class Loop(Plain):
@@ -150,7 +152,7 @@ class Loop(Plain):
         for index in range(self.case.num_experts):
             token, choice = torch.where(expert == index)
             rows = x[token]
-            gate, up, down = (self.module[name][index] for name in ("gate", "up", "down"))
+            gate, up, down = (self.leaf[name][index] for name in ("gate", "up", "down"))
             out = F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
             y = y.index_add(0, token, out * weight[token, choice].unsqueeze(1).to(out.dtype))
         return y
@@ -168,8 +170,8 @@ class Einsum(Plain):
         combine = torch.einsum("ske,skc->sec", wanted * weight.unsqueeze(-1), slot)
         dispatch = combine.bool().to(x.dtype)
         rows = torch.einsum("sec,sm->ecm", dispatch, x)
-        gate, up = (torch.einsum("ecm,ehm->ech", rows, self.module[name]) for name in ("gate", "up"))
-        out = torch.einsum("ech,emh->ecm", F.silu(gate) * up, self.module["down"])
+        gate, up = (torch.einsum("ecm,ehm->ech", rows, self.leaf[name]) for name in ("gate", "up"))
+        out = torch.einsum("ech,emh->ecm", F.silu(gate) * up, self.leaf["down"])
         return torch.einsum("sec,ecm->sm", combine.to(x.dtype), out)
 
 
@@ -177,26 +179,23 @@ class Transformers(Plain):
     """The experts of transformers' Mixtral, `eager` (its loop) or `grouped_mm`."""
 
     def __init__(self, case: Case, weights: Weights, implementation: str) -> None:
-        super().__init__(case, weights)
-        config = MixtralConfig(hidden_size=case.d_model, intermediate_size=case.d_ff, num_local_experts=case.num_experts)
+        self.case = case
+        config = MixtralConfig(
+            hidden_size=case.d_model, intermediate_size=case.d_ff, num_local_experts=case.num_experts
+        )
         config._experts_implementation = implementation
-        experts = MixtralExperts(config)
-        experts.gate_up_proj = nn.Parameter(torch.cat((weights["gate"], weights["up"]), 1))
-        experts.down_proj = nn.Parameter(weights["down"].clone())
-        self.experts = experts
-        self.module = nn.ModuleDict({"experts": experts})
-        self.module.register_parameter("router", nn.Parameter(weights["router"].clone()))
-
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, expert = F.linear(x.float(), self.module.get_parameter("router")).topk(self.case.top_k)
-        return expert, chosen.softmax(-1)
+        self.module = self.experts = MixtralExperts(config)
+        self.experts.gate_up_proj = nn.Parameter(torch.cat((weights["gate"], weights["up"]), 1))
+        self.experts.down_proj = nn.Parameter(weights["down"].clone())
+        self.leaf = {"router": nn.Parameter(weights["router"].clone())}
+        self.experts.register_parameter("router", self.leaf["router"])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x, *self.route(x))
 
     def weights(self) -> Weights:
         gate, up = gradient(self.experts.gate_up_proj).chunk(2, 1)
-        return {"router": gradient(self.module.get_parameter("router")), "gate": gate, "up": up,
+        return {"router": gradient(self.leaf["router"]), "gate": gate, "up": up,
                 "down": gradient(self.experts.down_proj)}
 
 
@@ -225,7 +224,8 @@ def make_peer(name: str, case: Case, weights: Weights, group: Group) -> Peer:
         return DeepSpeed(case, weights, group, drops=detail == "drops")
     if kind == "transformers":
         return Transformers(case, weights, detail)
-    return {"einsum": Einsum, "loop": Loop, "dense": Dense}[kind](case, weights)
+    plain: dict[str, Callable[[Case, Weights], Peer]] = {"einsum": Einsum, "loop": Loop, "dense": Dense}
+    return plain[kind](case, weights)
 
 
 PEERS = ("moescale", "dense", "deepspeed", "deepspeed, drops", "einsum", "loop", "transformers, eager",
