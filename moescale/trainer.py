@@ -26,7 +26,7 @@ from moescale.monitor.metrics import JsonLines, Sink, replace_text
 from moescale.monitor.routing import routing_metrics
 from moescale.monitor.terminal import Terminal
 from moescale.monitor.wandb import Wandb
-from moescale.parallel.mesh import Mesh, first_rank, start_mesh, stop_mesh, world_size
+from moescale.parallel.mesh import Mesh, first_rank, node_ranks, start_mesh, stop_mesh, world_size
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
 
@@ -36,7 +36,7 @@ def train(config: Config) -> None:
 
     Raises ConfigError, before any process group starts wherever that is possible, and TrainingError.
     """
-    config = config.for_world(world_size())
+    config = config.for_world(world_size(), node_ranks())
     if config.monitor.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("monitor.wandb needs the package wandb: pip install 'moescale[wandb]', "
                           "or write monitor.wandb=off")
