@@ -19,8 +19,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moescale.layers.feed_forward import FeedForward
-from moescale.moe.dispatchers import AllToAllDispatcher
+from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.experts import Experts
+from moescale.moe.hops import Hop
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS
 from moescale.ops.collectives import Group
@@ -66,7 +67,7 @@ class MoEScale(Peer):
         self.module = self.layer = MoELayer(choose, experts)
         self.exact = router == "mixtral"
         if dist.get_world_size(group) > 1:
-            self.layer.dispatcher = AllToAllDispatcher(group)
+            self.layer.dispatcher = Dispatcher([Hop(group)])
 
     def forward(self, x: Tensor) -> Tensor:
         serial = torch.arange(len(x)).unsqueeze(0)
