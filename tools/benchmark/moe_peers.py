@@ -7,6 +7,7 @@ has its share of the experts; peers that have no expert parallelism compete on o
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -100,6 +101,7 @@ class DeepSpeed(Peer):
     """`deepspeed.moe.layer.MoE`, its second expert not drawn at random; with capacity as needed, or its usual one."""
 
     def __init__(self, case: Case, weights: Weights, group: Group, drops: bool) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
         from deepspeed.moe.layer import MoE
 
