@@ -60,11 +60,13 @@ def _shrink_model(config: Config, layouts: Sequence[Layout], seq_len: int) -> Mo
 
 def _shrink_moe(moe: MoEConfig, layouts: Iterable[Layout]) -> MoEConfig:
     layouts = list(layouts)
-    enough = min(moe.num_experts, max(2 * moe.top_k + 2, -(-moe.top_k // moe.top_k_groups) * moe.num_expert_groups))
+    enough = min(moe.num_experts, max(2 * moe.top_k + 2, -(-moe.top_k // moe.top_k_groups) * moe.num_expert_groups,
+                                      moe.left_behind_choices + 1))
     experts = _smallest_divisor(moe.num_experts, enough, lambda n: all(
         n % group == 0 for group in (moe.num_expert_groups, *(layout.ep for layout in layouts))))
     return moe.model_copy(update={
-        "num_experts": experts, "d_ff": _multiple(16, (8, *(layout.etp for layout in layouts)))})
+        "num_experts": experts, "min_capacity": min(moe.min_capacity, 2),  # below what the factor gives, mostly
+        "d_ff": _multiple(16, (8, *(layout.etp for layout in layouts)))})
 
 
 def _path(kv_heads: int, tp: int) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moescale.layers.feed_forward import FeedForward
 from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
-from moescale.moe.routers import ROUTERS, Router, SigmoidBiasRouter
+from moescale.moe.routers import ROUTERS, Capacity, Router, SigmoidBiasRouter
 from moescale.moe.routing import Routing
 from moescale.ops.random import uniform
 
@@ -27,10 +27,13 @@ ALL = [*CASES, ("sigmoid_bias", 2, None), ("expert_choice", 2, 1.7)]
 def make_router(
     name: str, top_k: int, capacity_factor: float | None, num_experts: int = 5, d_model: int = 8, **own: Any
 ) -> Router:
+    own = {"balance_over": "sequence", **own}
+    if name == "switch":
+        own = {"left_behind_choices": 1, **own}
     if name == "sigmoid_bias":
         own = {"num_expert_groups": 1, "top_k_groups": 1, "routed_scaling": 1.0, "bias_update_rate": 0.001, **own}
     router = ROUTERS[name](
-        d_model, num_experts, top_k, capacity_factor=capacity_factor, jitter=0.0, salt=6, init="fan_in", **own
+        d_model, num_experts, top_k, capacity=Capacity(capacity_factor), jitter=0.0, salt=6, init="fan_in", **own
     )
     torch.nn.init.normal_(router.weight)
     return router
@@ -45,8 +48,8 @@ def loop(router: Router, x: torch.Tensor, serial: torch.Tensor, top_k: int) -> t
     probs = logits.softmax(-1)
     ranked = {t: sorted(range(num_experts), key=lambda e, t=t: (-float(logits[t, e]), e))[:top_k] for t in valid}
     slots = float("inf")
-    if router.capacity_factor is not None and router.training:
-        slots = max(1, int(router.capacity_factor * (len(valid) * top_k / num_experts)))
+    if router.capacity.factor is not None and router.training:
+        slots = max(1, int(router.capacity.factor * (len(valid) * top_k / num_experts)))
     used = [0] * num_experts
     out: dict[tuple[int, int], float] = {}
     for choice in range(top_k):

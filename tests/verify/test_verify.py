@@ -19,7 +19,7 @@ from moescale.config import ConfigError, load_config, parse_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.model.language_model import LanguageModel
-from moescale.moe import routers
+from moescale.moe.routers import base
 from moescale.parallel import fsdp
 from moescale.parallel.context import ContextAttention
 from moescale.verify.layouts import Layout, every_layout, layouts_of, parse_layouts, sample_layouts
@@ -83,7 +83,7 @@ FAULTS = {  # what is planted: where, what to replace, what with, the layout, an
         fsdp, "_shard_shared", lambda whole: partial(leave_routers_out, whole), Layout(tp=2),
         ["router gradients", "channel_mixer.router.weight"]),
     "balance loss divided by ep": (
-        routers, "load_balance_loss", lambda whole: lambda *arguments: whole(*arguments) / 2,
+        base, "load_balance_loss", lambda whole: lambda *arguments: whole(*arguments) / 2,
         Layout(dp_shard=2, ep=2), ["load-balance loss only 0.500 times as large"]),
     "a micro-batch dropped": (
         NativeEngine, "forward_backward", lambda whole: lambda engine, batches: whole(engine, batches[:2]),
