@@ -15,6 +15,7 @@ from moescale.moe.routers.base import Router, top_k
 from moescale.moe.routing import Routing
 
 SINKHORN_ROUNDS = 20
+SINKHORN_STEPS = 2**12  # of a logarithm of a share that count in the choice
 
 
 class ExpertChoiceRouter(Router):
@@ -57,33 +58,34 @@ class SinkhornRouter(Router):
     """The top_k experts by scores that Sinkhorn's rounds have balanced over the sequence, weighed by raw probability.
 
     The balanced assignment of BASE layers (Lewis et al., 2021), with the choice by a transport plan in place of an
-    auction (Clark et al., 2022, sec. 3.1 and appendix B.2.1). The choice has no gradient; the weight has.
+    auction (Clark et al., 2022). The choice has no gradient; the weight has. Where the plan has no preference, as with
+    one token or with equal ones, the token's own counts.
     """
 
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        _, expert = top_k(logits, self.top_k)
+        """logits: balanced, in training. Rounded, so that the plan's ties are ties whatever the rounding error."""
+        _, own = top_k(probs, self.num_experts)
+        _, best = top_k((logits * SINKHORN_STEPS).round().gather(-1, own), self.top_k)
+        expert = own.gather(-1, best)
         return expert, probs.gather(-1, expert)
 
     def decide(
         self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores = logits
         if self.training:  # each rank computes all of the sequence: the sums over it come out alike
-            whole = self.sequence.whole(logits.detach())
-            scores = logits.detach() + expert_handicaps(whole, valid_whole).to(logits.dtype).unsqueeze(1)
-        return super().decide(scores, probs, serial, valid_whole)
+            logits = self.sequence.own(balanced_plan(self.sequence.whole(logits.detach()), valid_whole))
+        return super().decide(logits, probs, serial, valid_whole)
 
 
-def expert_handicaps(logits: Tensor, valid: Tensor) -> Tensor:
-    """Find what to add to each expert's logits so that, after a softmax, every expert has the same sum over tokens.
+def balanced_plan(logits: Tensor, valid: Tensor) -> Tensor:
+    """Share out tokens so that each expert's shares have the same sum over tokens, or nearly, and a token's add to one.
 
-    logits: [groups, tokens, experts]. valid: [groups, tokens] bool. -> [groups, experts] float64
+    logits: [groups, tokens, experts]. valid: [groups, tokens] bool. -> logarithms of the shares, float64, like logits
     """
-    logits = logits.double().log_softmax(-1)
-    own = torch.where(valid.unsqueeze(-1), 0.0, -math.inf)  # padding adds nothing to any sum
-    handicap = logits.new_zeros(len(logits), 1, logits.shape[-1])
+    plan = logits.double().log_softmax(-1)
+    padding = torch.where(valid.unsqueeze(-1), 0.0, -math.inf)  # adds nothing to any sum
     for _ in range(SINKHORN_ROUNDS):
-        plan = (logits + handicap).log_softmax(-1)  # each token gives one
-        load = (plan + own).logsumexp(1, keepdim=True)
-        handicap = handicap - (load - load.mean(-1, keepdim=True)).nan_to_num(0.0)  # nan: no token at all
-    return handicap.squeeze(1)
+        load = (plan + padding).logsumexp(1, keepdim=True)
+        even = load.logsumexp(-1, keepdim=True) - math.log(logits.shape[-1])
+        plan = (plan + (even - load).nan_to_num(0.0)).log_softmax(-1)  # nan: no token at all
+    return plan
