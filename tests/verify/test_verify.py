@@ -48,7 +48,10 @@ def test_sample_of_the_day() -> None:
     """Another router each day, another extent of recompute, other layouts; the printed seed tries the same again."""
     router = ({"router": "mixtral", "capacity_factor": None}, {"router": "gshard"}, {"router": "switch", "top_k": 1},
               {"router": "sigmoid_bias", "capacity_factor": None, "bias_update_rate": 0.05, "num_shared_experts": 1},
-              {"router": "expert_choice", "capacity_factor": 2.0})
+              {"router": "expert_choice", "capacity_factor": 2.0},
+              {"router": "gshard", "drop_by": "probability", "balance_over": "global_batch"},
+              {"router": "switch", "top_k": 1, "left_behind_choices": 2, "balance_over": "micro_batch"},
+              {"router": "sinkhorn", "eval_capacity_factor": 1.5, "balance_over": "global_batch"})
     moe = RUN.moe.model_copy(update=router[TODAY % len(router)])
     recompute = ("none", "selective", "full")[TODAY // 3 % 3]
     parallel = RUN.parallel.model_copy(update={"recompute": recompute})
