@@ -13,6 +13,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on, though its configuration is sound; the message says what to try."""
 
 
+class LostRanksError(TrainingError):
+    """Ranks that did not meet; every rank that notices says where it stood."""
+
+
 def refuse(condition: bool, message: str) -> None:
     if condition:
         raise ConfigError(message)

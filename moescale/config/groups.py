@@ -102,6 +102,7 @@ class MoEConfig(Group):
     d_ff: int = Field(512, ge=8)  # hidden features of one expert
     activation: Activation = "swiglu"
     jitter: float = Field(0.0, ge=0, lt=1)  # the router's input is multiplied by 1 +- this (Switch)
+    expert_dropout: float = Field(0.0, ge=0, lt=1)  # of the hidden features within experts, for fine-tuning (Switch)
     load_balance_coefficient: float = Field(0.01, ge=0)
     balance_over: Literal["sequence", "micro_batch", "global_batch"] = "sequence"  # tokens that balance together
     router_z_coefficient: float = Field(0.0, ge=0)
@@ -176,6 +177,11 @@ class ParallelConfig(Group):
     pp: int = Field(1, ge=1)  # ranks in a row, each with some of the layers
     ep: int = Field(1, ge=1)  # ranks that share the experts of one layer
     etp: int = Field(1, ge=1)  # ranks that share each expert
+    dispatcher: Literal["all_to_all", "hierarchical", "all_gather"] = "all_to_all"  # how tokens travel to experts
+    dispatch_chunks: int = Field(1, ge=1)  # parts in which they do; one travels while the experts compute another
+    node_ranks: int | None = Field(None, ge=1)  # of hierarchical; none = as many as were started on one
+    row_budget: float | None = Field(None, gt=0)  # rows a rank takes at a time, over an even share; none = all
+    over_budget: Literal["passes", "drop"] = "passes"  # rows beyond: in further passes, computed again in backward
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
     recompute: Literal["none", "selective", "full"] = "none"  # forward again in backward: feed-forwards; whole blocks
     compile: bool = False  # torch.compile, block by block
@@ -188,6 +194,8 @@ class ParallelConfig(Group):
     @model_validator(mode="after")
     def _check(self) -> Self:
         refuse(self.dp_shard == 0, "parallel.dp_shard=0: write -1 for all ranks that are left, or a number from 1")
+        refuse(self.over_budget == "drop" and self.row_budget is None,
+               "parallel.over_budget=drop drops rows beyond parallel.row_budget: write e.g. parallel.row_budget=1.5")
         return self
 
 

@@ -38,12 +38,12 @@ class Config(Group):
     def num_moe_layers(self) -> int:
         return sum(layer.channel_mixer == "moe" for layer in self.model.layers)
 
-    def for_world(self, world_size: int) -> Config:
+    def for_world(self, world_size: int, node_ranks: int | None = None) -> Config:
         """Settle what depends on the number of ranks (`dp_shard: -1`, `micro_batch`) and refuse what does not fit.
 
-        world_size: ranks of the whole job. -> the same run, with nothing left to derive
+        world_size: ranks of the whole job. node_ranks: of one node; None = all. -> the run, nothing left to derive
         """
-        return settle(self, world_size)
+        return settle(self, world_size, node_ranks)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -70,7 +70,10 @@ def _channel_mixer(config: Config, index: int) -> nn.Module:
         model.d_model, moe.num_experts, moe.top_k, capacity=capacity, balance_over=moe.balance_over, jitter=moe.jitter,
         salt=(config.run.seed * model.num_layers + index) * 2, init=model.init, **own,
     )
-    experts = Experts(moe.num_experts, model.d_model, moe.d_ff, moe.activation, model.init)
+    experts = Experts(
+        moe.num_experts, model.d_model, moe.d_ff, moe.activation, model.init, dropout=moe.expert_dropout,
+        salt=-1 - config.run.seed * model.num_layers - index,  # routers' salts are not negative
+    )
     shared = None
     if moe.num_shared_experts:
         shared = FeedForward(model.d_model, moe.num_shared_experts * moe.d_ff, moe.activation, model.init)

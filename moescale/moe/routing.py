@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from moescale.ops.permute import permute
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,45 @@ class Routing:
     weight: [assignments] float32, the row's share of its token's output.
     tokens_per_expert: [experts] int64, sums to assignments.
     row: [tokens, choices] int64, the inverse of token: the row of each choice, -1 = dropped or padding.
+    serial: [tokens] int64, the numbers from which a token's random draws come; None where experts draw nothing.
     """
 
     token: Tensor
     weight: Tensor
     tokens_per_expert: Tensor
     row: Tensor
+    serial: Tensor | None = None
+
+    @property
+    def expert(self) -> Tensor:
+        """[assignments] int64, the expert of each row."""
+        experts = torch.arange(len(self.tokens_per_expert), device=self.token.device)
+        return experts.repeat_interleave(self.tokens_per_expert, output_size=len(self.token))
+
+    def select(self, chosen: Tensor) -> Routing:
+        """Keep some of the assignments. chosen: [assignments] bool"""
+        rows = chosen.nonzero().squeeze(1)
+        place = torch.full_like(self.token, -1).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+        none = place.new_full((1,), -1)  # what row -1 takes
+        return Routing(
+            token=self.token[rows],
+            weight=permute(self.weight.unsqueeze(1), rows, place.unsqueeze(1)).squeeze(1),
+            tokens_per_expert=self.expert[rows].bincount(minlength=len(self.tokens_per_expert)),
+            row=torch.cat((place, none))[self.row],
+            serial=self.serial,
+        )
+
+    def split(self, parts: int) -> list[Routing]:
+        """Cut the tokens into consecutive parts, as `tensor_split` does, each with a routing of its own."""
+        starts = [0, *accumulate(len(part) for part in self.row.tensor_split(parts))]
+        part = torch.bucketize(self.token, torch.tensor(starts[1:], device=self.token.device), right=True)
+        return [_from_token(self.select(part == index), *starts[index : index + 2]) for index in range(parts)]
+
+
+def _from_token(routing: Routing, first: int, last: int) -> Routing:
+    """Count tokens from `first` on, up to `last`, where all assignments are."""
+    serial = None if routing.serial is None else routing.serial[first:last]
+    return Routing(routing.token - first, routing.weight, routing.tokens_per_expert, routing.row[first:last], serial)
 
 
 def sort_by_expert(expert: Tensor, weight: Tensor, kept: Tensor, num_experts: int) -> Routing:

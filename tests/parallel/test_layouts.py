@@ -49,11 +49,14 @@ LAYOUTS = [  # ranks, parallel degrees
     (4, {}), (4, {"ep": 4}), (4, {"ep": 2, "dp_replicate": 2}), (4, {"tp": 4}),
     (4, {"tp": 2, "ep": 4, "recompute": "full"}), (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}),
     (4, {"pp": 2, "tp": 2, "pp_schedule": "interleaved_1f1b"}),
+    (4, {"ep": 4, "dispatcher": "hierarchical", "node_ranks": 2, "dispatch_chunks": 2, "recompute": "selective"}),
+    (4, {"tp": 2, "ep": 4, "dispatcher": "all_gather", "row_budget": 0.6}),
     (4, {"pp": 2, "cp": 2, "ep": 2, "pp_schedule": "zero_bubble", "recompute": "selective"}),
 ]
-MIXED = [LAYOUTS[index] for index in (8, 9, 11)]  # enough of them for a family of which little is new
+MIXED = [LAYOUTS[index] for index in (8, 9, 11, 12, 13)]  # enough of them for a family of which little is new
 EVERYWHERE = ("mixtral", "switch", "gshard", "palm")
-FEWER = {"surest": [(4, {}), *MIXED], "left_behind": MIXED[1:], "sinkhorn": MIXED[1:]}
+FEWER = {"surest": [(4, {}), MIXED[0], MIXED[1], MIXED[-1]], "left_behind": [MIXED[1], MIXED[-1]],
+         "sinkhorn": [MIXED[1], MIXED[-1]]}
 CASES = [(family, *layout) for family in FAMILIES
          for layout in (LAYOUTS if family in EVERYWHERE else FEWER.get(family, MIXED))]
 STEPS = 4
@@ -97,8 +100,9 @@ def run_steps(family: str, parallel: dict[str, Any], compute: str, steps: int) -
             gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
         norm = engine.step()
         figures = [float(x) for x in (losses.cross_entropy, losses.load_balance, losses.router_z, norm)]
-        history.append((figures, routing_metrics(
-            engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)))
+        counts = routing_metrics(
+            engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)
+        history.append((figures, {key: count for key, count in counts.items() if not key.endswith("surplus")}))
     biases = {name: buffer.clone() for name, buffer in engine.model.named_buffers() if name.endswith("expert_bias")}
     evaluated = engine.evaluate(make_batches(99, mesh.batch_rank, mesh.batch_size))
     stop_mesh()
