@@ -55,8 +55,8 @@ LAYOUTS = [  # ranks, parallel degrees
 ]
 MIXED = [LAYOUTS[index] for index in (8, 9, 11, 12, 13)]  # enough of them for a family of which little is new
 EVERYWHERE = ("mixtral", "switch", "gshard", "palm")
-FEWER = {"surest": [(4, {}), MIXED[0], MIXED[1], MIXED[-1]], "left_behind": [MIXED[1], MIXED[-1]],
-         "sinkhorn": [MIXED[1], MIXED[-1]]}
+FEWER = {"surest": [(4, {"ep": 2, "recompute": "full"}), MIXED[1], MIXED[-1]],
+         "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), MIXED[-1]]}
 CASES = [(family, *layout) for family in FAMILIES
          for layout in (LAYOUTS if family in EVERYWHERE else FEWER.get(family, MIXED))]
 STEPS = 4
