@@ -55,4 +55,7 @@ class Config(Group):
                 "(256 bytes and the start of a document): write at least 257")
         refuse(self.optim.warmup_steps >= self.run.steps and self.optim.warmup_steps > 0,
                 f"optim.warmup_steps={self.optim.warmup_steps} must be below run.steps={self.run.steps}")
+        refuse(self.moe.balance_over == "micro_batch" and self.data.micro_batch is None,
+                "moe.balance_over=micro_batch needs sequences that are the same in every layout: write e.g. "
+                "data.micro_batch=1, or moe.balance_over=global_batch")
         return self

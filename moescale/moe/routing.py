@@ -78,35 +78,3 @@ def sort_by_expert(expert: Tensor, weight: Tensor, kept: Tensor, num_experts: in
         tokens_per_expert=torch.diff(ends, prepend=ends.new_zeros(1)),
         row=torch.where(row < assignments, row, -1).view_as(expert),
     )
-
-
-def within_capacity(expert: Tensor, wanted: Tensor, capacity: Tensor, num_experts: int) -> Tensor:
-    """Keep the first `capacity` assignments of each expert in each group.
-
-    Every first choice of the group comes before every second choice; among equals the earlier token (GShard, alg. 1).
-    expert: [groups, tokens, choices] int64. wanted: the same shape, bool; others take no slot.
-    capacity: [groups] int64. -> [groups, tokens, choices] bool, a subset of wanted
-    """
-    groups, tokens, choices = expert.shape
-    group = torch.arange(groups, device=expert.device).view(-1, 1, 1)
-    key = torch.where(wanted, group * num_experts + expert, groups * num_experts)
-    key = key.transpose(1, 2).flatten()  # [groups x choices x tokens], the order of priority
-    order = key.argsort(stable=True)
-    sorted_key = key[order]
-    first = torch.searchsorted(sorted_key, sorted_key)  # where this expert's run begins
-    slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=key.device) - first)
-    slot = slot.view(groups, choices, tokens).transpose(1, 2)
-    return wanted & (slot < capacity.view(-1, 1, 1))
-
-
-def best_tokens(scores: Tensor, valid: Tensor, capacity: Tensor) -> Tensor:
-    """Let each expert of each group take the `capacity` tokens that score highest; among equals the earlier one.
-
-    scores: [groups, tokens, experts] int32, not below zero. valid: [groups, tokens] bool. capacity: [groups] int64.
-    -> [groups, tokens, experts] bool
-    """
-    valid = valid.unsqueeze(-1)
-    order = torch.where(valid, scores, -1).argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(scores.shape[1], device=scores.device).view(1, -1, 1).expand_as(order)
-    slot = torch.empty_like(order).scatter_(1, order, place)
-    return valid & (slot < capacity.view(-1, 1, 1))
