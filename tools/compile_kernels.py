@@ -1,0 +1,138 @@
+"""Compile every Triton kernel as it ships, for a GPU that need not be there; print registers, spills, shared memory.
+
+    python tools/compile_kernels.py [--capability 90] [--only attention]
+
+The functions of `ops` are called with tensors on the meta device, and each launch is compiled in place of being run.
+Ends with an error when a kernel spills registers or takes more shared memory than a block may have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from moescale.ops.attention_pattern import Pattern
+from moescale.ops.attention_triton import flash_attention
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one block, by compute capability
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the types and sizes of its arguments: what decides how it is compiled."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[int, ...]  # arguments that 16 divides
+    warps: int
+    stages: int
+
+    @staticmethod
+    def of(kernel: JITFunction, values: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+        given = dict(zip(kernel.arg_names, values, strict=False)) | options
+        signature, constants, aligned = {}, {}, []
+        for index, parameter in enumerate(kernel.params):
+            value = given[parameter.name]
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+                aligned.append(index)
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
+            else:
+                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+                aligned += [index] if value % 16 == 0 else []
+        return Launch(kernel, signature, constants, tuple(aligned), options["num_warps"], options["num_stages"])
+
+    def compile(self, capability: int) -> tuple[int, int, int]:
+        """-> registers of a thread, bytes of its stack (what is spilled), bytes of shared memory of a block"""
+        source = ASTSource(
+            fn=self.kernel, signature=self.signature, constexprs=self.constants,
+            attrs={(index,): [["tt.divisibility", 16]] for index in self.aligned},
+        )
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            text = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True)
+        registers, stack = (int(re.findall(rf"{name}:(\d+)", text.stdout)[-1]) for name in ("REG", "STACK"))
+        return registers, stack, compiled.metadata.shared
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Note launches in place of making them."""
+    launches: list[Launch] = []
+
+    def note(kernel: JITFunction, *values: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch.of(kernel, values, options))
+
+    with mock.patch.object(JITFunction, "run", note):
+        yield launches
+
+
+def attention() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim in (64, 128, 256):
+            for shape, window, documents, alibi in (("causal", None, False, False), ("all", 4096, True, True)):
+                q = torch.empty(2, 8192, 32, head_dim, dtype=dtype, device="meta", requires_grad=True)
+                k = torch.empty(2, 8192, 8, head_dim, dtype=dtype, device="meta", requires_grad=True)
+                positions = torch.empty(2, 8192, dtype=torch.int64, device="meta") if documents else None
+                slopes = torch.empty(32, device="meta") if alibi else None
+                pattern = Pattern(True, window, positions, slopes, head_dim**-0.5)
+                yield (f"{shape}, head_dim {head_dim}, {str(dtype).removeprefix('torch.')}",
+                       lambda q=q, k=k, pattern=pattern: flash_attention(q, k, k, pattern).sum().backward())
+
+
+CASES = {"attention": attention}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, default=90, choices=SHARED_BYTES)
+    parser.add_argument("--only", choices=CASES, action="append")
+    parser.add_argument("--case", default="", help="those whose description holds this")
+    arguments = parser.parse_args()
+    failed = 0
+    for name in arguments.only or CASES:
+        for case, call in CASES[name]():
+            if arguments.case not in case:
+                continue
+            with recorded() as launches:
+                call()
+            for launch in launches:
+                registers, stack, shared = launch.compile(arguments.capability)
+                failed += stack > 0 or shared > SHARED_BYTES[arguments.capability]
+                kernel = f"{name} {launch.kernel.__name__.strip('_')}"
+                print(f"{kernel:<28}{case:<40} {launch.warps} warps, {launch.stages} stages: {registers:>3} registers, "
+                      f"{stack} bytes spilled, {shared:,} bytes shared", flush=True)
+    if failed:
+        sys.exit(f"{failed} kernels spill registers or do not fit into shared memory")
+
+
+if __name__ == "__main__":
+    main()
