@@ -29,6 +29,9 @@ from triton.runtime.jit import JITFunction
 
 from moescale.ops.attention_pattern import Pattern
 from moescale.ops.attention_triton import flash_attention
+from moescale.ops.fused_experts_triton import fused_experts
+from moescale.ops.grouped_gemm_triton import grouped_gemm
+from moescale.ops.permute_triton import permute, unpermute
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one block, by compute capability
 TYPES = {
@@ -108,7 +111,30 @@ def attention() -> Iterator[tuple[str, Callable[[], Any]]]:
                        lambda q=q, k=k, pattern=pattern: flash_attention(q, k, k, pattern).sum().backward())
 
 
-CASES = {"attention": attention}
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+
+def experts() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for size, (tokens, d_model, d_ff, num, top_k) in {
+            "Mixtral": (16384, 4096, 14336, 8, 2), "fine-grained": (32768, 2048, 768, 128, 8)
+        }.items():
+            x, weight = empty(tokens, d_model, dtype=dtype), empty(tokens * top_k)
+            gate, up = empty(num, d_ff, d_model, dtype=dtype), empty(num, d_ff, d_model, dtype=dtype)
+            down = empty(num, d_model, d_ff, dtype=dtype)
+            token, row, counts = (empty(*shape, dtype=torch.int64) for shape in ((tokens * top_k,), (tokens, top_k), (num,)))
+            name = f"{size}, {str(dtype).removeprefix('torch.')}"
+
+            def call(x=x, gate=gate, up=up, down=down, weight=weight, token=token, row=row, counts=counts):
+                fused_experts(x, gate, up, down, weight, token, row, counts).sum().backward()
+                rows = permute(x, token, row)
+                unpermute(grouped_gemm(rows, gate, counts)[:, : x.shape[1]], weight, token, row).sum().backward()
+
+            yield name, call
+
+
+CASES = {"attention": attention, "experts": experts}
 
 
 def main() -> None:

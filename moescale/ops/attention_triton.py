@@ -83,10 +83,10 @@ def tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
         return (Tile(32, 32, 4, 1),) * 3  # small, so that short sequences have many
     if q.dtype == torch.float32:
         if q.shape[3] > 64:
-            return Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)
-        return Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
+            return Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)
+        return Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)
     if q.shape[3] > 128:
-        return Tile(128, 32, 8, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)
+        return Tile(128, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
     if q.shape[3] > 64:
         return Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)
     return Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)
