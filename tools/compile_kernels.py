@@ -100,7 +100,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 def attention() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (torch.bfloat16, torch.float32):
-        for head_dim in (64, 128, 256):
+        for head_dim in (64, 128, 256) if dtype == torch.bfloat16 else (64, 128):
             for shape, window, documents, alibi in (("causal", None, False, False), ("all", 4096, True, True)):
                 q = torch.empty(2, 8192, 32, head_dim, dtype=dtype, device="meta", requires_grad=True)
                 k = torch.empty(2, 8192, 8, head_dim, dtype=dtype, device="meta", requires_grad=True)

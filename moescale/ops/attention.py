@@ -63,7 +63,7 @@ def _fastest(q: Tensor, seq_k: int, pattern: Pattern) -> tuple[str, str]:
         return "sdpa", "on a processor, torch's kernel is the fastest where little can be skipped"
     if plain:
         return "sdpa", "the vendor's kernels know no faster one without window, documents and biases"
-    if q.device.type == "cuda" and find_spec("triton") and 16 <= q.shape[3] <= 256 and q.dtype != torch.float64:
+    if q.device.type == "cuda" and find_spec("triton") and _fits_triton(q):
         return "triton", "tiles that a window or documents hide are skipped, biases need no memory"
     return "sdpa", "no kernel of ours runs here"
 
@@ -81,11 +81,15 @@ def _has_documents(positions: Tensor | None) -> bool:
     return bool((positions[:, 1:] == 0).any())
 
 
+def _fits_triton(q: Tensor) -> bool:
+    return q.dtype != torch.float64 and 16 <= q.shape[3] <= (128 if q.dtype == torch.float32 else 256)
+
+
 def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     if find_spec("triton") is None:
         raise ValueError("backend=triton needs the package triton: pip install triton, or use backend=auto")
-    if not 16 <= q.shape[3] <= 256 or q.dtype == torch.float64:
-        raise ValueError("backend=triton takes head_dim 16 to 256 and no float64: use backend=auto")
+    if not _fits_triton(q):
+        raise ValueError("backend=triton takes head_dim 16 to 256, in float32 to 128, no float64: use backend=auto")
     from moescale.ops.attention_triton import flash_attention
 
     return flash_attention(q, k, v, pattern)

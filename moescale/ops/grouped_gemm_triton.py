@@ -108,7 +108,7 @@ def _launch(
     rows, rows2 = rows.contiguous(), rows2.contiguous()
     if weight2.stride() != weight.stride():
         weight, weight2 = weight.contiguous(), weight2.contiguous()
-    tile, (experts, d_out, d_in) = tile_of(rows, form == "SWIGLU"), weight.shape
+    tile, (experts, d_out, d_in) = tile_of(rows, form != "ONE"), weight.shape
     tile_ends = _ends((tokens_per_expert + tile.m - 1) // tile.m)
     most = (triton.cdiv(len(outs[0]), tile.m) + experts) * triton.cdiv(d_out, tile.n)
     _multiply[(min(_processors(rows), most),)](
