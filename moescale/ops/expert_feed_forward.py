@@ -16,20 +16,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.
 
 
 def expert_feed_forward(
-    rows: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, tokens_per_expert: Tensor, activation: str
+    rows: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, tokens_per_expert: Tensor, activation: str,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Apply to each row its expert: down(act(gate x) * up x), or down(act(up x)) without gate.
 
     rows: [assignments, d_model], sorted by expert. gate, up: [experts, d_ff, d_model]. down: [experts, d_model, d_ff].
     tokens_per_expert: [experts] int64, zeros allowed. activation: silu, gelu or relu. All of one dtype.
+    keep: [assignments, d_ff], what the hidden features are multiplied by (dropout).
     -> [assignments, d_model]
     """
-    if rows.device.type == "cpu":
+    if rows.device.type == "cpu" and keep is None:
         return _InCache.apply(rows, gate, up, down, tokens_per_expert.tolist(), activation)
     hidden = grouped_gemm(rows, up, tokens_per_expert)  # [assignments, d_ff]
     act = ACTIVATIONS[activation]
     hidden = act(hidden) if gate is None else act(grouped_gemm(rows, gate, tokens_per_expert)) * hidden
-    return grouped_gemm(hidden, down, tokens_per_expert)
+    return grouped_gemm(hidden if keep is None else hidden * keep, down, tokens_per_expert)
 
 
 def expert_feed_forward_reference(
