@@ -31,13 +31,20 @@ from moescale.ops.attention_pattern import Pattern
 from moescale.ops.attention_triton import flash_attention
 from moescale.ops.fused_experts_triton import fused_experts
 from moescale.ops.grouped_gemm_triton import grouped_gemm
+from moescale.ops.head_losses_triton import grad_logits, normalise
 from moescale.ops.permute_triton import permute, unpermute
+from moescale.ops.rms_norm_triton import rms_norm
+from moescale.ops.router_triton import route, rows_by_expert
+from moescale.ops.scan_triton import selective_scan
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one block, by compute capability
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
     torch.bool: "*i1",
 }
+
+
+Cases = Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]  # what it is, a function and its arguments
 
 
 @dataclass(frozen=True)
@@ -98,43 +105,74 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
-def attention() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for dtype in (torch.bfloat16, torch.float32):
-        for head_dim in (64, 128, 256) if dtype == torch.bfloat16 else (64, 128):
-            for shape, window, documents, alibi in (("causal", None, False, False), ("all", 4096, True, True)):
-                q = torch.empty(2, 8192, 32, head_dim, dtype=dtype, device="meta", requires_grad=True)
-                k = torch.empty(2, 8192, 8, head_dim, dtype=dtype, device="meta", requires_grad=True)
-                positions = torch.empty(2, 8192, dtype=torch.int64, device="meta") if documents else None
-                slopes = torch.empty(32, device="meta") if alibi else None
-                pattern = Pattern(True, window, positions, slopes, head_dim**-0.5)
-                yield (f"{shape}, head_dim {head_dim}, {str(dtype).removeprefix('torch.')}",
-                       lambda q=q, k=k, pattern=pattern: flash_attention(q, k, k, pattern).sum().backward())
-
-
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
 
-def experts() -> Iterator[tuple[str, Callable[[], Any]]]:
+def integers(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.int64)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def attention() -> Cases:
     for dtype in (torch.bfloat16, torch.float32):
-        for size, (tokens, d_model, d_ff, num, top_k) in {
-            "Mixtral": (16384, 4096, 14336, 8, 2), "fine-grained": (32768, 2048, 768, 128, 8)
-        }.items():
-            x, weight = empty(tokens, d_model, dtype=dtype), empty(tokens * top_k)
+        for head_dim in (64, 128, 256) if dtype == torch.bfloat16 else (64, 128):
+            for shape, window, documents, alibi in (("causal", None, False, False), ("all", 4096, True, True)):
+                q, k = (empty(2, 8192, heads, head_dim, dtype=dtype) for heads in (32, 8))
+                positions, slopes = integers(2, 8192) if documents else None, empty(32) if alibi else None
+                pattern = Pattern(True, window, positions, slopes, head_dim**-0.5)
+                yield f"{shape}, head_dim {head_dim}, {name_of(dtype)}", flash_attention, (q, k, k, pattern)
+
+
+def there_and_back(x: Tensor, weight: Tensor, token: Tensor, row: Tensor) -> Tensor:
+    return unpermute(permute(x, token, row), weight, token, row)
+
+
+def experts() -> Cases:
+    sizes = {"Mixtral": (16384, 4096, 14336, 8, 2), "fine-grained": (32768, 2048, 768, 128, 8)}
+    for dtype in (torch.bfloat16, torch.float32):
+        for size, (tokens, d_model, d_ff, num, top_k) in sizes.items():
+            x, weight, row = empty(tokens, d_model, dtype=dtype), empty(tokens * top_k), integers(tokens, top_k)
             gate, up = empty(num, d_ff, d_model, dtype=dtype), empty(num, d_ff, d_model, dtype=dtype)
-            down = empty(num, d_model, d_ff, dtype=dtype)
-            token, row, counts = (empty(*shape, dtype=torch.int64) for shape in ((tokens * top_k,), (tokens, top_k), (num,)))
-            name = f"{size}, {str(dtype).removeprefix('torch.')}"
-
-            def call(x=x, gate=gate, up=up, down=down, weight=weight, token=token, row=row, counts=counts):
-                fused_experts(x, gate, up, down, weight, token, row, counts).sum().backward()
-                rows = permute(x, token, row)
-                unpermute(grouped_gemm(rows, gate, counts)[:, : x.shape[1]], weight, token, row).sum().backward()
-
-            yield name, call
+            down, token, counts = empty(num, d_model, d_ff, dtype=dtype), integers(tokens * top_k), integers(num)
+            name = f"{size}, {name_of(dtype)}"
+            yield f"fused, {name}", fused_experts, (x, gate, up, down, weight, token, row, counts)
+            yield name, grouped_gemm, (empty(tokens * top_k, d_model, dtype=dtype), gate, counts)
+            yield f"permute, {name}", there_and_back, (x, weight, token, row)
 
 
-CASES = {"attention": attention, "experts": experts}
+def router(logits: Tensor, valid: Tensor, expert: Tensor, top_k: int) -> Tensor:
+    rows_by_expert(expert, logits.shape[-1])
+    weight, probs, z, _, _ = route(logits, valid, top_k, True)
+    return weight.sum() + probs.sum() + z.sum()
+
+
+def losses(logits: Tensor, column: Tensor, of_token: Tensor) -> Tensor:
+    log_sum, _ = normalise(logits, column, 1.0)
+    return grad_logits(logits, column, log_sum, of_token, of_token, 1.0)
+
+
+def rows() -> Cases:
+    """What works on rows: router, norm, losses."""
+    for num, top_k in ((8, 2), (128, 8), (2048, 2)):
+        valid = empty(4, 4096, dtype=torch.bool)
+        yield f"router of {num}", router, (empty(4, 4096, num), valid, integers(16384, top_k), top_k)
+    for d_model in (512, 4096, 8192):
+        yield f"norm of {d_model}", rms_norm, (empty(4096, d_model, dtype=torch.bfloat16), empty(d_model), 1e-5)
+    yield "losses of 256000", losses, (empty(1024, 256000, dtype=torch.bfloat16), integers(1024), empty(1024))
+
+
+def scan() -> Cases:
+    for d_state in (16, 64):
+        u, delta, a = empty(2, 4096, 2048, dtype=torch.bfloat16), empty(2, 4096, 2048), empty(2048, d_state)
+        b = empty(2, 4096, d_state, dtype=torch.bfloat16)
+        yield f"d_state {d_state}", selective_scan, (u, delta, a, b, b, empty(2048), integers(2, 4096))
+
+
+CASES = {"attention": attention, "experts": experts, "rows": rows, "scan": scan}
 
 
 def main() -> None:
@@ -145,11 +183,11 @@ def main() -> None:
     arguments = parser.parse_args()
     failed = 0
     for name in arguments.only or CASES:
-        for case, call in CASES[name]():
+        for case, function, values in CASES[name]():
             if arguments.case not in case:
                 continue
             with recorded() as launches:
-                call()
+                function(*values).sum().backward()
             for launch in launches:
                 registers, stack, shared = launch.compile(arguments.capability)
                 failed += stack > 0 or shared > SHARED_BYTES[arguments.capability]

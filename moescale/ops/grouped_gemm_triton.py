@@ -27,13 +27,15 @@ class Tile:
     stages: int
 
 
-def tile_of(x: Tensor, pair: bool = False) -> Tile:
-    """-> a tile that does not spill registers on sm_90. pair: of two products at a time"""
+def tile_of(x: Tensor, form: str) -> Tile:
+    """-> a tile that does not spill registers on sm_90. form: as in `_multiply`, or OUTER"""
     if x.device.type == "cpu":
         return Tile(32, 32, 32, 4, 1)
     if x.dtype == torch.float32:
-        return Tile(64, 32, 32, 4, 2) if pair else Tile(64, 64, 32, 4, 2)
-    return Tile(128, 128, 32, 8, 4) if pair else Tile(128, 256, 64, 8, 3)
+        return Tile(64, 64, 32, 4, 2) if form == "ONE" else Tile(64, 32, 32, 4, 2)
+    if form == "SWIGLU":
+        return Tile(128, 64, 64, 8, 4)
+    return Tile(128, 256, 64, 8, 3) if form == "ONE" else Tile(128, 128, 32, 8, 4)
 
 
 def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def grad_weight(grad: Tensor, rows: Tensor, tokens_per_expert: Tensor, *, token:
     -> [experts, d_out, d_in]
     """
     grad, rows = grad.contiguous(), rows.contiguous()
-    experts, d_out, d_in, tile = len(tokens_per_expert), grad.shape[1], rows.shape[1], tile_of(rows, True)
+    experts, d_out, d_in, tile = len(tokens_per_expert), grad.shape[1], rows.shape[1], tile_of(rows, "OUTER")
     out = rows.new_empty(experts, d_out, d_in)
     tiles = triton.cdiv(d_out, tile.m) * triton.cdiv(d_in, tile.n) * experts
     _outer[(min(_processors(rows), tiles),)](
@@ -108,7 +110,7 @@ def _launch(
     rows, rows2 = rows.contiguous(), rows2.contiguous()
     if weight2.stride() != weight.stride():
         weight, weight2 = weight.contiguous(), weight2.contiguous()
-    tile, (experts, d_out, d_in) = tile_of(rows, form != "ONE"), weight.shape
+    tile, (experts, d_out, d_in) = tile_of(rows, form), weight.shape
     tile_ends = _ends((tokens_per_expert + tile.m - 1) // tile.m)
     most = (triton.cdiv(len(outs[0]), tile.m) + experts) * triton.cdiv(d_out, tile.n)
     _multiply[(min(_processors(rows), most),)](

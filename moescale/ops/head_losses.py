@@ -22,9 +22,9 @@ def head_losses(
 ) -> tuple[Tensor, Tensor]:
     """Add up negative log-likelihood and squared log-normaliser over targets that are not ignored (PaLM, sec. 5).
 
-    x: [tokens, d_model]. weight: [vocab/tp, d_model], the rows of tokens from first_token on, of the ranks of a group if
-    there is one: they exchange two numbers a token, and each gets its own part of the gradient of x. targets: [tokens]
-    int64, -100 = ignored. chunk: tokens at a time. -> two scalars, in at least float32
+    x: [tokens, d_model]. weight: [vocab/tp, d_model], rows of tokens from first_token on. group: ranks that share
+    the vocabulary; they exchange two numbers a token, and each gets its own part of the gradient of x.
+    targets: [tokens] int64, -100 = ignored. chunk: tokens at a time. -> two scalars, in at least float32
     """
     if chunk is None:
         chunk = max(1, CHUNK_BYTES // (4 * len(weight)))

@@ -44,7 +44,8 @@ def _normalise(Logits, Column, LogSum, Chosen, V, scale, BLOCK: tl.constexpr):
     top = tl.full((BLOCK,), -1e30, tl.float32)  # each lane has its own until the end
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
-        x = tl.load(Logits + row * V + start + block, mask=start + block < V, other=float("-inf")).to(tl.float32) * scale
+        x = tl.load(Logits + row * V + start + block, mask=start + block < V, other=float("-inf"))
+        x = x.to(tl.float32) * scale
         higher = tl.maximum(top, x)
         total = total * tl.exp(top - higher) + tl.exp(x - higher)
         top = higher

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+TRITON = find_spec("triton") is not None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -14,6 +17,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [..., d_model], any floating dtype. weight: [d_model]. -> like x
     """
+    if x.device.type == "cuda" and TRITON and x.dtype != torch.float64:
+        from moescale.ops import rms_norm_triton
+
+        if x.shape[-1] <= rms_norm_triton.LARGEST:
+            return rms_norm_triton.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LARGEST = 8192  # d_model whose backward fits into registers
 PROGRAMS = 256  # of the backward pass, more than a device has processors
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `ops.rms_norm.rms_norm`; bfloat16, float16 or float32. -> like x"""
+    """As `ops.rms_norm.rms_norm`; bfloat16, float16 or float32, d_model up to LARGEST. -> like x"""
     return _RMSNorm.apply(x, weight, eps)
 
 

@@ -41,7 +41,7 @@ def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
 
 def _block(num_experts: int) -> int:
     """-> rows of a tile that fits into registers with 4 warps"""
-    return max(1, min(64, 4096 // triton.next_power_of_2(num_experts)))
+    return max(1, min(64, 2048 // triton.next_power_of_2(num_experts)))
 
 
 class _Route(torch.autograd.Function):
@@ -171,7 +171,7 @@ def _count(Expert, Counts, A, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
 
 @triton.jit
 def _place(Expert, Starts, Token, Row, A, E, CHOICES, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    """The row of each assignment: where its block's share of the expert begins, and how many of the block come before."""
+    """The row of each assignment: where its block's share of the expert begins, and those of the block before it."""
     block, expert = tl.program_id(0), tl.arange(0, EXPERTS)
     assignment = block * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(Expert + assignment, mask=assignment < A, other=-1)

@@ -31,5 +31,5 @@ def check(
         if own.numel():
             assert own.isfinite().all()
             # a gradient that ought to be nothing, as of a softmax over one score, is measured by the outputs
-            worst = float((own.double() - other).detach().abs().max()) / max(float(other.detach().abs().max()), scale, 1e-30)
+            worst = (own.double() - other).detach().abs().max() / max(float(other.detach().abs().max()), scale, 1e-30)
             assert worst < TOLERANCE[dtypes[0]], f"result {index}: {worst:.1e}"
