@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from moescale.ops.attention_blocks import attention_in_blocks
 from moescale.ops.attention_chunked import chunked_attention
 from moescale.ops.attention_pattern import Pattern
+from moescale.ops.device import TRITON, triton_runs
 
 LONG = 1024  # positions beyond which torch's causal kernel skips as much as blocks on a processor would
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def _fastest(q: Tensor, seq_k: int, pattern: Pattern) -> tuple[str, str]:
         return "sdpa", "on a processor, torch's kernel is the fastest where little can be skipped"
     if plain:
         return "sdpa", "the vendor's kernels know no faster one without window, documents and biases"
-    if q.device.type == "cuda" and find_spec("triton") and _fits_triton(q):
+    if triton_runs(q) and _fits_triton(q):
         return "triton", "tiles that a window or documents hide are skipped, biases need no memory"
     return "sdpa", "no kernel of ours runs here"
 
@@ -86,7 +86,7 @@ def _fits_triton(q: Tensor) -> bool:
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-    if find_spec("triton") is None:
+    if not TRITON:
         raise ValueError("backend=triton needs the package triton: pip install triton, or use backend=auto")
     if not _fits_triton(q):
         raise ValueError("backend=triton takes head_dim 16 to 256, in float32 to 128, no float64: use backend=auto")

@@ -19,11 +19,7 @@ def fused_experts(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weight: Tensor, token: Tensor, row: Tensor,
     tokens_per_expert: Tensor,
 ) -> Tensor:
-    """Equal `unpermute(expert_feed_forward(permute(x)), weight)`, without a permuted copy of x; silu, gated.
-
-    x: [tokens, d_model]. gate, up: [experts, d_ff, d_model]. down: [experts, d_model, d_ff]. weight: [assignments]
-    float32. token: [assignments], row: [tokens, choices], tokens_per_expert: [experts], as in `Routing`. -> like x
-    """
+    """As `ops.fused_experts.fused_experts`; bfloat16, float16 or float32. -> like x"""
     return _FusedExperts.apply(x, gate, up, down, weight, token, row, tokens_per_expert)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescale.ops.collectives import Group
+from moescale.ops.device import triton_runs
 
 CHUNK_BYTES = 2**28  # of one chunk's logits in float32
 
@@ -83,13 +83,9 @@ def _parts(tokens: int, chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk, tokens))
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.device.type == "cuda" and find_spec("triton") is not None
-
-
 def _normalise(logits: Tensor, column: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """-> log-normaliser and the logit at the column, zero where that is -1, [tokens] each"""
-    if _on_gpu(logits):
+    if triton_runs(logits):
         from moescale.ops.head_losses_triton import normalise
 
         return normalise(logits, column, scale)
@@ -102,7 +98,7 @@ def _grad_logits(
     logits: Tensor, column: Tensor, log_sum: Tensor, of_probs: Tensor, of_chosen: Tensor, scale: float
 ) -> Tensor:
     """-> probabilities times of_probs, less of_chosen at the column; in the place and dtype of the logits"""
-    if _on_gpu(logits):
+    if triton_runs(logits):
         from moescale.ops.head_losses_triton import grad_logits
 
         return grad_logits(logits, column, log_sum, of_probs, of_chosen, scale)

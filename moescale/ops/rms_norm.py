@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TRITON = find_spec("triton") is not None
+from moescale.ops.device import triton_runs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -17,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [..., d_model], any floating dtype. weight: [d_model]. -> like x
     """
-    if x.device.type == "cuda" and TRITON and x.dtype != torch.float64:
+    if triton_runs(x):
         from moescale.ops import rms_norm_triton
 
         if x.shape[-1] <= rms_norm_triton.LARGEST:

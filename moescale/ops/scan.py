@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
+
+from moescale.ops.device import triton_runs
 
 
 def selective_scan(
@@ -16,7 +16,7 @@ def selective_scan(
     u, delta: [batch, seq, channels]. a: [channels, d_state], below zero. b, c: [batch, seq, d_state]. d: [channels].
     positions: [batch, seq] int64; where one is 0 a document begins, and h from zero. -> like u
     """
-    if u.device.type == "cuda" and find_spec("triton") is not None and u.dtype != torch.float64:
+    if triton_runs(u):
         from moescale.ops.scan_triton import selective_scan as kernel
 
         return kernel(u, delta, a, b, c, d, positions)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from moescale.moe import experts as module
+from moescale.moe.experts import Experts
+from moescale.moe.routing import sort_by_expert
 from moescale.ops.expert_feed_forward import expert_feed_forward_reference
 from moescale.ops.fused_experts_triton import fused_experts
 from moescale.ops.grouped_gemm import grouped_gemm_reference
@@ -17,7 +22,7 @@ QUICK = settings(deadline=None, phases=(Phase.explicit, Phase.generate))  # shri
 DTYPES = st.sampled_from(list(TOLERANCE))
 
 
-@settings(QUICK, max_examples=4)
+@settings(QUICK, max_examples=8)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.sampled_from([16, 24, 40]), DTYPES)
 def test_grouped_gemm(sizes: list[int], d_out: int, dtype: torch.dtype) -> None:
     counts = torch.tensor(sizes)
@@ -37,7 +42,7 @@ def routing(tokens: int, choices: int, experts: int) -> tuple[torch.Tensor, torc
     return order // choices, row.view_as(expert), torch.bincount(expert.flatten(), minlength=experts + 1)[:experts]
 
 
-@settings(QUICK, max_examples=4)
+@settings(QUICK, max_examples=8)
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(3, 6), DTYPES)
 def test_permute_and_unpermute(tokens: int, choices: int, experts: int, dtype: torch.dtype) -> None:
     torch.manual_seed(tokens)
@@ -48,7 +53,7 @@ def test_permute_and_unpermute(tokens: int, choices: int, experts: int, dtype: t
           [dtype, torch.float32])
 
 
-@settings(QUICK, max_examples=3)
+@settings(QUICK, max_examples=6)
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(3, 6), DTYPES)
 def test_fused_experts(tokens: int, choices: int, experts: int, dtype: torch.dtype) -> None:
     torch.manual_seed(tokens)
@@ -61,3 +66,19 @@ def test_fused_experts(tokens: int, choices: int, experts: int, dtype: torch.dty
         return torch.zeros_like(x).index_add(0, token, rows * weight.unsqueeze(1))
 
     check(lambda *given: fused_experts(*given, token, row, counts), exact, inputs, [dtype] * 4 + [torch.float32])
+
+
+def test_a_layer_of_experts_is_the_same_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    experts = Experts(3, 16, 24, "swiglu", "lecun")
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    x, expert = torch.randn(9, 16), torch.stack([torch.randperm(3)[:2] for _ in range(9)])
+    routing = sort_by_expert(expert, torch.rand(9, 2), torch.rand(9, 2) < 0.8, 3)
+    results = []
+    for on_gpu in (True, False):
+        with mock.patch.object(module, "triton_runs", lambda x, on_gpu=on_gpu: on_gpu):
+            out = experts(x, routing)
+            results.append((out, *torch.autograd.grad(out.square().sum(), list(experts.parameters()))))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
