@@ -27,9 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from moescale.moe.routing import Routing
 from moescale.ops.attention_pattern import Pattern
 from moescale.ops.attention_triton import flash_attention
-from moescale.ops.fused_experts_triton import fused_experts
+from moescale.ops.expert_feed_forward_triton import fused_experts
 from moescale.ops.grouped_gemm_triton import grouped_gemm
 from moescale.ops.head_losses_triton import grad_logits, normalise
 from moescale.ops.permute_triton import permute, unpermute
@@ -139,7 +140,7 @@ def experts() -> Cases:
             gate, up = empty(num, d_ff, d_model, dtype=dtype), empty(num, d_ff, d_model, dtype=dtype)
             down, token, counts = empty(num, d_model, d_ff, dtype=dtype), integers(tokens * top_k), integers(num)
             name = f"{size}, {name_of(dtype)}"
-            yield f"fused, {name}", fused_experts, (x, gate, up, down, weight, token, row, counts)
+            yield f"fused, {name}", fused_experts, (x, gate, up, down, Routing(token, weight, counts, row))
             yield name, grouped_gemm, (empty(tokens * top_k, d_model, dtype=dtype), gate, counts)
             yield f"permute, {name}", there_and_back, (x, weight, token, row)
 

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from moescale.config import parse_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.layers.positions import alibi_slopes
-from moescale.moe.routing import sort_by_expert
+from moescale.moe.routing import Routing, sort_by_expert
 from moescale.ops.attention import attention
-from moescale.ops.expert_feed_forward import expert_feed_forward, expert_feed_forward_reference
-from moescale.ops.grouped_gemm import grouped_gemm_reference
+from moescale.ops.expert_feed_forward import expert_feed_forward
+from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from moescale.ops.head_losses import head_losses, head_losses_reference
 from moescale.ops.permute import permute, unpermute
 from moescale.ops.rms_norm import rms_norm, rms_norm_reference
@@ -96,7 +97,7 @@ def exact() -> list[Row]:
 
 
 def exact_cases(dtype: torch.dtype) -> list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]]:
-    from moescale.ops.grouped_gemm_triton import grouped_gemm
+    from moescale.ops import grouped_gemm_triton
     from moescale.ops.router_triton import route
 
     positions = (torch.arange(700, device="cuda") % 300).expand(2, -1)
@@ -114,9 +115,10 @@ def exact_cases(dtype: torch.dtype) -> list[tuple[str, Callable[..., Any], Calla
         ("attention", lambda *x: attention(*x, backend="triton"), lambda *x: attention(*x, backend="reference"), qkv),
         ("attention, all", lambda *x: attention(*x, **hidden, backend="triton"),
          lambda *x: attention(*x, **hidden, backend="reference"), qkv),
-        ("grouped GEMM", lambda r, w: grouped_gemm(r, w, counts), lambda r, w: grouped_gemm_reference(r, w, counts),
+        ("grouped GEMM", lambda r, w: grouped_gemm_triton.grouped_gemm(r, w, counts),
+         lambda r, w: grouped_gemm_reference(r, w, counts),
          (randn(1000, 128, dtype=dtype), weights[0])),
-        ("experts", partial(fused, routing), partial(apart, expert_feed_forward_reference, routing), experts),
+        ("experts", partial(fused, routing), partial(apart, grouped_gemm_reference, routing), experts),
         ("router", lambda x: route(x, valid, 2, True)[:3], lambda x: route_reference(x, valid, 2, True)[:3],
          (randn(4, 250, 64, dtype=torch.float32),)),
         ("norm", lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5),
@@ -128,22 +130,21 @@ def exact_cases(dtype: torch.dtype) -> list[tuple[str, Callable[..., Any], Calla
     ]
 
 
-def routing_of(tokens: int, experts: int, top_k: int) -> Any:
+def routing_of(tokens: int, experts: int, top_k: int) -> Routing:
     expert = torch.rand(tokens, experts, device="cuda").topk(top_k).indices
     return sort_by_expert(expert, torch.rand(tokens, top_k, device="cuda"), torch.ones_like(expert, dtype=torch.bool),
                           experts)
 
 
-def fused(routing: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
-    from moescale.ops.fused_experts_triton import fused_experts
-
-    return fused_experts(x, gate, up, down, weight, routing.token, routing.row, routing.tokens_per_expert)
+def fused(routing: Routing, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
+    return expert_feed_forward(x, gate, up, down, replace(routing, weight=weight), "silu")
 
 
-def apart(feed_forward: Callable[..., Tensor], routing: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+def apart(grouped: Callable[..., Tensor], routing: Routing, x: Tensor, gate: Tensor, up: Tensor, down: Tensor,
           weight: Tensor) -> Tensor:
-    """The mixture in its three steps."""
-    rows = feed_forward(permute(x, routing.token, routing.row), gate, up, down, routing.tokens_per_expert, "silu")
+    """The mixture step by step, with this grouped product."""
+    rows, counts = permute(x, routing.token, routing.row), routing.tokens_per_expert
+    rows = grouped(F.silu(grouped(rows, gate, counts)) * grouped(rows, up, counts), down, counts)
     return unpermute(rows, weight, routing.token, routing.row)
 
 
@@ -193,8 +194,8 @@ def experts_part() -> list[Row]:
         dense = (inputs[0], *wide, randn(d_model, top_k * d_ff, scale=scale))
         calls: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = [
             ("fused", partial(fused, routing), inputs),
-            ("grouped_mm", partial(apart, expert_feed_forward, routing), inputs),
-            ("loop", partial(apart, expert_feed_forward_reference, routing), inputs),
+            ("grouped_mm", partial(apart, grouped_gemm, routing), inputs),
+            ("loop", partial(apart, grouped_gemm_reference, routing), inputs),
             ("dense", lambda x, gate, up, down: (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, dense),
         ]
         for name, call, given in calls:

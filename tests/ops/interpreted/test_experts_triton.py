@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from unittest import mock
+from functools import partial
 
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from moescale.moe import experts as module
-from moescale.moe.experts import Experts
-from moescale.moe.routing import sort_by_expert
+from moescale.moe.routing import Routing
 from moescale.ops.expert_feed_forward import expert_feed_forward_reference
-from moescale.ops.fused_experts_triton import fused_experts
+from moescale.ops.expert_feed_forward_triton import fused_experts
 from moescale.ops.grouped_gemm import grouped_gemm_reference
 from moescale.ops.grouped_gemm_triton import grouped_gemm
 from moescale.ops.permute_triton import permute, unpermute
@@ -61,24 +59,8 @@ def test_fused_experts(tokens: int, choices: int, experts: int, dtype: torch.dty
     shapes = [(tokens, 24), (experts, 40, 24), (experts, 40, 24), (experts, 24, 40), (len(token),)]
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
-    def exact(x, gate, up, down, weight):
-        rows = expert_feed_forward_reference(x[token], gate, up, down, counts, "silu")
-        return torch.zeros_like(x).index_add(0, token, rows * weight.unsqueeze(1))
+    def of(function):
+        return lambda *x: function(*x[:4], Routing(token=token, weight=x[4], tokens_per_expert=counts, row=row))
 
-    check(lambda *given: fused_experts(*given, token, row, counts), exact, inputs, [dtype] * 4 + [torch.float32])
-
-
-def test_a_layer_of_experts_is_the_same_on_a_gpu() -> None:
-    torch.manual_seed(0)
-    experts = Experts(3, 16, 24, "swiglu", "lecun")
-    for weight in experts.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    x, expert = torch.randn(9, 16), torch.stack([torch.randperm(3)[:2] for _ in range(9)])
-    routing = sort_by_expert(expert, torch.rand(9, 2), torch.rand(9, 2) < 0.8, 3)
-    results = []
-    for on_gpu in (True, False):
-        with mock.patch.object(module, "triton_runs", lambda x, on_gpu=on_gpu: on_gpu):
-            out = experts(x, routing)
-            results.append((out, *torch.autograd.grad(out.square().sum(), list(experts.parameters()))))
-    for ours, exact in zip(*results, strict=True):
-        torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
+    check(of(fused_experts), of(partial(expert_feed_forward_reference, activation="silu")), inputs,
+          [dtype] * 4 + [torch.float32])

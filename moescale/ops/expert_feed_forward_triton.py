@@ -9,18 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moescale.ops.expert_feed_forward import Assignments
 from moescale.ops.grouped_gemm_triton import grad_weight, multiply, multiply_swiglu
 from moescale.ops.permute_triton import sum_of_rows
 
 BLOCK = 1024
 
 
-def fused_experts(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weight: Tensor, token: Tensor, row: Tensor,
-    tokens_per_expert: Tensor,
-) -> Tensor:
-    """As `ops.fused_experts.fused_experts`; bfloat16, float16 or float32. -> like x"""
-    return _FusedExperts.apply(x, gate, up, down, weight, token, row, tokens_per_expert)
+def fused_experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, routing: Assignments) -> Tensor:
+    """As `ops.expert_feed_forward.expert_feed_forward` with silu and a gate; bfloat16, float16 or float32. -> like x"""
+    return _FusedExperts.apply(
+        x, gate, up, down, routing.weight, routing.token, routing.row, routing.tokens_per_expert
+    )
 
 
 class _FusedExperts(torch.autograd.Function):
