@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moescale.ops.device import triton_runs
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from moescale.ops.permute import permute, unpermute
 
@@ -48,6 +49,10 @@ def expert_feed_forward(
     if x.device.type == "cpu" and keep is None:
         sizes = routing.tokens_per_expert.tolist()
         return _InCache.apply(x, gate, up, down, routing.weight, routing.token, sizes, activation)
+    if triton_runs(x) and keep is None and gate is not None and activation == "silu":
+        from moescale.ops.expert_feed_forward_triton import fused_experts
+
+        return fused_experts(x, gate, up, down, routing)
     rows = permute(x, routing.token, routing.row)  # [assignments, d_model]
     hidden = grouped_gemm(rows, up, routing.tokens_per_expert)  # [assignments, d_ff]
     act = ACTIVATIONS[activation]
