@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from moescale.config import ConfigError, TrainingError, load_config
+from moescale.config import ConfigError, LostRanksError, TrainingError, load_config
 
 app = typer.Typer(
     help="Train mixtures of experts, from one laptop process to a torchrun cluster.",
@@ -175,18 +175,20 @@ def convert(
 def _one_line_errors(
     stopped: str = "stopped; the same command goes on from the last checkpoint"
 ) -> Iterator[None]:
-    """End on the user's mistakes with one line and exit status 2, silent on ranks other than 0."""
+    """End on the user's mistakes with one line and exit status 2; what all ranks know, rank 0 alone says."""
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         yield
     except ConfigError as error:
         message, status = str(error), 2
     except TrainingError as error:
         message, status = str(error), 1
+        speaks = speaks or isinstance(error, LostRanksError)
     except KeyboardInterrupt:
         message, status = stopped, 130
     else:
         return
-    if os.environ.get("RANK", "0") == "0":
+    if speaks:
         print(f"moescale: {message}", file=sys.stderr)
     raise typer.Exit(status)
 

@@ -26,7 +26,8 @@ from moescale.monitor.metrics import JsonLines, Sink, replace_text
 from moescale.monitor.routing import routing_metrics
 from moescale.monitor.terminal import Terminal
 from moescale.monitor.wandb import Wandb
-from moescale.parallel.mesh import Mesh, first_rank, start_mesh, stop_mesh, world_size
+from moescale.parallel.lost_ranks import name_lost_ranks
+from moescale.parallel.mesh import Mesh, first_rank, node_ranks, start_mesh, stop_mesh, world_size
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
 
@@ -36,7 +37,7 @@ def train(config: Config) -> None:
 
     Raises ConfigError, before any process group starts wherever that is possible, and TrainingError.
     """
-    config = config.for_world(world_size())
+    config = config.for_world(world_size(), node_ranks())
     if config.monitor.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("monitor.wandb needs the package wandb: pip install 'moescale[wandb]', "
                           "or write monitor.wandb=off")
@@ -53,7 +54,9 @@ def train(config: Config) -> None:
         batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed)
         try:
             mesh = start_mesh(config)
-            _Run(config, mesh, run_dir, corpus, batches).loop()
+            run = _Run(config, mesh, run_dir, corpus, batches)
+            with name_lost_ranks(run.engine.model, config.run.timeout_seconds):
+                run.loop()
         finally:
             stop_mesh()
 

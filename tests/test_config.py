@@ -28,6 +28,12 @@ def settle(ranks: int, **parallel: Any) -> Config:
     (4, {"ep": 3}, "parallel.ep=3 must divide moe.num_experts=8: use 1, 2 or 4"),
     (6, {"ep": 2, "etp": 2}, "parallel.etp=2"),
     (4, {"ep": 4, "etp": 2}, "parallel.ep=4 x parallel.etp=2 must divide dp_shard x cp x tp=4"),
+    (8, {"ep": 8, "dispatcher": "hierarchical", "node_ranks": 3},
+     "parallel.dispatcher=hierarchical with 3 ranks a node cannot share out the 8 ranks of parallel.ep=8 x "
+     "parallel.etp=1: write parallel.node_ranks=1, 2, 4 or 8, or parallel.dispatcher=all_to_all"),
+    (8, {"ep": 4, "etp": 2, "dispatcher": "hierarchical", "node_ranks": 1}, "write parallel.node_ranks=2, 4 or 8"),
+    (1, {"over_budget": "drop"}, "parallel.over_budget=drop drops rows beyond parallel.row_budget: write e.g. "
+                                 "parallel.row_budget=1.5"),
     (5, {"etp": 5, "data": {"global_batch": 5}}, "parallel.etp=5 must divide moe.d_ff=24 and dp_shard x cp x tp=5"),
     (4, {"cp": 4, "data": {"seq_len": 44}}, "data.seq_len=44 must be a multiple of 8 for parallel.cp=4 and "
                                             "parallel.tp=1: use 48"),

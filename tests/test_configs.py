@@ -39,7 +39,22 @@ def test_shared_experts_are_counted() -> None:
 
 @pytest.mark.parametrize(("moe", "message"), [
     ({"router": "sigmoid_bias", "capacity_factor": 1.0},
-     "moe.router=sigmoid_bias drops nothing: write moe.capacity_factor=null, or moe.router=switch or gshard"),
+     "moe.router=sigmoid_bias drops nothing: write moe.capacity_factor=null, or moe.router=switch, gshard or "
+     "sinkhorn"),
+    ({"drop_by": "probability"},
+     "moe.drop_by=probability means nothing to moe.router=mixtral: write moe.drop_by=position, or moe.router=switch, "
+     "gshard or sinkhorn"),
+    ({"router": "gshard", "eval_capacity_factor": 2.0},
+     "moe.eval_capacity_factor=2.0 means nothing without a capacity: write moe.eval_capacity_factor=null, or e.g. "
+     "moe.capacity_factor=1.25"),
+    ({"router": "expert_choice", "capacity_factor": 2.0, "balance_over": "global_batch"},
+     "moe.balance_over=global_batch means nothing to moe.router=expert_choice: write moe.balance_over=sequence, or "
+     "moe.router=mixtral, sigmoid_bias, switch, gshard or sinkhorn"),
+    ({"router": "switch", "top_k": 1, "capacity_factor": 1.0, "left_behind_choices": 9},
+     "moe.left_behind_choices=9 must be at most moe.num_experts=8"),
+    ({"balance_over": "micro_batch"},
+     "moe.balance_over=micro_batch needs sequences that are the same in every layout: write e.g. data.micro_batch=1, "
+     "or moe.balance_over=global_batch"),
     ({"routed_scaling": 2.5},
      "moe.routed_scaling=2.5 means nothing to moe.router=mixtral: write moe.routed_scaling=1.0, or "
      "moe.router=sigmoid_bias"),

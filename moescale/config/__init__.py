@@ -5,7 +5,7 @@ such file, and overrides `group.key=value`. Whatever cannot work is refused here
 group starts.
 """
 
-from moescale.config.errors import ConfigError, TrainingError
+from moescale.config.errors import ConfigError, LostRanksError, TrainingError
 from moescale.config.groups import (
     SIGMOID_BIAS_KEYS,
     CheckpointConfig,
@@ -24,7 +24,7 @@ from moescale.config.read import load_config, parse_config
 from moescale.config.run import Config
 
 __all__ = [
-    "SIGMOID_BIAS_KEYS", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LayerConfig", "MoEConfig",
-    "ModelConfig", "MonitorConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig", "RunConfig", "TrainingError",
-    "load_config", "parse_config", "sequence_pieces",
+    "SIGMOID_BIAS_KEYS", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LayerConfig", "LostRanksError",
+    "MoEConfig", "ModelConfig", "MonitorConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig", "RunConfig",
+    "TrainingError", "load_config", "parse_config", "sequence_pieces",
 ]

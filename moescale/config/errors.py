@@ -13,6 +13,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on, though its configuration is sound; the message says what to try."""
 
 
+class LostRanksError(TrainingError):
+    """Ranks that did not meet; every rank that notices says where it stood."""
+
+
 def refuse(condition: bool, message: str) -> None:
     if condition:
         raise ConfigError(message)
@@ -27,8 +31,8 @@ def divisors(number: int) -> str:
     return any_of([n for n in range(1, number + 1) if number % n == 0])
 
 
-def any_of(numbers: Sequence[int]) -> str:
-    words = [str(n) for n in numbers]
+def any_of(choices: Sequence[int | str]) -> str:
+    words = [str(choice) for choice in choices]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
 
 

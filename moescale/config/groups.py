@@ -6,10 +6,17 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moescale.config.errors import ConfigError, check_width, divisors, refuse
+from moescale.config.errors import ConfigError, any_of, check_width, divisors, refuse
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
 SIGMOID_BIAS_KEYS = ("num_expert_groups", "top_k_groups", "routed_scaling", "bias_update_rate")  # for that router alone
+WITH_CAPACITY = ("switch", "gshard", "sinkhorn")
+MEANS_NOTHING_ELSEWHERE = {  # a key of MoEConfig: the routers that it means something to
+    **dict.fromkeys(SIGMOID_BIAS_KEYS, ("sigmoid_bias",)), "left_behind_choices": ("switch",),
+    "drop_by": WITH_CAPACITY, "eval_capacity_factor": WITH_CAPACITY, "min_capacity": (*WITH_CAPACITY, "expert_choice"),
+    "balance_over": ("mixtral", "sigmoid_bias", *WITH_CAPACITY),
+}
+CAPACITY_KEYS = ("eval_capacity_factor", "min_capacity", "drop_by", "left_behind_choices")
 
 
 class Group(BaseModel):
@@ -86,12 +93,18 @@ class MoEConfig(Group):
     num_experts: int = Field(8, ge=1)
     top_k: int = Field(2, ge=1)
     num_shared_experts: int = Field(0, ge=0)  # beside those, experts that all tokens use
-    router: Literal["mixtral", "switch", "gshard", "sigmoid_bias", "expert_choice"] = "mixtral"
+    router: Literal["mixtral", "switch", "gshard", "sigmoid_bias", "expert_choice", "sinkhorn"] = "mixtral"
     capacity_factor: float | None = Field(None, gt=0)  # slots per expert over its even share; none = dropless
+    eval_capacity_factor: float | None = Field(None, gt=0)  # the same in evaluation; decoding is always dropless
+    min_capacity: int = Field(1, ge=1)  # slots that an expert has in any case, in each sequence
+    drop_by: Literal["position", "probability"] = "position"  # who comes last: later tokens, or less sure ones
+    left_behind_choices: int = Field(1, ge=1)  # experts that a token tries until one has room (Switch)
     d_ff: int = Field(512, ge=8)  # hidden features of one expert
     activation: Activation = "swiglu"
     jitter: float = Field(0.0, ge=0, lt=1)  # the router's input is multiplied by 1 +- this (Switch)
+    expert_dropout: float = Field(0.0, ge=0, lt=1)  # of the hidden features within experts, for fine-tuning (Switch)
     load_balance_coefficient: float = Field(0.01, ge=0)
+    balance_over: Literal["sequence", "micro_batch", "global_batch"] = "sequence"  # tokens that balance together
     router_z_coefficient: float = Field(0.0, ge=0)
     num_expert_groups: int = Field(1, ge=1)  # the experts lie in so many groups
     top_k_groups: int = Field(1, ge=1)  # a token's experts lie in so many of them
@@ -107,12 +120,31 @@ class MoEConfig(Group):
         refuse(self.router == "gshard" and self.top_k != 2,
                 f"moe.router=gshard sends each token to two experts: write moe.top_k=2 instead of {self.top_k}")
         refuse(self.router in ("mixtral", "sigmoid_bias") and self.capacity_factor is not None,
-                f"moe.router={self.router} drops nothing: write moe.capacity_factor=null, or moe.router=switch or "
-                "gshard")
-        self._check_sigmoid_bias()
+                f"moe.router={self.router} drops nothing: write moe.capacity_factor=null, or moe.router="
+                f"{any_of(WITH_CAPACITY)}")
+        self._check_keys()
+        self._check_capacity()
+        self._check_groups()
         self._check_expert_choice()
         check_width("moe.d_ff", self.d_ff)
         return self
+
+    def _check_keys(self) -> None:
+        """Refuse what means nothing to the router, or to a router without capacity."""
+        for key, routers in MEANS_NOTHING_ELSEWHERE.items():
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            written = "null" if default is None else default
+            refuse(self.router not in routers and value != default,
+                    f"moe.{key}={value} means nothing to moe.router={self.router}: write moe.{key}={written}, "
+                    f"or moe.router={any_of(routers)}")
+            refuse(key in CAPACITY_KEYS and self.capacity_factor is None and value != default,
+                    f"moe.{key}={value} means nothing without a capacity: write moe.{key}={written}, "
+                    "or e.g. moe.capacity_factor=1.25")
+
+    def _check_capacity(self) -> None:
+        refuse(self.left_behind_choices > self.num_experts,
+                f"moe.left_behind_choices={self.left_behind_choices} must be at most "
+                f"moe.num_experts={self.num_experts}")
 
     def _check_expert_choice(self) -> None:
         if self.router != "expert_choice":
@@ -125,13 +157,7 @@ class MoEConfig(Group):
                 f"moe.router=expert_choice with moe.capacity_factor={self.capacity_factor} gives a token about "
                 f"{nearest} experts in evaluation: write moe.top_k={nearest} instead of {self.top_k}")
 
-    def _check_sigmoid_bias(self) -> None:
-        if self.router != "sigmoid_bias":
-            for key in SIGMOID_BIAS_KEYS:
-                default = type(self).model_fields[key].default
-                refuse(getattr(self, key) != default,
-                        f"moe.{key}={getattr(self, key)} means nothing to moe.router={self.router}: "
-                        f"write moe.{key}={default}, or moe.router=sigmoid_bias")
+    def _check_groups(self) -> None:
         groups, chosen = self.num_expert_groups, self.top_k_groups
         refuse(self.num_experts % groups != 0,
                 f"moe.num_expert_groups={groups} must divide moe.num_experts={self.num_experts}: "
@@ -151,6 +177,11 @@ class ParallelConfig(Group):
     pp: int = Field(1, ge=1)  # ranks in a row, each with some of the layers
     ep: int = Field(1, ge=1)  # ranks that share the experts of one layer
     etp: int = Field(1, ge=1)  # ranks that share each expert
+    dispatcher: Literal["all_to_all", "hierarchical", "all_gather"] = "all_to_all"  # how tokens travel to experts
+    dispatch_chunks: int = Field(1, ge=1)  # parts in which they do; one travels while the experts compute another
+    node_ranks: int | None = Field(None, ge=1)  # of hierarchical; none = as many as were started on one
+    row_budget: float | None = Field(None, gt=0)  # rows a rank takes at a time, over an even share; none = all
+    over_budget: Literal["passes", "drop"] = "passes"  # rows beyond: in further passes, computed again in backward
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
     recompute: Literal["none", "selective", "full"] = "none"  # forward again in backward: feed-forwards; whole blocks
     compile: bool = False  # torch.compile, block by block
@@ -163,6 +194,8 @@ class ParallelConfig(Group):
     @model_validator(mode="after")
     def _check(self) -> Self:
         refuse(self.dp_shard == 0, "parallel.dp_shard=0: write -1 for all ranks that are left, or a number from 1")
+        refuse(self.over_budget == "drop" and self.row_budget is None,
+               "parallel.over_budget=drop drops rows beyond parallel.row_budget: write e.g. parallel.row_budget=1.5")
         return self
 
 

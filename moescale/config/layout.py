@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from moescale.config.run import Config
 
 
-def settle(config: Config, world_size: int) -> Config:
-    """Settle `dp_shard: -1` and `micro_batch` for so many ranks, and refuse what does not fit them."""
+def settle(config: Config, world_size: int, node_ranks: int | None) -> Config:
+    """Settle what depends on the number of ranks, of all nodes and of one, and refuse what does not fit them."""
     parallel = _settle_ranks(config, world_size)
     _check_experts(config, parallel)
+    parallel = _settle_nodes(parallel, node_ranks or world_size)
     _check_tensor(config, parallel)
     _check_context(config, parallel)
     micro_batch = _settle_micro_batch(config, parallel)
@@ -69,6 +70,19 @@ def _check_experts(config: Config, parallel: ParallelConfig) -> None:
     refuse(config.num_moe_layers > 0 and model.d_model % efsdp != 0,
             f"each expert is split over {efsdp} ranks (dp_shard x cp x tp={sharing} / ep={ep} / etp={etp}), which "
             f"must divide model.d_model={model.d_model}: use a larger parallel.ep or parallel.dp_replicate")
+
+
+def _settle_nodes(parallel: ParallelConfig, started: int) -> ParallelConfig:
+    """started: ranks on each node."""
+    if parallel.dispatcher != "hierarchical":
+        return parallel
+    ranks, node = parallel.ep * parallel.etp, parallel.node_ranks or started
+    fits = [n for n in range(parallel.etp, ranks + 1, parallel.etp) if ranks % n == 0]
+    refuse(ranks > node and node not in fits,
+           f"parallel.dispatcher=hierarchical with {node} ranks a node cannot share out the {ranks} ranks of "
+           f"parallel.ep={parallel.ep} x parallel.etp={parallel.etp}: write parallel.node_ranks={any_of(fits)}, or "
+           "parallel.dispatcher=all_to_all")
+    return parallel.model_copy(update={"node_ranks": node})
 
 
 def _check_tensor(config: Config, parallel: ParallelConfig) -> None:

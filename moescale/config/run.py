@@ -38,12 +38,12 @@ class Config(Group):
     def num_moe_layers(self) -> int:
         return sum(layer.channel_mixer == "moe" for layer in self.model.layers)
 
-    def for_world(self, world_size: int) -> Config:
+    def for_world(self, world_size: int, node_ranks: int | None = None) -> Config:
         """Settle what depends on the number of ranks (`dp_shard: -1`, `micro_batch`) and refuse what does not fit.
 
-        world_size: ranks of the whole job. -> the same run, with nothing left to derive
+        world_size: ranks of the whole job. node_ranks: of one node; None = all. -> the run, nothing left to derive
         """
-        return settle(self, world_size)
+        return settle(self, world_size, node_ranks)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -55,4 +55,7 @@ class Config(Group):
                 "(256 bytes and the start of a document): write at least 257")
         refuse(self.optim.warmup_steps >= self.run.steps and self.optim.warmup_steps > 0,
                 f"optim.warmup_steps={self.optim.warmup_steps} must be below run.steps={self.run.steps}")
+        refuse(self.moe.balance_over == "micro_batch" and self.data.micro_batch is None,
+                "moe.balance_over=micro_batch needs sequences that are the same in every layout: write e.g. "
+                "data.micro_batch=1, or moe.balance_over=global_batch")
         return self

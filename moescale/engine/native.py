@@ -18,6 +18,7 @@ from moescale.ops.collectives import all_reduce_sum
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.optim.optimizer import STATE, build_optimizer
 from moescale.optim.schedule import learning_rate
+from moescale.parallel.balance import choices_counted, count_as_it_goes
 from moescale.parallel.expert import balance_by_bias, moe_layers
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
@@ -42,6 +43,8 @@ class NativeEngine:
         """Add up the gradients of this rank's micro-batches; every loss is a global sum over one global count."""
         for piece in self.pieces:
             piece.train()
+        if self.config.moe.balance_over == "global_batch":
+            self._balance_over_global_batch(batches)
         for layer in moe_layers(self.model):
             layer.statistics.reset()
         model, moe = self.config.model, self.config.moe
@@ -101,13 +104,35 @@ class NativeEngine:
         num_targets, _ = self._global_counts(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
-            sums = self.pipeline.evaluate(vars(batch)) if self.pipeline is not None else _run(self.pieces[0], batch)
+            sums = self._forward(batch)
             if sums is not None:
                 total += sums.cross_entropy
+        self._reshard()
+        return float(all_reduce_sum(total / self.config.parallel.tp, self.mesh.world_group) / num_targets)
+
+    @torch.no_grad()
+    def _balance_over_global_batch(self, batches: Sequence[Batch]) -> None:
+        """Let each router know the shares of its choices in the global batch before the first backward needs them.
+
+        With several passes, or in a pipeline, that takes one more forward pass of every micro-batch. Routing is a
+        function of weights and tokens, random draws included, so that the passes to come choose the same again.
+        """
+        if len(batches) == 1 and self.pipeline is None:
+            return count_as_it_goes(self.model, self.mesh.world_group)
+        with choices_counted(self.model, self.config, self.mesh.world_group):
+            for batch in batches:
+                self._forward(batch)
+        self._reshard()
+
+    def _forward(self, batch: Batch) -> LossSums | None:
+        """Run one micro-batch forward. -> its sums, in a pipeline where the last stage is"""
+        return self.pipeline.evaluate(vars(batch)) if self.pipeline is not None else _run(self.pieces[0], batch)
+
+    def _reshard(self) -> None:
+        """Let go of weights that stay gathered for a backward that does not come."""
         for module in (module for piece in self.pieces for module in piece.modules()):
             if isinstance(module, FSDPModule):
-                module.reshard()  # some weights stay gathered for a backward that does not come
-        return float(all_reduce_sum(total / self.config.parallel.tp, self.mesh.world_group) / num_targets)
+                module.reshard()
 
     def save(self, run_dir: Path, files: dict[str, str]) -> Path:
         """Write weights, optimizer state and step. The data's order and all random draws follow from seed and step."""

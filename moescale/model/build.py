@@ -16,7 +16,7 @@ from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
 from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
-from moescale.moe.routers import ROUTERS
+from moescale.moe.routers import ROUTERS, Capacity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -62,11 +62,18 @@ def _channel_mixer(config: Config, index: int) -> nn.Module:
     own: dict[str, Any] = {}  # arguments of one router alone
     if moe.router == "sigmoid_bias":
         own = {key: getattr(moe, key) for key in SIGMOID_BIAS_KEYS}
+    elif moe.router == "switch":
+        own = {"left_behind_choices": moe.left_behind_choices}
+    capacity = Capacity(
+        moe.capacity_factor, moe.eval_capacity_factor, moe.min_capacity, by_probability=moe.drop_by == "probability")
     router = ROUTERS[moe.router](
-        model.d_model, moe.num_experts, moe.top_k, capacity_factor=moe.capacity_factor, jitter=moe.jitter,
+        model.d_model, moe.num_experts, moe.top_k, capacity=capacity, balance_over=moe.balance_over, jitter=moe.jitter,
         salt=(config.run.seed * model.num_layers + index) * 2, init=model.init, **own,
     )
-    experts = Experts(moe.num_experts, model.d_model, moe.d_ff, moe.activation, model.init)
+    experts = Experts(
+        moe.num_experts, model.d_model, moe.d_ff, moe.activation, model.init, dropout=moe.expert_dropout,
+        salt=-1 - config.run.seed * model.num_layers - index,  # routers' salts are not negative
+    )
     shared = None
     if moe.num_shared_experts:
         shared = FeedForward(model.d_model, moe.num_shared_experts * moe.d_ff, moe.activation, model.init)

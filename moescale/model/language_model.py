@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moescale.layers.linear import Embedding, Linear
 from moescale.layers.loss import cross_entropy, output_z_loss
+from moescale.moe.routers import Router
 from moescale.ops.sequence import Sequence
 
 
@@ -77,10 +78,14 @@ class LanguageModel(nn.Module):
         tokens: [batch, seq] int64. -> [batch, seq, vocab] float32
         Nothing is dropped and nothing is random, whether the model is in training mode or not.
         """
-        training = self.training
+        training, routers = self.training, [module for module in self.modules() if isinstance(module, Router)]
         self.eval()
+        for router in routers:
+            router.dropless = True
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits = self._logits(self._features(tokens, None, positions, positions)[0])
+        for router in routers:
+            router.dropless = False
         self.train(training)
         return logits
 

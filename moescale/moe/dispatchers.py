@@ -1,98 +1,50 @@
-"""Rows out to the experts, rows back and weighed. What combine needs travels in the handle."""
+"""Tokens out to the ranks of their experts, answers back. What combine needs travels in the handle.
+
+| dispatcher   | legs                                          | a token travels                                   |
+|--------------|-----------------------------------------------|---------------------------------------------------|
+| local        | none: all experts are on this rank            | not                                               |
+| all_to_all   | among all ranks that share the experts        | to each rank of its experts, once                 |
+| hierarchical | among the nodes, then within the node         | to each node of its experts once, to a rank once  |
+| all_gather   | as all_to_all, but every rank gets all tokens | to every rank, in one gather: for few ranks       |
+
+All of them give the same results. A rank with several of a token's experts sends one row back, weighed and added up.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from moescale.moe.hops import Hop, Way
 from moescale.moe.routing import Routing
-from moescale.ops.collectives import Group, all_to_all, exchange_counts
-from moescale.ops.permute import permute, reorder, unpermute
+from moescale.ops.exchange import Walk
 
 
 @dataclass(frozen=True)
 class Handle:
-    """How rows came to this rank: what `combine` undoes.
+    """How tokens came to this rank, leg by leg: what `combine` undoes."""
 
-    routing: of the rows that were sent. order, inverse: [received] int64, from the order of arrival to the order of
-    local experts and back. send, receive: rows per rank of the expert group.
-    """
-
-    routing: Routing
-    order: Tensor
-    inverse: Tensor
-    send: list[int]
-    receive: list[int]
+    ways: tuple[Way, ...]
 
 
-class Dispatcher(Protocol):
-    """Two calls do all communication of a mixture of experts."""
+class Dispatcher:
+    """Two calls do all communication of a mixture of experts. Each pauses while rows are under way."""
 
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """x: [tokens, d_model]. -> rows: [received, d_model]; tokens_per_expert: [local_experts]; the handle"""
+    def __init__(self, hops: Sequence[Hop] = ()) -> None:
+        self.hops = tuple(hops)
 
-    def combine(self, rows: Tensor, routing: Routing, handle: Any) -> Tensor:
-        """rows: [received, d_model]. -> [tokens, d_model]"""
+    def dispatch(self, x: Tensor, routing: Routing) -> Generator[None, None, tuple[Tensor, Routing, Handle]]:
+        """x: [tokens, d_model]. -> [received, d_model]; their Routing among this rank's experts; the handle"""
+        ways = []
+        for hop in self.hops:
+            x, routing, way = yield from hop.out(x, routing)
+            ways.append(way)
+        return x, routing, Handle(tuple(ways))
 
-
-class LocalDispatcher:
-    """All experts are on this rank."""
-
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, None]:
-        return permute(x, routing.token, routing.row), routing.tokens_per_expert, None
-
-    def combine(self, rows: Tensor, routing: Routing, handle: None) -> Tensor:
-        return unpermute(rows, routing.weight, routing.token, routing.row)
-
-
-class AllToAllDispatcher:
-    """The experts are spread over the ranks of a group, in order; uneven splits, zero rows allowed.
-
-    With `copies` above one, as many ranks in a row share each expert's hidden features: every row goes to all of them,
-    and combine adds up what they answer.
-    """
-
-    def __init__(self, group: Group, copies: int = 1) -> None:
-        self.group, self.copies = group, copies
-
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Handle]:
-        owners = dist.get_world_size(self.group) // self.copies
-        by_owner = routing.tokens_per_expert.view(owners, -1)  # [ep, local_experts]
-        send = by_owner.sum(1).repeat_interleave(self.copies).tolist()
-        counts = exchange_counts(by_owner.repeat_interleave(self.copies, 0).flatten(), self.group)
-        ranks, local_experts = counts.shape
-        receive = counts.sum(1).tolist()
-        if self.copies > 1:
-            routing = _repeat(routing, by_owner.sum(1), self.copies)
-        rows = all_to_all(permute(x, routing.token, routing.row), send, receive, self.group)  # [received, d_model]
-        expert = torch.arange(local_experts, device=x.device).repeat(ranks)
-        order = expert.repeat_interleave(counts.flatten(), output_size=sum(receive)).argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        return reorder(rows, order, inverse), counts.sum(0), Handle(routing, order, inverse, send, receive)
-
-    def combine(self, rows: Tensor, routing: Routing, handle: Handle) -> Tensor:
-        rows = reorder(rows, handle.inverse, handle.order)
-        rows = all_to_all(rows, handle.receive, handle.send, self.group)  # [assignments x copies, d_model]
-        return unpermute(rows, handle.routing.weight, handle.routing.token, handle.routing.row)
-
-
-def _repeat(routing: Routing, rows_per_owner: Tensor, copies: int) -> Routing:
-    """Send each owner's rows to all ranks that share its experts: `copies` times, one block behind the other."""
-    ends = rows_per_owner.cumsum(0)
-    assignment = torch.arange(len(routing.token), device=ends.device)
-    owner = torch.searchsorted(ends, assignment, right=True)  # [assignments]
-    before = (ends - rows_per_owner)[owner]  # rows of earlier owners
-    copy = torch.arange(copies, device=ends.device)
-    row = before.unsqueeze(1) * (copies - 1) + assignment.unsqueeze(1) + rows_per_owner[owner].unsqueeze(1) * copy
-    origin = torch.empty_like(row.flatten()).scatter_(0, row.flatten(), assignment.repeat_interleave(copies))
-    no_row = row.new_full((1, copies), -1)
-    return Routing(
-        token=routing.token[origin],
-        weight=permute(routing.weight.unsqueeze(1), origin, row).squeeze(1),
-        tokens_per_expert=routing.tokens_per_expert * copies,
-        row=torch.cat((row, no_row))[routing.row].flatten(1),  # [tokens, choices x copies]; -1 takes the last
-    )
+    def combine(self, y: Tensor, handle: Handle) -> Walk:
+        """y: [received, d_model], what this rank's experts add to each token. -> [tokens, d_model]"""
+        for hop, way in zip(reversed(self.hops), reversed(handle.ways), strict=True):
+            y = yield from hop.back(y, way)
+        return y

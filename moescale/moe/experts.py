@@ -7,15 +7,25 @@ from torch import Tensor, nn
 
 from moescale.layers.feed_forward import ACTIVATIONS, GATED
 from moescale.layers.linear import matrix_fill
+from moescale.moe.routing import Routing
 from moescale.ops.collectives import local_tensor
 from moescale.ops.expert_feed_forward import expert_feed_forward
+from moescale.ops.random import uniform
 
 
 class Experts(nn.Module):
-    """The experts of one layer. gate, up: [experts, d_ff, d_model]; down: [experts, d_model, d_ff]"""
+    """The experts of one layer. gate, up: [experts, d_ff, d_model]; down: [experts, d_model, d_ff]
 
-    def __init__(self, num_experts: int, d_model: int, d_ff: int, activation: str, init: str) -> None:
+    dropout: share of the hidden features that training leaves out, by each token's serial (Switch Transformers, sec.
+    2.4). first: the number of the first expert, and of the first hidden feature, that lie here.
+    """
+
+    def __init__(
+        self, num_experts: int, d_model: int, d_ff: int, activation: str, init: str, *, dropout: float = 0.0,
+        salt: int = 0,
+    ) -> None:
         super().__init__()
+        self.num_experts, self.d_ff, self.dropout, self.salt, self.first = num_experts, d_ff, dropout, salt, (0, 0)
         self.activation = ACTIVATIONS[activation]
         wide = (num_experts, d_ff, d_model)
         self.gate = nn.Parameter(torch.empty(wide)) if activation in GATED else None
@@ -27,8 +37,18 @@ class Experts(nn.Module):
             "down": matrix_fill(init, d_ff),
         }
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """rows: [received, d_model], sorted by expert. tokens_per_expert: [local_experts]. -> like rows"""
-        gate = None if self.gate is None else local_tensor(self.gate).to(rows.dtype)
-        up, down = local_tensor(self.up).to(rows.dtype), local_tensor(self.down).to(rows.dtype)
-        return expert_feed_forward(rows, gate, up, down, tokens_per_expert, self.activation)
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Apply to each token its experts, weigh and add up their answers. x: [tokens, d_model]. -> like x"""
+        gate = None if self.gate is None else local_tensor(self.gate).to(x.dtype)
+        up, down = local_tensor(self.up).to(x.dtype), local_tensor(self.down).to(x.dtype)
+        keep = self._keep(routing, up.shape[1]).to(x.dtype) if self.training and self.dropout else None
+        return expert_feed_forward(x, gate, up, down, routing, self.activation, keep)
+
+    def _keep(self, routing: Routing, local_features: int) -> Tensor:
+        """Draw what dropout leaves, scaled up: the same in every layout. -> [assignments, d_ff/etp] float32"""
+        assert routing.serial is not None
+        first_expert, first_feature = self.first
+        serial = routing.serial[routing.token] * self.num_experts + routing.expert + first_expert
+        feature = first_feature + torch.arange(local_features, device=serial.device)
+        draws = uniform(serial.unsqueeze(1) * self.d_ff + feature, self.salt)
+        return (draws >= self.dropout) / (1 - self.dropout)

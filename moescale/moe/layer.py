@@ -1,30 +1,38 @@
-"""A mixture of experts as a channel mixer: route, dispatch, experts, combine."""
+"""A mixture of experts as a channel mixer: route, dispatch, experts, combine, shared experts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moescale.layers.feed_forward import FeedForward
-from moescale.moe.dispatchers import Dispatcher, LocalDispatcher
+from moescale.moe.budget import RowBudget
+from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.experts import Experts
 from moescale.moe.routers import Router
+from moescale.moe.routing import Routing
 from moescale.moe.statistics import Statistics
+from moescale.ops.exchange import Walk, take_turns
 
 
 class MoELayer(nn.Module):
     """Send each token to a few experts and add up their answers.
 
     shared: what all tokens use besides, on the rank where they are, several experts as one (DeepSeekMoE, sec. 3.2).
+    chunks: the tokens travel in so many parts, and while one travels the experts compute another.
+    budget: how many rows the experts take at a time; None = all.
     """
-
-    dispatcher: Dispatcher
 
     def __init__(self, router: Router, experts: Experts, shared: FeedForward | None = None) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
         self.shared = shared
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher, self.chunks = Dispatcher(), 1
+        self.budget: RowBudget | None = None
         self.statistics = Statistics(router.num_experts)
 
     def forward(self, x: Tensor, serial: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,11 +41,51 @@ class MoELayer(nn.Module):
         -> like x; [2] float32: load-balance and router z-loss, summed over own valid tokens
         """
         routing, losses = self.router(x, serial)
-        rows, tokens_per_expert, handle = self.dispatcher.dispatch(x.flatten(0, 1), routing)
-        rows = self.experts(rows, tokens_per_expert)
-        y = self.dispatcher.combine(rows, routing, handle).view_as(x)
-        if self.shared is not None:
-            y = y + self.shared(x, serial)[0]
+        serial = self.router.sequence.own(serial)
+        if self.experts.dropout:
+            routing = replace(routing, serial=serial.flatten())
+        portions = [routing] if self.budget is None else self.budget.portions(routing)
+        y = self._mix(x.flatten(0, 1), portions, serial).view_as(x)
         if self.training:
-            self.statistics.add(routing, self.router.dropped(routing, self.router.sequence.own(serial) >= 0))
+            left_out = len(routing.token) - sum(len(portion.token) for portion in portions)
+            dropped = self.router.dropped(routing, serial >= 0) + left_out
+            self.statistics.add(portions, dropped)
         return y, losses
+
+    def _mix(self, x: Tensor, portions: list[Routing], serial: Tensor) -> Tensor:
+        """x: [tokens, d_model]. -> like x"""
+        if len(portions) == 1:
+            parts = zip(x.tensor_split(self.chunks), portions[0].split(self.chunks), strict=True)
+            walks = [self._mixture(*part) for part in parts]
+        else:
+            walks = [self._pass(x, portion) for portion in portions]
+        num_walks = len(walks)
+        if self.shared is not None:
+            walks.append(self._shared(x, serial))
+        answers = take_turns(walks)
+        y = torch.cat(answers[:num_walks]) if len(portions) == 1 else torch.stack(answers[:num_walks]).sum(0)
+        return y if self.shared is None else y + answers[-1]
+
+    def _pass(self, x: Tensor, routing: Routing) -> Walk:
+        """One of several: nothing is kept of it, so that in backward too the ceiling holds. x: [tokens, d_model]"""
+        def run(x: Tensor) -> Tensor:
+            return take_turns([self._mixture(x, routing)])[0]
+
+        yield from ()
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+
+    def _mixture(self, x: Tensor, routing: Routing) -> Walk:
+        """x: [tokens, d_model]. -> like x"""
+        x, routing, handle = yield from self.dispatcher.dispatch(x, routing)
+        y = self.experts(x, routing)
+        return (yield from self.dispatcher.combine(y, handle))
+
+    def _shared(self, x: Tensor, serial: Tensor) -> Walk:
+        """Half of it while tokens are on their way out, half while they come back. x: [tokens, d_model]. -> like x"""
+        assert self.shared is not None
+        if not self.dispatcher.hops:
+            return self.shared(x, serial)[0]
+        first, second = x.tensor_split(2)
+        first = self.shared(first, serial)[0]
+        yield
+        return torch.cat((first, self.shared(second, serial)[0]))

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 
-def load_balance_loss(probs: Tensor, assignments: Tensor, valid: Tensor) -> Tensor:
-    """Pull the router toward equal load, group by group (Switch Transformers, eq. 4).
+def load_balance_loss(probs: Tensor, choices: Tensor, valid: Tensor) -> Tensor:
+    """Pull the router toward equal load, scope by scope (Switch Transformers, eq. 4).
 
-    A group's loss is experts x sum over experts of (share of its assignments) x (mean probability): one when both are
-    uniform, `experts` when all goes to one. It is counted once for each valid token of the group.
-    probs: [groups, tokens, experts] float32. assignments: [groups, experts], counted before anything is dropped.
-    valid: [groups, tokens] bool. -> scalar float32
+    A scope's loss is experts x sum over experts of (share of its choices) x (mean probability): one when both are
+    uniform, `experts` when all goes to one. It is counted once for each valid token of the scope.
+    probs: [groups, tokens, experts] float32, of some of the scope's tokens. valid: [groups, tokens] bool.
+    choices: [groups or 1, experts] int64, of all of each scope's tokens, before anything is dropped.
+    -> scalar float32, what these tokens add to it
     """
     mask = valid.unsqueeze(-1).to(probs.dtype)
-    share = assignments / assignments.sum(-1, keepdim=True).clamp(min=1)
-    # the mean probability times the group's tokens is its sum: the division by the count and the weight cancel
+    share = (choices.double() / choices.sum(-1, keepdim=True).clamp(min=1)).to(probs.dtype)
+    # the mean probability times the scope's tokens is its sum: the division by the count and the weight cancel
     return probs.shape[-1] * (share * (probs * mask).sum(1)).sum()
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from moescale.ops.permute import permute
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,45 @@ class Routing:
     weight: [assignments] float32, the row's share of its token's output.
     tokens_per_expert: [experts] int64, sums to assignments.
     row: [tokens, choices] int64, the inverse of token: the row of each choice, -1 = dropped or padding.
+    serial: [tokens] int64, the numbers from which a token's random draws come; None where experts draw nothing.
     """
 
     token: Tensor
     weight: Tensor
     tokens_per_expert: Tensor
     row: Tensor
+    serial: Tensor | None = None
+
+    @property
+    def expert(self) -> Tensor:
+        """[assignments] int64, the expert of each row."""
+        experts = torch.arange(len(self.tokens_per_expert), device=self.token.device)
+        return experts.repeat_interleave(self.tokens_per_expert, output_size=len(self.token))
+
+    def select(self, chosen: Tensor) -> Routing:
+        """Keep some of the assignments. chosen: [assignments] bool"""
+        rows = chosen.nonzero().squeeze(1)
+        place = torch.full_like(self.token, -1).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+        none = place.new_full((1,), -1)  # what row -1 takes
+        return Routing(
+            token=self.token[rows],
+            weight=permute(self.weight.unsqueeze(1), rows, place.unsqueeze(1)).squeeze(1),
+            tokens_per_expert=self.expert[rows].bincount(minlength=len(self.tokens_per_expert)),
+            row=torch.cat((place, none))[self.row],
+            serial=self.serial,
+        )
+
+    def split(self, parts: int) -> list[Routing]:
+        """Cut the tokens into consecutive parts, as `tensor_split` does, each with a routing of its own."""
+        starts = [0, *accumulate(len(part) for part in self.row.tensor_split(parts))]
+        part = torch.bucketize(self.token, torch.tensor(starts[1:], device=self.token.device), right=True)
+        return [_from_token(self.select(part == index), *starts[index : index + 2]) for index in range(parts)]
+
+
+def _from_token(routing: Routing, first: int, last: int) -> Routing:
+    """Count tokens from `first` on, up to `last`, where all assignments are."""
+    serial = None if routing.serial is None else routing.serial[first:last]
+    return Routing(routing.token - first, routing.weight, routing.tokens_per_expert, routing.row[first:last], serial)
 
 
 def sort_by_expert(expert: Tensor, weight: Tensor, kept: Tensor, num_experts: int) -> Routing:
@@ -42,35 +78,3 @@ def sort_by_expert(expert: Tensor, weight: Tensor, kept: Tensor, num_experts: in
         tokens_per_expert=torch.diff(ends, prepend=ends.new_zeros(1)),
         row=torch.where(row < assignments, row, -1).view_as(expert),
     )
-
-
-def within_capacity(expert: Tensor, wanted: Tensor, capacity: Tensor, num_experts: int) -> Tensor:
-    """Keep the first `capacity` assignments of each expert in each group.
-
-    Every first choice of the group comes before every second choice; among equals the earlier token (GShard, alg. 1).
-    expert: [groups, tokens, choices] int64. wanted: the same shape, bool; others take no slot.
-    capacity: [groups] int64. -> [groups, tokens, choices] bool, a subset of wanted
-    """
-    groups, tokens, choices = expert.shape
-    group = torch.arange(groups, device=expert.device).view(-1, 1, 1)
-    key = torch.where(wanted, group * num_experts + expert, groups * num_experts)
-    key = key.transpose(1, 2).flatten()  # [groups x choices x tokens], the order of priority
-    order = key.argsort(stable=True)
-    sorted_key = key[order]
-    first = torch.searchsorted(sorted_key, sorted_key)  # where this expert's run begins
-    slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=key.device) - first)
-    slot = slot.view(groups, choices, tokens).transpose(1, 2)
-    return wanted & (slot < capacity.view(-1, 1, 1))
-
-
-def best_tokens(scores: Tensor, valid: Tensor, capacity: Tensor) -> Tensor:
-    """Let each expert of each group take the `capacity` tokens that score highest; among equals the earlier one.
-
-    scores: [groups, tokens, experts] int32, not below zero. valid: [groups, tokens] bool. capacity: [groups] int64.
-    -> [groups, tokens, experts] bool
-    """
-    valid = valid.unsqueeze(-1)
-    order = torch.where(valid, scores, -1).argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(scores.shape[1], device=scores.device).view(1, -1, 1).expand_as(order)
-    slot = torch.empty_like(order).scatter_(1, order, place)
-    return valid & (slot < capacity.view(-1, 1, 1))

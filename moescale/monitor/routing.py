@@ -19,19 +19,23 @@ def routing_metrics(
     """Add up the counts of all ranks in the last step, in one collective.
 
     model: this rank's blocks, by their index. num_layers: of the whole model.
-    -> `moe/layer_NN/tokens_per_expert`: rows of each expert; `moe/layer_NN/dropped`. NN is the block's index.
+    -> `moe/layer_NN/tokens_per_expert`: rows of each expert; `moe/layer_NN/dropped`; where there is a budget,
+    `moe/layer_NN/surplus`, rows that took a further pass. NN is the block's index.
     """
-    layers = {index: layer.statistics for index, layer in _layers(model)}
-    counts = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=next(model.parameters()).device)
-    for index, statistics in layers.items():  # the last column tells which layers are mixtures on any rank
-        counts[index] = torch.cat((statistics.tokens_per_expert, statistics.dropped.view(1), counts.new_ones(1)))
+    counts = torch.zeros(num_layers, num_experts + 4, dtype=torch.int64, device=next(model.parameters()).device)
+    for index, layer in _layers(model):  # the last columns tell which are mixtures, and have a budget
+        statistics, marks = layer.statistics, counts.new_tensor([1, int(layer.budget is not None)])
+        numbers = torch.stack((statistics.dropped, statistics.surplus))
+        counts[index] = torch.cat((statistics.tokens_per_expert, numbers, marks))
     if group is not None:
         dist.all_reduce(counts, group=group)
     metrics: dict[str, list[int] | int] = {}
-    for index, row in enumerate(counts.tolist()):
-        if row[-1]:
-            metrics[f"moe/layer_{index:02d}/tokens_per_expert"] = row[:-2]
-            metrics[f"moe/layer_{index:02d}/dropped"] = row[-2]
+    for index, (*tokens_per_expert, dropped, surplus, mixture, budget) in enumerate(counts.tolist()):
+        if mixture:
+            metrics[f"moe/layer_{index:02d}/tokens_per_expert"] = tokens_per_expert
+            metrics[f"moe/layer_{index:02d}/dropped"] = dropped
+        if budget:
+            metrics[f"moe/layer_{index:02d}/surplus"] = surplus
     return metrics
 
 

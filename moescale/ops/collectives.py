@@ -12,24 +12,6 @@ from torch.distributed.tensor import DTensor
 Group = dist.ProcessGroup | None
 
 
-def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """Send the first send[0] rows to rank 0 of the group, the next send[1] to rank 1, ...; receive likewise.
-
-    rows: [sum(send), d_model]. send, receive: rows per rank of the group, zero allowed. -> [sum(receive), d_model]
-    """
-    return _AllToAll.apply(rows, send, receive, group)
-
-
-def exchange_counts(counts: Tensor, group: Group) -> Tensor:
-    """Tell each rank how many rows come to each of its experts.
-
-    counts: [experts] int64, this rank's rows by global expert. -> [ranks, local_experts] int64, by source rank
-    """
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=group)
-    return received.view(dist.get_world_size(group), -1)
-
-
 def all_reduce_sum(tensor: Tensor, group: Group) -> Tensor:
     """Add up over the ranks of the group, in place; outside autograd. -> the same tensor"""
     if group is not None:
@@ -41,7 +23,7 @@ def all_gather(tensor: Tensor, group: Group) -> Tensor:
     """Bring together every rank's tensor of one shape; outside autograd. -> [ranks, ...]"""
     ranks = dist.get_world_size(group)
     gathered = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])
-    _all_gather(gathered, tensor.contiguous(), group=group)
+    all_gather_single(gathered, tensor.contiguous(), group=group)
     return gathered.unflatten(0, (ranks, -1))
 
 
@@ -67,8 +49,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 # torch 2.13 gave both a new name, and warns of the old one
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def _gather(x: Tensor, group: Group) -> Tensor:
@@ -78,7 +60,7 @@ def _gather(x: Tensor, group: Group) -> Tensor:
 def _scatter(x: Tensor, group: Group) -> Tensor:
     by_rank = x.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1)  # [ranks, batch, seq/ranks, d_model]
     own = x.new_empty(by_rank.shape[1:])
-    _reduce_scatter(own, by_rank.flatten(0, 1).contiguous(), group=group)
+    reduce_scatter_single(own, by_rank.flatten(0, 1).contiguous(), group=group)
     return own
 
 
@@ -102,18 +84,3 @@ class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _gather(grad, ctx.group), None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        received = rows.new_empty(sum(receive), rows.shape[1])
-        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        returned = grad.new_empty(sum(ctx.send), grad.shape[1])
-        dist.all_to_all_single(returned, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
-        return returned, None, None, None

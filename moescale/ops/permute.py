@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moescale.ops.device import triton_runs
+
 
 def permute(x: Tensor, token: Tensor, row: Tensor) -> Tensor:
     """Copy each assignment's token into its row.
@@ -19,15 +21,23 @@ def permute(x: Tensor, token: Tensor, row: Tensor) -> Tensor:
     row: [tokens, choices] int64, the inverse: the row of each choice, -1 = none.
     -> [assignments, d_model]
     """
+    if triton_runs(x):
+        from moescale.ops import permute_triton
+
+        return permute_triton.permute(x, token, row)
     return _Permute.apply(x, token, row)
 
 
-def unpermute(rows: Tensor, weight: Tensor, token: Tensor, row: Tensor) -> Tensor:
+def unpermute(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor) -> Tensor:
     """Add up each token's rows, weighed; sums in float32, a token without rows gives zeros.
 
-    rows: [assignments, d_model]. weight: [assignments] float32. token, row: as in `permute`.
+    rows: [assignments, d_model]. weight: [assignments] float32, None = ones. token, row: as in `permute`.
     -> [tokens, d_model] in the dtype of rows
     """
+    if triton_runs(rows) and weight is not None:
+        from moescale.ops import permute_triton
+
+        return permute_triton.unpermute(rows, weight, token, row)
     return _Unpermute.apply(rows, weight, token, row)
 
 
@@ -76,14 +86,19 @@ class _Permute(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, row: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, token)
-        by_choice = weight.new_zeros(row.shape) if len(rows) == 0 else weight[row.clamp(min=0)]
+    def forward(ctx: Any, rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(*((token,) if weight is None else (token, weight, rows)))
+        by_choice = None
+        if weight is not None:
+            by_choice = weight.new_zeros(row.shape) if len(rows) == 0 else weight[row.clamp(min=0)]
         return _sum_of_rows(rows, by_choice, row).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows, weight, token = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        token, *weighed = ctx.saved_tensors
         grad_of_row = grad.index_select(0, token)  # [assignments, d_model]
+        if not weighed:
+            return grad_of_row, None, None, None
+        weight, rows = weighed
         grad_weight = torch.linalg.vecdot(grad_of_row.to(weight.dtype), rows.to(weight.dtype))
         return grad_of_row * weight.unsqueeze(1).to(grad.dtype), grad_weight, None, None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moescale.ops.attention import attention
-from moescale.ops.collectives import Group, all_to_all
+from moescale.ops.collectives import Group
+from moescale.ops.exchange import AllToAll, Journey
 from moescale.ops.permute import permute, reorder
 
 
@@ -54,7 +55,8 @@ class ContextAttention:
         seq = length * len(self.pieces)
         plan = self._plan(seq, window, k.device)
         features = torch.cat((k, v), 2).transpose(0, 1).flatten(1)  # [seq/cp, batch x 2 x kv_heads x head_dim]
-        rows = all_to_all(permute(features, plan.token, plan.row), plan.send, plan.receive, self.group)
+        exchange = AllToAll(plan.send, plan.receive, self.group, "attention's keys and values")
+        rows = Journey(permute(features, plan.token, plan.row), exchange).arrive()
         rows = reorder(rows, plan.order, plan.inverse)
         k, v = rows.view(-1, batch, 2 * kv_heads, head_dim).transpose(0, 1).split(kv_heads, 2)
         piece_length = seq // sum(len(held) for held in self.pieces)

@@ -4,29 +4,62 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moescale.config import Config
 from moescale.model.language_model import LanguageModel
-from moescale.moe.dispatchers import AllToAllDispatcher
+from moescale.moe.budget import RowBudget
+from moescale.moe.dispatchers import Dispatcher
+from moescale.moe.hops import Hop
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import SigmoidBiasRouter
 from moescale.ops.collectives import Group, all_reduce_sum
+from moescale.parallel.mesh import Mesh
 
 HIDDEN = {"gate": 1, "up": 1, "down": 2}  # the dim of the hidden features, which `etp` cuts
 
 
-def spread_experts(model: nn.Module, ranks: DeviceMesh, group: Group) -> None:
-    """Keep this rank's experts, or its share of them, as DTensors, and send tokens to the others by all-to-all.
-
-    ranks: axes (ep, etp). group: all of them.
-    """
-    for layer in moe_layers(model):
-        for name, weight in layer.experts.named_parameters():
+def spread_experts(model: nn.Module, mesh: Mesh) -> None:
+    """Keep this rank's experts, or its share of them, as DTensors, and let tokens travel to the others."""
+    assert mesh.sparse is not None
+    ranks, copies = mesh.sparse["ep", "etp"], mesh.parallel.etp
+    for number, layer in enumerate(moe_layers(model)):
+        experts = layer.experts
+        experts.first = (experts.num_experts // mesh.parallel.ep * ranks.get_local_rank("ep"),
+                         experts.d_ff // copies * ranks.get_local_rank("etp"))
+        for name, weight in experts.named_parameters():
             part = distribute_tensor(weight.data, ranks, [Shard(0), Shard(HIDDEN[name])], src_data_rank=None)
-            layer.experts.register_parameter(name, nn.Parameter(part))
-        layer.dispatcher = AllToAllDispatcher(group, copies=ranks["etp"].size())
+            experts.register_parameter(name, nn.Parameter(part))
+        layer.dispatcher = Dispatcher(DISPATCHERS[mesh.parallel.dispatcher](mesh, f"MoE layer {number}"))
+        layer.chunks = mesh.parallel.dispatch_chunks
+
+
+def limit_rows(model: nn.Module, mesh: Mesh) -> None:
+    """Give each layer's experts the ceiling of rows that the run asks for."""
+    parallel = mesh.parallel
+    for layer in moe_layers(model):
+        if parallel.row_budget is not None:
+            layer.budget = RowBudget(
+                parallel.row_budget, parallel.over_budget == "drop", mesh.expert_group, parallel.etp)
+
+
+def _all_to_all(mesh: Mesh, label: str) -> list[Hop]:
+    return [Hop(mesh.expert_group, copies=mesh.parallel.etp, label=label)]
+
+
+def _hierarchical(mesh: Mesh, label: str) -> list[Hop]:
+    if mesh.nodes is None:  # all of them are on one node
+        return _all_to_all(mesh, label)
+    among, within = mesh.nodes["ep_nodes"].get_group(), mesh.nodes["ep_node"].get_group()
+    return [Hop(among, label=f"{label}, among nodes"),
+            Hop(within, copies=mesh.parallel.etp, label=f"{label}, within the node")]
+
+
+def _all_gather(mesh: Mesh, label: str) -> list[Hop]:
+    return [Hop(mesh.expert_group, copies=mesh.parallel.etp, to_all=True, label=label)]
+
+
+DISPATCHERS = {"all_to_all": _all_to_all, "hierarchical": _hierarchical, "all_gather": _all_gather}
 
 
 def balance_by_bias(model: LanguageModel, config: Config, group: Group) -> None:

@@ -25,6 +25,7 @@ class Mesh:
     shared: axes (pp, dp_replicate, fsdp_tp), of weights that meet each token on one rank alone, such as norms.
     sparse: axes (pp, dp_replicate, efsdp, ep, etp), of experts. efsdp x ep x etp = fsdp x tp.
     expert: axes (..., ep_etp), the ranks among which tokens travel; the same as ep unless etp is used.
+    nodes: axes (..., ep_nodes, ep_node), the same ranks by node; where tokens travel among the nodes first.
     data: axes (pp_batch, cp, tp), of tokens. sequence: axes (outer, cp_tp), the ranks that share a sequence.
     """
 
@@ -37,6 +38,7 @@ class Mesh:
     shared: DeviceMesh | None = None
     sparse: DeviceMesh | None = None
     expert: DeviceMesh | None = None
+    nodes: DeviceMesh | None = None
     data: DeviceMesh | None = None
     sequence: DeviceMesh | None = None
 
@@ -84,6 +86,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def node_ranks() -> int:
+    """How many ranks were started on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
 def first_rank() -> bool:
     """Whether this process is the one that speaks and writes for all."""
     return os.environ.get("RANK", "0") == "0"
@@ -110,9 +117,11 @@ def start_mesh(config: Config) -> Mesh:
     }
     if parallel.tp > 1:
         views["shared"] = {"fsdp_tp": sharing}
+    node, ranks = parallel.node_ranks, parallel.ep * parallel.etp
     if parallel.etp > 1:
-        ranks = parallel.ep * parallel.etp
         views["expert"] = {"efsdp": sharing // ranks, "ep_etp": ranks}
+    if parallel.dispatcher == "hierarchical" and node is not None and ranks > node:
+        views["nodes"] = {"efsdp": sharing // ranks, "ep_nodes": ranks // node, "ep_node": node}
     made = {
         name: init_device_mesh(device.type, (*outer, *axes.values()), mesh_dim_names=("pp", "dp_replicate", *axes))
         for name, axes in views.items()

@@ -16,7 +16,7 @@ from moescale.model.language_model import LanguageModel
 from moescale.moe.layer import MoELayer
 from moescale.ops.sequence import SharedSequence
 from moescale.parallel.context import ContextAttention, deal_pieces
-from moescale.parallel.expert import spread_experts
+from moescale.parallel.expert import limit_rows, spread_experts
 from moescale.parallel.fsdp import shard_parameters
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.recompute import recompute
@@ -60,7 +60,8 @@ def parallelize(model: LanguageModel, pieces: list[LanguageModel], config: Confi
         for piece in pieces:
             spread_losses(piece, mesh.dense["tp"])
     if parallel.ep * parallel.etp > 1 and mesh.sparse is not None:
-        spread_experts(model, mesh.sparse["ep", "etp"], mesh.expert_group)
+        spread_experts(model, mesh)
+    limit_rows(model, mesh)
     if mesh.sequence_size > 1:
         share_sequences([model, *pieces], config, mesh)
     if parallel.recompute != "none":

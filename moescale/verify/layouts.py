@@ -47,6 +47,9 @@ class Layout:
         schedule: gpipe takes any number of micro-batches. micro_batch: None as in `Config.for_world`.
         """
         parallel = config.parallel.model_copy(update={**self.degrees, "pp_schedule": schedule})
+        if parallel.dispatcher == "hierarchical":  # several nodes, as small as can be
+            node = self.etp if self.ep % 2 or self.ep == 2 else 2 * self.etp
+            parallel = parallel.model_copy(update={"node_ranks": node})
         data = config.data.model_copy(update={"micro_batch": micro_batch})
         return config.model_copy(update={"parallel": parallel, "data": data}).for_world(self.ranks)
 

@@ -33,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one layout. schedules: of the pipeline, one for each of MICRO_BATCHES. figures: by passes, compute.
+    """What came of one layout. schedules: of the pipeline, those that were run. figures: by passes, compute.
 
     diagnosis: empty when everything is as on one process. error: the traceback of a rank that raised.
     """
@@ -61,10 +61,11 @@ def prepare(config: Config, seed: int) -> Proof:
     Where two experts are all but equal for some token, rounding decides between them, in float32 and in each layout
     anew, which proves nothing: then other batches are drawn.
     """
+    passes = _numbers_of_passes(config, Layout())[0]
     for attempt in range(MAX_DRAWS):
         batches = make_batches(config, seed + attempt)
         references = {
-            compute: run_ranks(1, _reference, _case(config, Layout(), 1, compute, "gpipe").config, batches)[0]
+            compute: run_ranks(1, _reference, _case(config, Layout(), passes, compute, "gpipe").config, batches)[0]
             for compute in TOLERANCES
         }
         if references["float32"].closest > TOLERANCES["float32"]:
@@ -85,11 +86,19 @@ def make_cases(config: Config, layout: Layout, turn: int) -> list[Case]:
     """Lay out the runs of one layout: every number of passes, every precision. turn: which schedule comes first"""
     order = SCHEDULES[turn % 3 :] + SCHEDULES[: turn % 3]
     cases = []
-    for passes in MICRO_BATCHES:
+    for passes in _numbers_of_passes(config, layout):
         fitting = (schedule for schedule in order if _fits(config, layout, passes, schedule))
         schedule = next(fitting, "gpipe")
         cases += [_case(config, layout, passes, compute, schedule) for compute in TOLERANCES]
     return cases
+
+
+def _numbers_of_passes(config: Config, layout: Layout) -> tuple[int, ...]:
+    """Any, unless the balance loss is taken over a micro-batch: then those with which it has the same sequences."""
+    if config.moe.balance_over != "micro_batch":
+        return MICRO_BATCHES
+    assert config.data.micro_batch is not None
+    return (config.data.global_batch // (layout.dp_replicate * layout.dp_shard) // config.data.micro_batch,)
 
 
 def _fits(config: Config, layout: Layout, passes: int, schedule: str) -> bool:

@@ -17,12 +17,14 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
     layouts: that fit the configuration itself. Each takes the path through the program that it takes there: key heads
     that are cut stay cut, experts are more than top_k, a window stays shorter than a sequence.
     """
+    micro_batch = 2 if config.moe.balance_over == "micro_batch" else None  # else any number of passes is the same
+    share = max(MICRO_BATCHES) * (micro_batch or 1)
     seq_len = _multiple(24, (sequence_pieces(layout.cp, config.model.window) * layout.tp for layout in layouts))
     update = {
         "model": _shrink_model(config, layouts, seq_len), "moe": _shrink_moe(config.moe, layouts),
         "data": config.data.model_copy(update={
-            "seq_len": seq_len, "micro_batch": None, "tokenizer": "none.json",  # batches are made up; "bytes" needs 257
-            "global_batch": _multiple(24, (max(MICRO_BATCHES) * each.dp_replicate * each.dp_shard for each in layouts)),
+            "seq_len": seq_len, "micro_batch": micro_batch, "tokenizer": "none.json",  # batches are made up
+            "global_batch": _multiple(24, (share * each.dp_replicate * each.dp_shard for each in layouts)),
         }),
         # Adam's first step is lr x gradient / (|gradient| + eps). With a small eps it is lr x sign(gradient), and where
         # a gradient is zero, or nearly, the sign of the rounding error. With lr = eps it multiplies no error by more
@@ -60,11 +62,13 @@ def _shrink_model(config: Config, layouts: Sequence[Layout], seq_len: int) -> Mo
 
 def _shrink_moe(moe: MoEConfig, layouts: Iterable[Layout]) -> MoEConfig:
     layouts = list(layouts)
-    enough = min(moe.num_experts, max(2 * moe.top_k + 2, -(-moe.top_k // moe.top_k_groups) * moe.num_expert_groups))
+    enough = min(moe.num_experts, max(2 * moe.top_k + 2, -(-moe.top_k // moe.top_k_groups) * moe.num_expert_groups,
+                                      moe.left_behind_choices + 1))
     experts = _smallest_divisor(moe.num_experts, enough, lambda n: all(
         n % group == 0 for group in (moe.num_expert_groups, *(layout.ep for layout in layouts))))
     return moe.model_copy(update={
-        "num_experts": experts, "d_ff": _multiple(16, (8, *(layout.etp for layout in layouts)))})
+        "num_experts": experts, "min_capacity": min(moe.min_capacity, 2),  # below what the factor gives, mostly
+        "d_ff": _multiple(16, (8, *(layout.etp for layout in layouts)))})
 
 
 def _path(kv_heads: int, tp: int) -> str:

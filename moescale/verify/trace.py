@@ -111,7 +111,8 @@ class _Observer:
 
     def _watch(self, index: int, block: Block) -> None:
         def begin(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.serial = block.sequence.own(inputs[2]).flatten()  # type: ignore[operator, union-attr]
+            if torch.is_grad_enabled():  # not in a pass that counts choices alone
+                self.serial = block.sequence.own(inputs[2]).flatten()  # type: ignore[operator, union-attr]
 
         def mixed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._write(norm, index, 0, inputs[0])
@@ -133,14 +134,14 @@ class _Observer:
         if isinstance(block.channel_mixer, MoELayer):
             router = block.channel_mixer.router
             router.register_forward_hook(routed)
-            router.choose = partial(self._choose, router.choose, router.top_k)  # type: ignore[method-assign]
+            router.choose = partial(self._choose, router.choose, router.num_choices)  # type: ignore[method-assign]
         block.register_forward_hook(end)
 
     def _choose(
-        self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], top_k: int, logits: Tensor, probs: Tensor
+        self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], choices: int, logits: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         if logits.shape[-1] > 1 and self.serial is not None and (self.serial >= 0).any():
-            best = logits.detach().flatten(0, 1)[self.serial >= 0].sort(descending=True).values[:, : top_k + 1]
+            best = logits.detach().flatten(0, 1)[self.serial >= 0].sort(descending=True).values[:, : choices + 1]
             gap = (best[:, :-1] - best[:, 1:]).min() / best.abs().max()
             self.closest = min(self.closest, float(gap))
         return choose(logits, probs)

@@ -3,88 +3,99 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import struct
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescale.layers.feed_forward import FeedForward
-from moescale.moe.experts import Experts
-from moescale.moe.layer import MoELayer
-from moescale.moe.routers import ROUTERS, Router, SigmoidBiasRouter
+from moescale.moe.routers import Router, SigmoidBiasRouter
+from moescale.moe.routers.sequence_choice import balanced_plan
 from moescale.moe.routing import Routing
 from moescale.ops.random import uniform
+from tests.moe.make import KINDS, Kind, make_layer, make_router
 
-CASES = [
-    ("mixtral", 2, None), ("mixtral", 3, None), ("switch", 1, 0.7), ("switch", 1, 1.25), ("gshard", 2, 0.6),
-    ("gshard", 2, 2.0),
-]
-ALL = [*CASES, ("sigmoid_bias", 2, None), ("expert_choice", 2, 1.7)]
+LOOPED = [kind for kind in KINDS if kind.name in ("mixtral", "switch", "gshard", "sinkhorn")]
 
 
-def make_router(
-    name: str, top_k: int, capacity_factor: float | None, num_experts: int = 5, d_model: int = 8, **own: Any
-) -> Router:
-    if name == "sigmoid_bias":
-        own = {"num_expert_groups": 1, "top_k_groups": 1, "routed_scaling": 1.0, "bias_update_rate": 0.001, **own}
-    router = ROUTERS[name](
-        d_model, num_experts, top_k, capacity_factor=capacity_factor, jitter=0.0, salt=6, init="fan_in", **own
-    )
-    torch.nn.init.normal_(router.weight)
-    return router
-
-
-def loop(router: Router, x: torch.Tensor, serial: torch.Tensor, top_k: int) -> tuple[dict, float]:
-    """Route one sequence token by token. -> {(token, expert): weight}, the balance loss times the tokens"""
-    name = next(name for name, kind in ROUTERS.items() if type(router) is kind)
-    num_experts = router.num_experts
-    valid = [t for t in range(len(x)) if serial[t] >= 0]
-    logits = x @ router.weight.detach().T
-    probs = logits.softmax(-1)
-    ranked = {t: sorted(range(num_experts), key=lambda e, t=t: (-float(logits[t, e]), e))[:top_k] for t in valid}
+def loop(kind: Kind, router: Router, logits: torch.Tensor, serial: torch.Tensor) -> tuple[dict, float, float]:
+    """Route one sequence token by token. -> {(token, expert): weight}, the balance loss times the tokens, the slots"""
+    num_experts, train = router.num_experts, router.training
+    valid = [t for t in range(len(logits)) if serial[t] >= 0]
+    probs = logits.softmax(-1).tolist()
+    scores = dict(zip(valid, sinkhorn_loop([logits[t].tolist() for t in valid], num_experts), strict=True)
+                  if kind.name == "sinkhorn" and train else ((t, logits[t].tolist()) for t in valid))
+    tries = kind.own.get("left_behind_choices", kind.top_k)
+    ranked = {t: sorted(range(num_experts), key=lambda e, t=t: (-scores[t][e], -probs[t][e], e))[:tries] for t in valid}
+    factor = kind.factor if train else kind.capacity.get("eval_factor")
     slots = float("inf")
-    if router.capacity_factor is not None and router.training:
-        slots = max(1, int(router.capacity_factor * (len(valid) * top_k / num_experts)))
-    used = [0] * num_experts
-    out: dict[tuple[int, int], float] = {}
-    for choice in range(top_k):
-        for t in valid:
+    if factor is not None:
+        slots = max(kind.capacity.get("least", 1), math.floor(factor * (len(valid) * kind.top_k / num_experts)))
+    order = valid
+    if kind.capacity.get("by_probability"):
+        order = sorted(valid, key=lambda t: (-coarse(max(probs[t])), t))
+    used, out = [0] * num_experts, {}
+    placed = set()  # with stages a token has done with one expert
+    for choice in range(tries):
+        for t in order:
             expert = ranked[t][choice]
-            chosen = [float(logits[t, e]) for e in ranked[t]]
-            weight = float(probs[t, expert]) if name == "switch" else float(torch.tensor(chosen).softmax(0)[choice])
-            coin = float(uniform(serial[t], router.salt + 1))
-            if name == "gshard" and choice == 1 and router.training and not 2 * weight > coin:
+            if t in placed or used[expert] >= slots or (kind.name == "gshard" and choice == 1 and train and not (
+                    2 * weigh(kind, logits[t], ranked[t], choice) > float(uniform(serial[t], router.salt + 1)))):
                 continue
-            if used[expert] < slots:
-                used[expert] += 1
-                out[t, expert] = weight
-    counted = 1 if name == "gshard" else top_k
-    balance = 0.0
-    for e in range(num_experts):
-        share = sum(e in ranked[t][:counted] for t in valid) / (counted * max(1, len(valid)))
-        balance += num_experts * share * sum(float(probs[t, e]) for t in valid)
-    return out, balance
+            used[expert] += 1
+            out[t, expert] = weigh(kind, logits[t], ranked[t], choice)
+            if kind.name == "switch":
+                placed.add(t)
+    counted = 1 if kind.name in ("gshard", "switch") else kind.top_k
+    shares = [sum(e in ranked[t][:counted] for t in valid) / (counted * max(1, len(valid))) for e in range(num_experts)]
+    balance = num_experts * sum(share * sum(probs[t][e] for t in valid) for e, share in enumerate(shares))
+    return out, balance, slots
 
 
-@pytest.mark.parametrize(("name", "top_k", "factor"), CASES)
+def weigh(kind: Kind, logits: torch.Tensor, ranked: list[int], choice: int) -> float:
+    if kind.name in ("switch", "sinkhorn"):
+        return float(logits.softmax(-1)[ranked[choice]])
+    return float(logits[ranked].softmax(-1)[choice])
+
+
+def sinkhorn_loop(logits: list[list[float]], num_experts: int) -> list[list[float]]:
+    """Scale columns to equal sums and rows to one, in turn (Sinkhorn and Knopp, 1967). -> rounded logarithms"""
+    plan = [[math.exp(logit) / sum(map(math.exp, row)) for logit in row] for row in logits]
+    for _ in range(20):
+        loads = [sum(row[e] for row in plan) for e in range(num_experts)]
+        plan = [[row[e] / loads[e] for e in range(num_experts)] for row in plan]
+        plan = [[entry / sum(row) for entry in row] for row in plan]
+    return [[round(math.log(entry) * 2**12) for entry in row] for row in plan]
+
+
+def coarse(number: float) -> int:
+    """Leave 15 bits of a float32's fraction: what differs by less comes in the order of the tokens."""
+    return struct.unpack("<I", struct.pack("<f", number))[0] >> 8
+
+
+@pytest.mark.parametrize("kind", LOOPED, ids=str)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), groups=st.integers(1, 3), tokens=st.integers(1, 14), train=st.booleans())
-def test_router_equals_the_paper(
-    name: str, top_k: int, factor: float | None, seed: int, groups: int, tokens: int, train: bool
-) -> None:
+def test_router_equals_the_paper(kind: Kind, seed: int, groups: int, tokens: int, train: bool) -> None:
     torch.manual_seed(seed)
-    router = make_router(name, top_k, factor).train(train)
+    router = make_router(kind).train(train)
     x = torch.randn(groups, tokens, 8)
+    x[:, tokens - tokens // 3 :] = x[:, : tokens // 3].clone()  # equal tokens: the earlier one comes first
     serial = torch.arange(groups * tokens).view(groups, tokens)
     serial = torch.where(torch.rand(groups, tokens) < 0.2, -1, serial)
+    logits = torch.nn.functional.linear(x, router.weight.detach())
+    result = router(x, serial)
+    experts = torch.arange(5).repeat_interleave(result[0].tokens_per_expert)
     expected, balance = {}, 0.0
     for group in range(groups):
-        out, loss = loop(router, x[group], serial[group], top_k)
+        out, loss, slots = loop(kind, router, logits[group], serial[group])
         expected.update({(group * tokens + t, e): w for (t, e), w in out.items()})
         balance += loss
-    check(router(x, serial), expected, balance)
+        assert int(experts[result[0].token // tokens == group].bincount(minlength=5).max()) <= slots
+    check(result, expected, balance)
+    valid = serial >= 0
+    assert len(expected) + int(router.dropped(result[0], valid)) == int(valid.sum()) * kind.top_k
 
 
 def check(result: tuple[Routing, torch.Tensor], expected: dict[tuple[int, int], float], balance: float) -> None:
@@ -104,8 +115,8 @@ def check(result: tuple[Routing, torch.Tensor], expected: dict[tuple[int, int], 
        groups=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 3), (8, 4)]))
 def test_sigmoid_bias_equals_the_paper(seed: int, tokens: int, top_k: int, groups: tuple[int, int]) -> None:
     torch.manual_seed(seed)
-    router = make_router("sigmoid_bias", top_k, None, 8, num_expert_groups=groups[0], top_k_groups=groups[1],
-                         routed_scaling=2.5)
+    own = {"num_expert_groups": groups[0], "top_k_groups": groups[1], "routed_scaling": 2.5}
+    router = make_router(Kind("sigmoid_bias", top_k, own=own), 8)
     router.expert_bias.normal_(std=0.3)
     x, serial = torch.randn(1, tokens, 8), torch.arange(tokens).view(1, tokens)
     serial = torch.where(torch.rand(1, tokens) < 0.2, -1, serial)
@@ -131,7 +142,7 @@ def test_sigmoid_bias_equals_the_paper(seed: int, tokens: int, top_k: int, group
 def test_expert_choice_equals_the_paper(seed: int, groups: int, tokens: int, train: bool, factor: float) -> None:
     torch.manual_seed(seed)
     top_k = max(1, round(factor))
-    layer = make_layer("expert_choice", top_k, factor).train(train)
+    layer = make_layer(Kind("expert_choice", top_k, factor)).train(train)
     x = torch.randn(groups, tokens, 8)
     x[:, tokens // 2 :] = x[:, : tokens - tokens // 2].clone()  # equal tokens: the earlier one comes first
     serial = torch.arange(groups * tokens).view(groups, tokens)
@@ -152,8 +163,38 @@ def test_expert_choice_equals_the_paper(seed: int, groups: int, tokens: int, tra
     assert int(layer.statistics.dropped) == (left if train else 0)
 
 
+def test_sinkhorn_balances_what_is_skewed_and_no_bias_of_an_expert_moves_it() -> None:
+    torch.manual_seed(5)
+    router = make_router(Kind("sinkhorn", 1), num_experts=4)
+    x, serial = torch.randn(2, 64, 8), torch.arange(128).view(2, 64)
+    x[..., 0] = 1
+    with torch.no_grad():
+        router.weight[:, 0] = torch.tensor([0.0, 0.0, 0.0, 3.0])
+    routing, skewed = router(x, serial)[0], router.eval()(x, serial)[0]
+    assert int(skewed.tokens_per_expert.max()) > 80
+    assert int(routing.tokens_per_expert.max()) <= 40, "even: 32 each"
+    probs = torch.nn.functional.linear(x, router.weight).softmax(-1).flatten(0, 1)
+    assert skewed.tokens_per_expert.tolist() == probs.argmax(-1).bincount(minlength=4).tolist()
+    expert = torch.arange(4).repeat_interleave(routing.tokens_per_expert)
+    torch.testing.assert_close(routing.weight, probs[routing.token, expert])  # raw, with their gradient
+    assert routing.weight.requires_grad
+    with torch.no_grad():
+        router.weight[:, 0] = torch.tensor([1.0, -1.0, 0.5, 0.0])
+    assert torch.equal(router.train()(x, serial)[0].token, routing.token)
+
+
+def test_sinkhorn_without_preference_takes_the_tokens_own_best_whatever_the_rounding_error() -> None:
+    torch.manual_seed(6)
+    router = make_router(Kind("sinkhorn", 2))
+    logits = torch.randn(20, 1, 5).repeat(1, 7, 1)  # equal tokens: an even plan
+    best = logits.argsort(-1, descending=True)[..., :2]
+    for noise in (0.0, 1e-6):
+        plan = balanced_plan(logits + noise * torch.rand_like(logits), torch.ones(20, 7, dtype=torch.bool))
+        assert torch.equal(router.choose(plan, logits.softmax(-1))[0], best)
+
+
 def test_bias_moves_against_the_load_alone() -> None:
-    router = make_router("sigmoid_bias", 2, None, 4)
+    router = make_router(Kind("sigmoid_bias", 2), 4)
     assert isinstance(router, SigmoidBiasRouter)
     router.balance(torch.tensor([7, 2, 4, 3]))
     assert router.expert_bias.tolist() == pytest.approx([-0.001, 0.001, 0, 0.001])
@@ -163,97 +204,8 @@ def test_bias_moves_against_the_load_alone() -> None:
 
 
 def test_equal_logits_take_the_lowest_experts() -> None:
-    router = make_router("mixtral", 2, None)
+    router = make_router(Kind("mixtral", 2))
     torch.nn.init.zeros_(router.weight)
     routing, losses = router(torch.randn(1, 10, 8), torch.arange(10).view(1, 10))
     assert routing.tokens_per_expert.tolist() == [10, 10, 0, 0, 0]
     assert float(losses[0]) == pytest.approx(10)  # uniform probabilities: one a token
-
-
-def test_balance_loss_is_one_when_balanced_and_the_number_of_experts_when_collapsed() -> None:
-    router = make_router("switch", 1, None, num_experts=4, d_model=8)
-    with torch.no_grad():
-        router.weight.copy_(torch.eye(4, 8) * 200)
-    serial = torch.arange(12).view(1, 12)
-    assert float(router(torch.eye(4, 8).repeat(3, 1).unsqueeze(0), serial)[1][0]) / 12 == pytest.approx(1)
-    assert float(router(torch.eye(4, 8)[:1].repeat(12, 1).unsqueeze(0), serial)[1][0]) / 12 == pytest.approx(4)
-
-
-@pytest.mark.parametrize(("name", "top_k", "factor"), ALL)
-def test_padding_changes_nothing(name: str, top_k: int, factor: float | None) -> None:
-    torch.manual_seed(1)
-    layer = make_layer(name, top_k, factor)
-    x, serial = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
-    padded = torch.cat((x, torch.randn(2, 4, 8) * 100), 1)
-    padded_serial = torch.cat((serial, torch.full((2, 4), -1)), 1)
-    y, losses = layer(x, serial)
-    counts = layer.statistics.tokens_per_expert.clone(), layer.statistics.dropped.clone()
-    layer.statistics.reset()
-    y_padded, losses_padded = layer(padded, padded_serial)
-    torch.testing.assert_close(y_padded[:, :9], y)
-    assert not y_padded[:, 9:].any()
-    torch.testing.assert_close(losses_padded, losses)
-    assert torch.equal(layer.statistics.tokens_per_expert, counts[0])
-    assert torch.equal(layer.statistics.dropped, counts[1])
-    if name != "expert_choice":
-        assert int(counts[0].sum() + counts[1]) == 18 * top_k
-
-
-@pytest.mark.parametrize(("name", "top_k", "factor"), ALL)
-def test_causality_is_as_the_table_says(name: str, top_k: int, factor: float | None) -> None:
-    torch.manual_seed(2)
-    layer = make_layer(name, top_k, factor)
-    x, serial = torch.randn(1, 24, 8), torch.arange(24).view(1, 24)
-    before = layer(x, serial)[0]
-    leaks = False
-    for token in range(1, 24):
-        changed = x.clone()
-        changed[:, token] = torch.randn(8) * 3
-        leaks |= not torch.allclose(layer(changed, serial)[0][:, :token], before[:, :token], atol=1e-6)
-    assert leaks == ((name == "gshard" and factor == 0.6) or name == "expert_choice")
-
-
-def test_equal_experts_are_a_dense_layer_forward_and_backward() -> None:
-    torch.manual_seed(3)
-    layer = make_layer("mixtral", 3, None)
-    with torch.no_grad():
-        for weight in layer.experts.parameters():
-            weight.copy_(weight[:1].clone().expand_as(weight))
-    x = torch.randn(2, 7, 8, requires_grad=True)
-    y, _ = layer(x, torch.arange(14).view(2, 7))
-    experts = layer.experts
-    assert experts.gate is not None
-    dense = (torch.nn.functional.silu(x @ experts.gate[0].T) * (x @ experts.up[0].T)) @ experts.down[0].T
-    torch.testing.assert_close(y, dense, atol=1e-5, rtol=1e-5)
-    ours, theirs = (torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (y, dense))
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-def test_shared_experts_answer_every_token_whatever_the_router_drops() -> None:
-    torch.manual_seed(4)
-    layer = make_layer("switch", 1, 0.1)
-    x, serial = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
-    alone, _ = layer(x, serial)
-    assert not alone.any(-1).all()
-    layer.shared = FeedForward(8, 32, "swiglu", "fan_in")
-    for weight in layer.shared.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    gate, up, down = (weight.view(2, 16, 8) if weight.shape[1] == 8 else weight.view(8, 2, 16).permute(1, 0, 2)
-                      for weight in layer.shared.parameters())  # as two experts
-    both = sum((torch.nn.functional.silu(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T for e in range(2))
-    torch.testing.assert_close(layer(x, serial)[0], alone + both, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 3])
-def test_few_tokens_give_every_expert_a_gradient(tokens: int) -> None:
-    layer = make_layer("switch", 1, 1.0)
-    y, losses = layer(torch.randn(1, tokens, 8), torch.arange(tokens).view(1, tokens))
-    (y.sum() + losses.sum()).backward()
-    assert all(parameter.grad is not None for parameter in layer.parameters())
-
-
-def make_layer(name: str, top_k: int, factor: float | None) -> MoELayer:
-    experts = Experts(5, 8, 16, "swiglu", "fan_in")
-    for weight in experts.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    return MoELayer(make_router(name, top_k, factor), experts).train()

@@ -30,6 +30,17 @@ FAMILIES = {
     "expert_choice": {"model": {**MODEL, "init": "fan_in"},
                       "moe": {"num_experts": 8, "top_k": 2, "router": "expert_choice", "capacity_factor": 1.8,
                               "d_ff": 16, "router_z_coefficient": 1e-3}},
+    "surest": {"model": {**MODEL, "init": "fan_in"},
+               "moe": {"num_experts": 8, "top_k": 2, "router": "gshard", "capacity_factor": 0.8, "d_ff": 16,
+                       "drop_by": "probability", "min_capacity": 2, "eval_capacity_factor": 1.0,
+                       "balance_over": "global_batch"}},
+    "left_behind": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+                    "moe": {"num_experts": 4, "top_k": 1, "router": "switch", "capacity_factor": 0.9, "d_ff": 16,
+                            "jitter": 0.01, "left_behind_choices": 3, "balance_over": "micro_batch",
+                            "expert_dropout": 0.2}},
+    "sinkhorn": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+                 "moe": {"num_experts": 8, "top_k": 3, "router": "sinkhorn", "capacity_factor": 1.0, "d_ff": 16,
+                         "drop_by": "probability", "balance_over": "global_batch"}},
     "palm": {"model": {**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
                        "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
                        "pattern": [{"channel_mixer": "feed_forward"}]}},
@@ -39,11 +50,16 @@ LAYOUTS = [  # ranks, parallel degrees
     (4, {}), (4, {"ep": 4}), (4, {"ep": 2, "dp_replicate": 2}), (4, {"tp": 4}),
     (4, {"tp": 2, "ep": 4, "recompute": "full"}), (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}),
     (4, {"pp": 2, "tp": 2, "pp_schedule": "interleaved_1f1b"}),
+    (4, {"ep": 4, "dispatcher": "hierarchical", "node_ranks": 2, "dispatch_chunks": 2, "recompute": "selective"}),
+    (4, {"tp": 2, "ep": 4, "dispatcher": "all_gather", "row_budget": 0.6}),
     (4, {"pp": 2, "cp": 2, "ep": 2, "pp_schedule": "zero_bubble", "recompute": "selective"}),
 ]
-MIXED = [LAYOUTS[index] for index in (8, 9, 11)]  # enough of them for a family of which little is new
+MIXED = [LAYOUTS[index] for index in (8, 9, 11, 12, 13)]  # enough of them for a family of which little is new
+EVERYWHERE = ("mixtral", "switch", "gshard", "palm")
+FEWER = {"surest": [(4, {"ep": 2, "recompute": "full"}), MIXED[1], MIXED[-1]],
+         "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), MIXED[-1]]}
 CASES = [(family, *layout) for family in FAMILIES
-         for layout in (MIXED if family in ("deepseek", "expert_choice") else LAYOUTS)]
+         for layout in (LAYOUTS if family in EVERYWHERE else FEWER.get(family, MIXED))]
 STEPS = 4
 
 
@@ -85,8 +101,9 @@ def run_steps(family: str, parallel: dict[str, Any], compute: str, steps: int) -
             gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
         norm = engine.step()
         figures = [float(x) for x in (losses.cross_entropy, losses.load_balance, losses.router_z, norm)]
-        history.append((figures, routing_metrics(
-            engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)))
+        counts = routing_metrics(
+            engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)
+        history.append((figures, {key: count for key, count in counts.items() if not key.endswith("surplus")}))
     biases = {name: buffer.clone() for name, buffer in engine.model.named_buffers() if name.endswith("expert_bias")}
     evaluated = engine.evaluate(make_batches(99, mesh.batch_rank, mesh.batch_size))
     stop_mesh()

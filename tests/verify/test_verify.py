@@ -19,7 +19,7 @@ from moescale.config import ConfigError, load_config, parse_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.model.language_model import LanguageModel
-from moescale.moe import routers
+from moescale.moe.routers import base
 from moescale.parallel import fsdp
 from moescale.parallel.context import ContextAttention
 from moescale.verify.layouts import Layout, every_layout, layouts_of, parse_layouts, sample_layouts
@@ -48,7 +48,10 @@ def test_sample_of_the_day() -> None:
     """Another router each day, another extent of recompute, other layouts; the printed seed tries the same again."""
     router = ({"router": "mixtral", "capacity_factor": None}, {"router": "gshard"}, {"router": "switch", "top_k": 1},
               {"router": "sigmoid_bias", "capacity_factor": None, "bias_update_rate": 0.05, "num_shared_experts": 1},
-              {"router": "expert_choice", "capacity_factor": 2.0})
+              {"router": "expert_choice", "capacity_factor": 2.0},
+              {"router": "gshard", "drop_by": "probability", "balance_over": "global_batch"},
+              {"router": "switch", "top_k": 1, "left_behind_choices": 2, "balance_over": "micro_batch"},
+              {"router": "sinkhorn", "eval_capacity_factor": 1.5, "balance_over": "global_batch"})
     moe = RUN.moe.model_copy(update=router[TODAY % len(router)])
     recompute = ("none", "selective", "full")[TODAY // 3 % 3]
     parallel = RUN.parallel.model_copy(update={"recompute": recompute})
@@ -83,7 +86,7 @@ FAULTS = {  # what is planted: where, what to replace, what with, the layout, an
         fsdp, "_shard_shared", lambda whole: partial(leave_routers_out, whole), Layout(tp=2),
         ["router gradients", "channel_mixer.router.weight"]),
     "balance loss divided by ep": (
-        routers, "load_balance_loss", lambda whole: lambda *arguments: whole(*arguments) / 2,
+        base, "load_balance_loss", lambda whole: lambda *arguments: whole(*arguments) / 2,
         Layout(dp_shard=2, ep=2), ["load-balance loss only 0.500 times as large"]),
     "a micro-batch dropped": (
         NativeEngine, "forward_backward", lambda whole: lambda engine, batches: whole(engine, batches[:2]),

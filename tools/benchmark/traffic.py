@@ -1,6 +1,6 @@
 """Bytes that each rank sends in one training step, by mesh axis, beside the least that the layout allows.
 
-    python tools/benchmark/traffic.py [CONFIG] [--layouts "tp2, dp2 ep2, ..."] [--passes 4]
+    python tools/benchmark/traffic.py [CONFIG] [KEY=VALUE ...] [--layouts "tp2, dp2 ep2, ..."] [--passes 4]
 
 Counted where torch hands a collective to its backend: what one rank sends to others in a ring (all-gather, reduce-
 scatter: all but its own share; all-reduce: twice that), or by itself (all-to-all, send). The least is arithmetic on the
@@ -12,7 +12,9 @@ fsdp_tp the same for weights that tensor parallelism does not cut
 tp      a gather before and a scatter behind each mixer and dense feed-forward, the embedding's scatter and the head's
         gather, all of them again in backward; three numbers a token for the loss
 cp      keys and values that queries elsewhere look at, and their gradients
-ep      rows whose expert is elsewhere, out and back, forward and backward (to each rank of etp)
+ep      each token to each rank of its experts, once, and the answer back, forward and backward; with each assignment
+        to an expert elsewhere 12 bytes: which one, its weight, and the weight's gradient. With the hierarchical
+        dispatcher ep_nodes and ep_node, the same among the nodes and within one
 pp      features and the router's losses to the next stage, and their gradients
 small   counts, losses and norms, which have no least
 
@@ -35,7 +37,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moescale.config import Config, load_config, sequence_pieces
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
+from moescale.moe.hops import Hop
 from moescale.moe.layer import MoELayer
+from moescale.moe.routing import Routing
 from moescale.parallel.context import deal_pieces
 from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
@@ -86,7 +90,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 def axis_names(mesh: Mesh) -> dict[str, list[str]]:
     """-> the axes of each process group, by its name; axes of all ranks share one"""
     names: dict[str, list[str]] = defaultdict(list)
-    for view in (mesh.data, mesh.dense, mesh.shared, mesh.sparse, mesh.expert):
+    for view in (mesh.data, mesh.dense, mesh.shared, mesh.sparse, mesh.expert, mesh.nodes):
         for axis in (view.mesh_dim_names or ()) if view is not None else ():
             assert view is not None
             if view is mesh.sparse and mesh.expert is not None and axis == "ep":
@@ -99,19 +103,20 @@ def axis_names(mesh: Mesh) -> dict[str, list[str]]:
 class Least:
     """The least that this rank has to send in one step."""
 
-    def __init__(self, config: Config, mesh: Mesh, engine: NativeEngine, passes: int, rows: int) -> None:
-        """rows: whose expert is on another rank, over all layers and passes, for every rank of etp."""
+    def __init__(
+        self, config: Config, mesh: Mesh, engine: NativeEngine, passes: int, travelled: dict[str, int]
+    ) -> None:
+        """travelled: by axis, what must for the routing that was drawn, over all layers and passes."""
         self.config, self.mesh, self.engine, self.passes = config, mesh, engine, passes
         self.wide = 4
         self.size = 2 if config.precision.compute == "bfloat16" else 4
         micro_batch = config.data.micro_batch or 1
         self.part = micro_batch * config.data.seq_len // config.parallel.cp  # tokens of a part, a pass
-        self.sent: dict[str, float] = defaultdict(float)
+        self.sent: dict[str, float] = defaultdict(float, travelled)
         self._weights()
         self._tensor()
         self._context()
         self._pipeline()
-        self.sent["ep"] = 4 * rows * config.model.d_model * self.size
 
     def _weights(self) -> None:
         pipeline = self.config.parallel.pp > 1
@@ -184,10 +189,13 @@ class Least:
 def count(config: Config, passes: int) -> dict[str, tuple[int, float]]:
     """Run one step on this rank. config: settled. -> bytes sent and the least, by axis"""
     mesh = start_mesh(config)
-    engine, rows = NativeEngine(config, mesh), [0]
+    engine, names = NativeEngine(config, mesh), axis_names(mesh)
+    travelled: dict[str, int] = defaultdict(int)
     for module in engine.model.modules():
-        if isinstance(module, MoELayer) and mesh.expert_group is not None:
-            _count_rows(module, mesh, rows)
+        for hop in module.dispatcher.hops if isinstance(module, MoELayer) else ():
+            assert hop.group is not None
+            axis = next(axis for axis in names[hop.group.group_name] if axis.startswith("ep"))
+            _count_tokens(hop, travelled, axis)
     generator = torch.Generator().manual_seed(mesh.batch_rank)
     seq, size = config.data.seq_len, config.data.micro_batch or 1
     batches = []
@@ -198,7 +206,7 @@ def count(config: Config, passes: int) -> dict[str, tuple[int, float]]:
     with Counter() as counter:
         engine.forward_backward(batches)
         engine.step()
-    least, names = Least(config, mesh, engine, passes, rows[0]).sent, axis_names(mesh)
+    least = Least(config, mesh, engine, passes, travelled).sent
     figures: dict[str, tuple[int, float]] = {}
     for group, sent in counter.sent.items():
         axes = [axis for axis in names.get(group, []) if least.get(axis)]
@@ -209,27 +217,35 @@ def count(config: Config, passes: int) -> dict[str, tuple[int, float]]:
     return figures
 
 
-def _count_rows(layer: MoELayer, mesh: Mesh, rows: list[int]) -> None:
-    dispatch, parallel = layer.dispatcher.dispatch, mesh.parallel
-    assert mesh.expert_group is not None
-    place = mesh.expert_group.rank()
+def _count_tokens(hop: Hop, travelled: dict[str, int], axis: str) -> None:
+    """Add to `travelled` what must go from this rank along one leg."""
+    out, group = hop.out, hop.group
+    assert group is not None
 
-    def counting(x: torch.Tensor, routing: Any) -> Any:
-        by_owner = routing.tokens_per_expert.view(parallel.ep, -1).sum(1).repeat_interleave(parallel.etp)
-        rows[0] += int(by_owner.sum() - by_owner[place])
-        return dispatch(x, routing)
+    def counting(x: torch.Tensor, routing: Routing) -> Any:
+        owners = group.size() // hop.copies
+        owner = routing.expert * owners // len(routing.tokens_per_expert)
+        has = torch.zeros(len(x), owners, dtype=torch.int64)
+        has[routing.token, owner] = 1
+        tokens, assignments = has.sum(0), owner.bincount(minlength=owners)
+        for rank in range(group.size()):
+            if rank != group.rank():
+                place = rank // hop.copies
+                travelled[axis] += 4 * int(tokens[place]) * x.shape[1] * x.element_size() + 12 * int(assignments[place])
+        return out(x, routing)
 
-    layer.dispatcher.dispatch = counting  # type: ignore[method-assign]
+    hop.out = counting  # type: ignore[method-assign]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. parallel.dispatcher=hierarchical")
     parser.add_argument("--layouts", default=LAYOUTS)
     parser.add_argument("--passes", type=int, default=4)
     arguments = parser.parse_args()
     table = Table("layout", "axis", "sent, bytes a step", "least", "ratio", title="all ranks together")
-    config = load_config(arguments.config)
+    config = load_config(arguments.config, arguments.overrides)
     for layout in parse_layouts(arguments.layouts, config):
         share = config.data.global_batch // (layout.dp_replicate * layout.dp_shard)
         settled = layout.settle(config, micro_batch=share // arguments.passes)

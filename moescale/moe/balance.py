@@ -1,0 +1,54 @@
+"""Over which tokens the balance loss takes the experts' shares: a sequence, a micro-batch or the global batch.
+
+The loss multiplies two means over the same tokens, the shares of the choices and the probabilities. It is linear in the
+second: once the shares of a scope are known, its loss is a sum over tokens, of which each rank adds up its own. So only
+choices are counted across ranks, in whole numbers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moescale.ops.collectives import Group, all_reduce_sum
+from moescale.ops.sequence import Sequence
+
+
+class SequenceScope:
+    """Each sequence balances by itself, whoever holds its positions."""
+
+    def total(self, choices: Tensor, sequence: Sequence) -> Tensor:
+        """Count over the scope. choices: [groups, experts] int64, of own tokens. -> [groups or 1, experts] int64"""
+        return sequence.sum(choices)
+
+
+class MicroBatchScope(SequenceScope):
+    """The sequences of one pass balance together: `data.micro_batch` in a row of the global batch, in every layout."""
+
+    def total(self, choices: Tensor, sequence: Sequence) -> Tensor:
+        return sequence.sum(choices.sum(0, keepdim=True))
+
+
+class GlobalBatchScope(SequenceScope):
+    """All sequences of a step balance together.
+
+    Where one pass sees them all, it adds up the choices over the ranks of `group` as it goes. Where there are several
+    passes, the first would have to know the last: then `counted` is set to what passes without gradients have found.
+    counted: [1, experts] int64, of the whole global batch. group: the ranks that share it; None = one process.
+    """
+
+    def __init__(self) -> None:
+        self.group: Group = None
+        self.counted: Tensor | None = None
+        self.counting = False  # True while those passes run: each adds its own tokens' choices to `counted`
+
+    def total(self, choices: Tensor, sequence: Sequence) -> Tensor:
+        own = choices.sum(0, keepdim=True)
+        if self.counting:
+            self.counted = own if self.counted is None else self.counted + own
+            return own
+        return all_reduce_sum(own, self.group) if self.counted is None else self.counted
+
+
+SCOPES: dict[str, type[SequenceScope]] = {
+    "sequence": SequenceScope, "micro_batch": MicroBatchScope, "global_batch": GlobalBatchScope,
+}

@@ -1,0 +1,147 @@
+"""What all routers share: logits, losses, capacity, padding. All in float32."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moescale.layers.linear import matrix_fill
+from moescale.moe.balance import SCOPES
+from moescale.moe.capacity import coarse, in_order, within_capacity
+from moescale.moe.losses import load_balance_loss, router_z_loss
+from moescale.moe.routing import Routing, sort_by_expert
+from moescale.ops.random import uniform_features
+from moescale.ops.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many slots an expert has in each group, and who gets them.
+
+    factor: slots over the even share, in training; None = dropless. eval_factor: the same in evaluation.
+    least: slots that there are in any case. by_probability: tokens of which some expert is surer come first, instead of
+    earlier ones.
+    """
+
+    factor: float | None = None
+    eval_factor: float | None = None
+    least: int = 1
+    by_probability: bool = False
+
+
+class Router(nn.Module, ABC):
+    """Choose experts for tokens. weight: [experts, d_model]"""
+
+    balance_choices: int | None = None  # how many of a token's choices the balance loss counts; None = all
+
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int, *, capacity: Capacity, balance_over: str, jitter: float,
+        salt: int, init: str,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.capacity = num_experts, top_k, capacity
+        self.jitter, self.salt = jitter, salt
+        self.num_choices = top_k  # that `choose` gives, of which a token may get fewer
+        self.dropless = False  # True while decoding
+        self.sequence = Sequence()
+        self.scope = SCOPES[balance_over]()
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.initial = {"weight": matrix_fill(init, d_model)}
+
+    def forward(self, x: Tensor, serial: Tensor) -> tuple[Routing, Tensor]:
+        """Route the tokens of each group.
+
+        x: [groups, tokens, d_model], the own positions of each sequence, which is a group.
+        serial: [groups, seq] int64, of the whole sequences; -1 = padding, which goes nowhere.
+        -> Routing of the flattened tokens; [2] float32: load-balance and router z-loss, summed over own valid tokens
+        """
+        valid_whole, serial = serial >= 0, self.sequence.own(serial)
+        valid = serial >= 0
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 router diverges (Switch, sec. 2.4)
+        if self.training and self.jitter:
+            noise = uniform_features(serial, self.salt, x.shape[-1])
+            wide = wide * (1 + self.jitter * (2 * noise - 1))
+        logits = F.linear(wide, self.weight.to(wide.dtype))  # [groups, tokens, experts]
+        probs = self.probabilities(logits)
+        expert, weight, kept = self.decide(logits, probs, serial, valid_whole)  # [groups, tokens, choices]
+        losses = torch.stack((self.balance_loss(expert, probs, valid), router_z_loss(logits, valid)))
+        routing = sort_by_expert(expert.flatten(0, 1), weight.flatten(0, 1), kept.flatten(0, 1), self.num_experts)
+        return routing, losses
+
+    def decide(
+        self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose, and drop. logits, probs: [groups, tokens, experts]. serial: [groups, tokens] int64, own positions.
+
+        valid_whole: [groups, seq] bool. -> expert, weight, kept: [groups, tokens, choices]
+        """
+        expert, weight = self.choose(logits, probs)
+        wanted = self.wanted(weight, serial) & (serial >= 0).unsqueeze(-1)
+        factor = self.capacity.factor if self.training else self.capacity.eval_factor
+        if factor is not None and not self.dropless:
+            slots = self.slots(valid_whole, factor)
+            wanted = self._within_capacity(expert, wanted, probs, slots)
+        return expert, weight, wanted
+
+    def balance_loss(self, expert: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
+        """Count what own tokens chose, and hold it to the scope. -> scalar, summed over own valid tokens"""
+        counted = expert[..., : self.balance_choices]
+        choices = expert.new_zeros(len(expert), self.num_experts)
+        choices.scatter_add_(1, counted.flatten(1), valid.unsqueeze(-1).expand_as(counted).flatten(1).long())
+        return load_balance_loss(probs, self.scope.total(choices, self.sequence), valid)
+
+    def dropped(self, routing: Routing, valid: Tensor) -> Tensor:
+        """Count the choices that have no row. valid: [groups, tokens] bool, own. -> scalar int64"""
+        return valid.sum() * self.top_k - len(routing.token)
+
+    def slots(self, valid: Tensor, factor: float) -> Tensor:
+        """Give one expert its even share of each group's assignments times the factor. -> [groups] int64"""
+        share = valid.sum(1).double() * self.top_k / self.num_experts
+        return (factor * share).long().clamp(min=self.capacity.least)
+
+    def _within_capacity(self, expert: Tensor, wanted: Tensor, probs: Tensor, slots: Tensor) -> Tensor:
+        """Count slots over the whole sequences, whoever holds their positions. slots: [groups] int64"""
+        choice = torch.where(wanted, expert, -1).to(torch.int32)
+        room = slots.unsqueeze(1).expand(-1, self.num_experts)
+        if not self.capacity.by_probability:
+            choice = self.sequence.whole(choice).long()
+            return self.sequence.own(self.place(choice.clamp(min=0), choice >= 0, room))
+        both = self.sequence.whole(torch.cat((choice, coarse(probs.amax(-1, keepdim=True))), -1))
+        order = in_order(both[..., -1]).unsqueeze(-1).expand_as(both[..., :-1])
+        choice = both[..., :-1].long().gather(1, order)  # the surest token first (Riquelme et al., 2021, sec. 4)
+        kept = self.place(choice.clamp(min=0), choice >= 0, room)
+        return self.sequence.own(torch.empty_like(kept).scatter_(1, order, kept))
+
+    def place(self, expert: Tensor, wanted: Tensor, room: Tensor) -> Tensor:
+        """Give out the slots, tokens in their order. expert, wanted: [groups, seq, choices]. -> like wanted
+
+        room: [groups, experts] int64.
+        """
+        return within_capacity(expert, wanted, room)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Say how much of a token each expert would take if it could choose all; they add up to one."""
+        return logits.softmax(-1)
+
+    @abstractmethod
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """logits, probs: [groups, tokens, experts]. -> expert, weight: [groups, tokens, choices], the best first"""
+
+    def wanted(self, weight: Tensor, serial: Tensor) -> Tensor:
+        """Say which choices a token wants before capacity is counted. -> [groups, tokens, choices] bool"""
+        return torch.ones_like(weight, dtype=torch.bool)
+
+
+def normalise(scores: Tensor) -> Tensor:
+    """Make scores add up to one along the last dim."""
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)  # all may be zero
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Take the k largest along the last dim, the best first, the lower index among equals. -> values, indices"""
+    values, indices = scores.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]

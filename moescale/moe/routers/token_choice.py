@@ -1,0 +1,106 @@
+"""Routers by which each token takes the experts that it likes best, for itself alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moescale.moe.capacity import place_left_behind
+from moescale.moe.routers.base import Router, normalise, top_k
+from moescale.ops.random import uniform
+
+
+class MixtralRouter(Router):
+    """The top_k experts, weighed by a softmax over their logits alone (Mixtral of Experts, sec. 2.1)."""
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, expert = top_k(logits, self.top_k)
+        return expert, chosen.softmax(-1)
+
+
+class SwitchRouter(Router):
+    """The best expert, weighed by its raw probability, within a capacity (Switch Transformers, eq. 1 to 3).
+
+    left_behind_choices: how many experts a token tries, best first, until one has room (appendix B).
+    """
+
+    balance_choices = 1
+
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int, *, left_behind_choices: int, **others: Any
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k, **others)
+        self.num_choices = left_behind_choices
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        weight, expert = top_k(probs, self.num_choices)
+        return expert, weight
+
+    def decide(
+        self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        expert, weight, kept = super().decide(logits, probs, serial, valid_whole)
+        return expert, weight, kept & (kept.cumsum(-1) == 1)  # without a capacity all are kept: the first is enough
+
+    def place(self, expert: Tensor, wanted: Tensor, room: Tensor) -> Tensor:
+        return place_left_behind(expert, wanted, room)
+
+
+class GShardRouter(Router):
+    """The best two, normalised over both; the second at random in proportion to its weight (GShard, algorithm 1)."""
+
+    balance_choices = 1
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        weight, expert = top_k(probs, 2)
+        return expert, weight / weight.sum(-1, keepdim=True)
+
+    def wanted(self, weight: Tensor, serial: Tensor) -> Tensor:
+        wanted = super().wanted(weight, serial)
+        if self.training:
+            wanted[..., 1] = 2 * weight[..., 1].detach() > uniform(serial, self.salt + 1)
+        return wanted
+
+
+class SigmoidBiasRouter(Router):
+    """The top_k experts by sigmoid score plus bias, weighed by the scores alone (DeepSeek-V3, eq. 12 to 16).
+
+    The experts lie in groups, in order. A token's come from its best `top_k_groups` of them, by the sum of each one's
+    best two. expert_bias: [experts] float32; it selects, has no gradient, and balances in place of a loss.
+    """
+
+    expert_bias: Tensor
+
+    def __init__(
+        self, d_model: int, num_experts: int, top_k: int, *, num_expert_groups: int, top_k_groups: int,
+        routed_scaling: float, bias_update_rate: float, **others: Any,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k, **others)
+        self.num_expert_groups, self.top_k_groups = num_expert_groups, top_k_groups
+        self.routed_scaling, self.bias_update_rate = routed_scaling, bias_update_rate
+        self.register_buffer("expert_bias", torch.zeros(num_experts))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return normalise(logits.sigmoid())
+
+    def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        scores = logits.sigmoid()
+        biased = scores.detach() + self.expert_bias
+        if self.top_k_groups < self.num_expert_groups:
+            groups = biased.unflatten(-1, (self.num_expert_groups, -1))
+            _, best = top_k(top_k(groups, 2)[0].sum(-1), self.top_k_groups)
+            others = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            biased = groups.masked_fill(others.unsqueeze(-1), float("-inf")).flatten(-2)
+        _, expert = top_k(biased, self.top_k)
+        return expert, self.routed_scaling * normalise(scores.gather(-1, expert))
+
+    @torch.no_grad()
+    def balance(self, load: Tensor) -> None:
+        """Move the bias of each expert against its load (Wang et al., 2024, algorithm 1).
+
+        load: [experts] int64, assignments of one step's whole global batch.
+        """
+        above = (load * self.num_experts - load.sum()).sign()  # of the mean, in whole numbers: the same on every rank
+        self.expert_bias -= self.bias_update_rate * above
