@@ -23,7 +23,7 @@ from moescale.data.tokenizer import check_vocabulary, load_tokenizer
 from moescale.engine.base import Engine, StepLosses
 from moescale.engine.native import NativeEngine
 from moescale.monitor.metrics import JsonLines, Sink, replace_text
-from moescale.monitor.routing import routing_metrics
+from moescale.monitor.routing import routing_metrics, watch
 from moescale.monitor.terminal import Terminal
 from moescale.monitor.wandb import Wandb
 from moescale.parallel.lost_ranks import name_lost_ranks
@@ -131,6 +131,7 @@ class _Run:
             evaluate = last or (config.monitor.eval_every is not None and step % config.monitor.eval_every == 0)
             save = last or step % config.checkpoint.every == 0
             lr = engine.learning_rate
+            watch(engine.model, log or evaluate)
             micro_batches = self.batches.micro_batches(
                 engine.step_count, self.mesh.batch_rank, self.mesh.batch_size, config.data.micro_batch or 1
             )

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "config": set(), "ops": set(), "data": {"config"}, "optim": {"config", "ops"}, "layers": {"ops"},
     "mixers": {"ops", "layers"}, "moe": {"ops", "layers"}, "model": {"config", "ops", "layers", "mixers", "moe"},
     "parallel": {"config", "ops", "layers", "mixers", "moe", "model", "planner"}, "checkpoint": {"config"},
-    "planner": {"config"}, "monitor": {"moe"},
+    "planner": {"config"}, "monitor": {"config", "moe", "planner"},
     "verify": {"config", "data", "engine", "model", "moe", "monitor", "ops", "parallel"},
     "engine": {"config", "data", "model", "ops", "parallel", "optim", "checkpoint"},
 }
