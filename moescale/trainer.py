@@ -22,9 +22,13 @@ from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import check_vocabulary, load_tokenizer
 from moescale.engine.base import Engine, StepLosses
 from moescale.engine.native import NativeEngine
+from moescale.monitor.alerts import Alerts
+from moescale.monitor.held_out import HeldOutRouting
 from moescale.monitor.metrics import JsonLines, Sink, replace_text
+from moescale.monitor.record import HeldOutRecorder
 from moescale.monitor.routing import routing_metrics, watch
 from moescale.monitor.terminal import Terminal
+from moescale.monitor.trace import Tracer
 from moescale.monitor.wandb import Wandb
 from moescale.parallel.lost_ranks import name_lost_ranks
 from moescale.parallel.mesh import Mesh, first_rank, node_ranks, start_mesh, stop_mesh, world_size
@@ -38,9 +42,7 @@ def train(config: Config) -> None:
     Raises ConfigError, before any process group starts wherever that is possible, and TrainingError.
     """
     config = config.for_world(world_size(), node_ranks())
-    if config.monitor.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("monitor.wandb needs the package wandb: pip install 'moescale[wandb]', "
-                          "or write monitor.wandb=off")
+    _check_packages(config)
     run_dir = Path(config.run.dir).expanduser()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,15 @@ def train(config: Config) -> None:
                 run.loop()
         finally:
             stop_mesh()
+
+
+def _check_packages(config: Config) -> None:
+    monitor = config.monitor
+    for key, asked, off, package, extra in (("wandb", monitor.wandb != "off", "off", "wandb", "wandb"),
+                                            ("trace", monitor.trace is not None, "null", "pyarrow", "trace")):
+        if asked and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"monitor.{key} needs the package {package}: pip install 'moescale[{extra}]', "
+                              f"or write monitor.{key}={off}")
 
 
 @contextmanager
@@ -105,6 +116,12 @@ class _Run:
             self.engine.load(checkpoint)
         self.terminal = Terminal(self.engine.step_count, config.run.steps) if mesh.rank == 0 else None
         self.sinks: list[Sink] = self._open_sinks() if mesh.rank == 0 else []
+        moe, monitor = config.moe, config.monitor
+        self.alerts = Alerts(top_k=moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
+        self.tracer = Tracer(run_dir, mesh.rank, trace=monitor.trace_steps, profile=monitor.profile_steps)
+        self.held_out = HeldOutRecorder(mesh.world_group, num_layers=config.model.num_layers, top_k=moe.top_k,
+                                        seq_len=config.data.seq_len)
+        self.highest_loss: Tensor | None = None  # since the last logged step
         self._greet(checkpoint)
 
     def loop(self) -> None:
@@ -135,8 +152,11 @@ class _Run:
             micro_batches = self.batches.micro_batches(
                 engine.step_count, self.mesh.batch_rank, self.mesh.batch_size, config.data.micro_batch or 1
             )
-            losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches])
-            grad_norm = engine.step()
+            with self.tracer.step(step, engine.model, [(batch.tokens, batch.serial) for batch in micro_batches]):
+                losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches])
+                grad_norm = engine.step()
+            loss = losses.cross_entropy
+            self.highest_loss = loss if self.highest_loss is None else torch.maximum(self.highest_loss, loss)
             if self.terminal is not None:
                 self.terminal.advance(step)
             if log or evaluate or save:
@@ -146,7 +166,7 @@ class _Run:
             metrics = self._figures(losses, grad_norm, lr, first, started)
             routing = routing_metrics(engine.model, self.mesh.world_group, num_layers=config.model.num_layers,
                                       num_experts=config.moe.num_experts)
-            self._write({**metrics, **(self._evaluate() if evaluate else {}), **routing})
+            self._write({**metrics, **routing, **(self._evaluate() if evaluate else {})})
         if save:
             engine.save(self.run_dir, self._files())
 
@@ -168,6 +188,7 @@ class _Run:
         figures = {
             "tokens": step * tokens_per_step,
             "loss": losses.cross_entropy.item(),
+            "loss_max": losses.cross_entropy.item() if self.highest_loss is None else self.highest_loss.item(),
             "load_balance_loss": losses.load_balance.item(),
             "router_z_loss": losses.router_z.item(),
             "grad_norm": grad_norm.item(),
@@ -186,17 +207,48 @@ class _Run:
             split, seq_len=config.data.seq_len, num_sequences=config.monitor.eval_sequences,
             rank=self.mesh.batch_rank, num_ranks=self.mesh.batch_size, micro_batch=config.data.micro_batch or 1,
         )
-        loss = self.engine.evaluate([batch.to(self.mesh.device) for batch in batches])
-        return {"eval_loss": loss, "eval_bits_per_byte": loss * split.num_tokens / split.text_bytes / math.log(2)}
+        with self.held_out.recording(self.engine.model):
+            loss = self.engine.evaluate([batch.to(self.mesh.device) for batch in batches])
+        bits = loss * split.num_tokens / split.text_bytes / math.log(2)
+        return {"eval_loss": loss, "eval_bits_per_byte": bits, **self._held_out_routing()}
+
+    def _held_out_routing(self) -> dict[str, float]:
+        """Keep which experts the held-out tokens got. -> how far that moved since the last time"""
+        layers = [index for index, layer in enumerate(self.config.model.layers) if layer.channel_mixer == "moe"]
+        now = self.held_out.result(self.engine.step_count, layers, self._held_out_text) if layers else None
+        if now is None:
+            return {}
+        before = HeldOutRouting.load(self.run_dir)
+        with self._readable_errors():
+            now.save(self.run_dir)
+        return {} if before is None or before.step >= now.step else now.moved_since(before)
+
+    def _held_out_text(self) -> list[str]:
+        """-> the text of each token whose experts are kept"""
+        data, split, tokenizer = self.config.data, self.corpus.held_out, load_tokenizer(self.config.data.tokenizer)
+        batches = held_out_batches(split, seq_len=data.seq_len, num_sequences=self.config.monitor.eval_sequences,
+                                   rank=0, num_ranks=1, micro_batch=1)[: self.held_out.tokens // data.seq_len]
+        return ["" if serial < 0 else "\N{PILCROW SIGN}" if token == tokenizer.boundary else tokenizer.decode([token])
+                for batch in batches for token, serial in zip(batch.tokens[0].tolist(), batch.serial[0].tolist(),
+                                                              strict=True)]
 
     def _write(self, metrics: dict[str, Any]) -> None:
-        step = self.engine.step_count
-        try:
+        self.highest_loss = None
+        if self.sinks:
+            alerts = self.alerts.look(metrics)
+            metrics = {**metrics, "alerts": alerts} if alerts else metrics
+        with self._readable_errors():
             for sink in self.sinks:
-                sink.write(step, metrics)
+                sink.write(self.engine.step_count, metrics)
+
+    @contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise ConfigError(f"the figures of step {step} cannot be written to {self.run_dir}: {error.strerror}; the "
-                              f"last good checkpoint is {latest_checkpoint(self.run_dir) or 'none'}") from None
+            raise ConfigError(f"the figures of step {self.engine.step_count} cannot be written to {self.run_dir}: "
+                              f"{error.strerror}; the last good checkpoint is "
+                              f"{latest_checkpoint(self.run_dir) or 'none'}") from None
 
     def _files(self) -> dict[str, str]:
         """The texts that make a checkpoint complete in itself."""
@@ -214,9 +266,9 @@ class _Run:
         except OSError as error:
             raise ConfigError(f"run.dir={self.run_dir} cannot be written: {error.strerror}") from None
         sinks: list[Sink] = [self.terminal, lines]
-        if config.monitor.wandb != "off":
-            mode, values = config.monitor.wandb, config.model_dump(mode="json")
-            sinks.append(Wandb(self.run_dir, config.monitor.wandb_project, mode, values))
+        mode, project = config.monitor.wandb, config.monitor.wandb_project
+        if mode != "off":
+            sinks.append(Wandb(self.run_dir, project, mode, config.model_dump(mode="json")))
         return sinks
 
     def _greet(self, checkpoint: Path | None) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from moescale.config import ConfigError
 from moescale.monitor.characters import furthest
 from moescale.monitor.history import History
+from moescale.monitor.report_text import load_codes, text_section
 from moescale.monitor.svg import cell_map, line_chart, load_classes, share_classes
 from moescale.planner.count import count_parameters
 
@@ -38,8 +39,9 @@ LEGEND = '<p class="legend"><i class="k0"></i>none <i class="k1"></i>¼ <i class
 def write_report(runs: Sequence[History], path: Path) -> None:
     """Write the page of some runs, laid over each other. Raises ConfigError when it cannot be written."""
     title = escape(" · ".join(run.name for run in runs))
-    body = [_heading(runs), _curves(runs), *(_run(run, index) for index, run in enumerate(runs))]
-    data = json.dumps([_data(run) for run in runs], separators=(",", ":")).replace("<", "\\u003c")
+    sections, moving = zip(*(_run(run, index) for index, run in enumerate(runs)), strict=True)
+    body = [_heading(runs), _curves(runs), *sections]
+    data = json.dumps(moving, separators=(",", ":")).replace("<", "\\u003c")
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
@@ -84,12 +86,13 @@ def _curves(runs: Sequence[History]) -> str:
     return f'<section><h2>Over time</h2><div class="charts">{"".join(charts)}</div></section>'
 
 
-def _run(run: History, index: int) -> str:
-    """What is shown of each run by itself."""
-    parts = [_loads(run, index), _travel(run)]
-    config = escape(run.config.to_yaml())
-    parts.append(f"<details><summary>Configuration of {escape(run.name)}</summary><pre>{config}</pre></details>")
-    return "".join(parts)
+def _run(run: History, index: int) -> tuple[str, dict[str, Any]]:
+    """What is shown of each run by itself. -> HTML, and what the script moves"""
+    text, of_text = text_section(run, index)
+    config = f"<details><summary>Configuration of {escape(run.name)}</summary><pre>{escape(run.config.to_yaml())}</pre>"
+    loads = base64.b64encode(load_codes(run.loads).tobytes()).decode()
+    moving = {"frames": run.frames.tolist(), "layers": run.layers, "experts": run.loads.shape[2], "loads": loads}
+    return _loads(run, index) + text + _travel(run) + config + "</details>", moving | of_text
 
 
 def _loads(run: History, index: int) -> str:
@@ -140,14 +143,6 @@ def _travel(run: History) -> str:
         + '</figure><table><thead><tr><th></th><th>sent</th><th>received</th><th>stayed</th></tr></thead><tbody>'
         + table + "</tbody></table></div></section>"
     )
-
-
-def _data(run: History) -> dict[str, Any]:
-    """What the script moves: loads in one byte each, `128 + 24 log2(load)`, 0 = none."""
-    code = np.clip(np.rint(128 + 24 * np.log2(np.maximum(run.loads, 1e-9))), 1, 255)
-    code = np.where(run.loads < 0.01, 0, code).astype(np.uint8)
-    return {"frames": run.frames.tolist(), "layers": run.layers, "experts": run.loads.shape[2],
-            "loads": base64.b64encode(code.tobytes()).decode()}
 
 
 def _layout(run: History) -> str:

@@ -23,7 +23,7 @@ def line_chart(title: str, curves: Sequence[tuple[str, int, Curve]], unit: str =
     first, last = (pick(float(pick(curve.steps)) for *_, curve in drawn) for pick in (min, max))
     low, high = (pick(float(pick(curve.values)) for *_, curve in drawn) for pick in (min, max))
     if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1)
+        low, high = (low, low + 1) if low == 0 else (low - 0.5 * abs(low), high + 0.5 * abs(high))
     last = max(last, first + 1)
     x = _scale(first, last, LEFT, WIDTH - RIGHT)
     y = _scale(low, high, HEIGHT - BOTTOM, TOP)
@@ -39,7 +39,8 @@ def line_chart(title: str, curves: Sequence[tuple[str, int, Curve]], unit: str =
         mark = f'<circle r="2.5" cx="{points.partition(",")[0]}" cy="{points.partition(",")[2]}"/>'
         parts.append(f'<g class="run{colour}">'
                      + (f'<polyline points="{points}"/>' if len(curve.steps) > 1 else mark) + "</g>")
-    latest = "; ".join(f"{name} {_number(float(curve.values[-1]))}" for name, _, curve in drawn)
+    latest = "; ".join(f"{name if len(drawn) > 1 else ''} {_number(float(curve.values[-1]))}".strip()
+                       for name, _, curve in drawn)
     axis = json.dumps({"x": [first, last, LEFT, WIDTH - RIGHT], "y": [low, high, HEIGHT - BOTTOM, TOP]})
     return (f"<figure class=\"chart\" data-axis='{axis}'><figcaption>{escape(title)} "
             f'<span class="reading">{escape(latest)}{escape(unit)}</span></figcaption>'
@@ -68,7 +69,7 @@ def cell_map(classes: np.ndarray, rows: Sequence[str], columns: tuple[str, str],
     height, width = classes.shape
     every = -(-height // 24)
     names = "".join(f"<span>{escape(row) if index % every == 0 else ''}</span>" for index, row in enumerate(rows))
-    pixels = min(480, max(48, 15 * height))
+    pixels = min(480, max(15, 32 - 2 * height) * height)
     return (f'<div class="map" data-map="{escape(name)}" data-readings="{escape(readings)}"><div class="rows">{names}'
             f'</div><svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" style="height:{pixels}px" '
             f'role="img" aria-label="{escape(label)}">{cell_paths(classes)}</svg><div class="columns">'

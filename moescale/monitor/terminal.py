@@ -48,6 +48,8 @@ class Terminal:
         else:
             left = (self.steps - step) * metrics["tokens"] / step / metrics["tokens_per_second"]
             self.say(f"step {step}/{self.steps}  {figures}  {int(left) // 60}:{int(left) % 60:02d} left")
+        for text in metrics.get("alerts", []):
+            self.say(f"step {step}: {text}")
         if "eval_loss" in metrics:
             self.say(f"step {step}: held-out loss {metrics['eval_loss']:.4f} nats a token, "
                      f"{metrics['eval_bits_per_byte']:.4f} bits a byte")

@@ -4,12 +4,26 @@ const runs = JSON.parse(document.getElementById("data").textContent);
 document.documentElement.classList.add("moving");
 
 for (const run of runs) {
-  const bytes = Uint8Array.from(atob(run.loads), (letter) => letter.charCodeAt(0));
-  run.load = (frame, row, column) => {
-    const code = bytes[(frame * run.layers.length + row) * run.experts + column];
-    return code === 0 ? 0 : 2 ** ((code - 128) / 24);
-  };
+  const loads = decode(run.loads);
+  run.load = (frame, row, column) => loadOf(loads[(frame * run.layers.length + row) * run.experts + column]);
   run.frame = run.frames.length - 1;
+  if (run.shown) {
+    run.layer = run.shown.layers.length - 1;
+    for (const key of ["expert", "weight"]) run.shown[key] = new Int16Array(decode(run.shown[key]).buffer);
+  }
+  for (const key of ["kinds", "pairs"]) {
+    if (!run[key]) continue;
+    const codes = decode(run[key].codes), rows = run[key].rows.length;
+    run[key].value = (row, column) => loadOf(codes[(run.layer * rows + row) * run.experts + column]);
+  }
+}
+
+function decode(text) {
+  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+}
+
+function loadOf(code) {
+  return code === 0 ? 0 : 2 ** ((code - 128) / 24);
 }
 
 function colour(load) {
@@ -49,6 +63,10 @@ const readings = {
     for (let expert = 0; expert < run.experts; expert++) most = Math.max(most, run.load(column, row, expert));
     return `step ${run.frames[column].toLocaleString("en")}, layer ${run.layers[row]}: ${most.toFixed(2)} times the mean`;
   },
+  kinds: (run, row, column) =>
+    `${run.kinds.rows[row]}, expert ${column}: ${run.kinds.value(row, column).toFixed(2)} times an even share`,
+  pairs: (run, row, column) => row === column ? `expert ${row}` :
+    `experts ${row} and ${column}: ${run.pairs.value(row, column).toFixed(2)} times as often`,
 };
 
 for (const map of document.querySelectorAll(".map")) {
@@ -67,6 +85,38 @@ for (const slider of document.querySelectorAll("input[type=range]")) {
     run.frame = Number(slider.value);
     slider.parentElement.querySelector("output").textContent = run.frames[run.frame].toLocaleString("en");
     drawCells(map, run.layers.length, run.experts, (row, column) => colour(run.load(run.frame, row, column)));
+  });
+}
+
+// The experts of a shown token in the chosen layer, the best first, with their weights.
+function expertsOf(run, token) {
+  const { choices, expert, weight } = run.shown, all = expert.length / run.shown.layers.length;
+  const begin = run.layer * all + token * choices;
+  return [...expert.slice(begin, begin + choices)].map((number, place) => [number, weight[begin + place] / 100])
+    .filter(([number]) => number >= 0);
+}
+
+for (const text of document.querySelectorAll(".text")) {
+  const run = runs[text.dataset.run], spans = [...text.children];
+  const say = (token) => expertsOf(run, token).map(([number, weight]) => `expert ${number} ${weight.toFixed(2)}`).join(", ");
+  text.addEventListener("pointerover", (event) => {
+    const token = spans.indexOf(event.target);
+    if (token >= 0) read(text, `${JSON.stringify(event.target.textContent)}: ${say(token) || "no expert"}`);
+  });
+  const select = document.querySelector(`select[data-run="${text.dataset.run}"]`);
+  select.addEventListener("change", () => {
+    run.layer = Number(select.value);
+    text.closest("section").querySelector("b").textContent = run.shown.layers[run.layer];
+    spans.forEach((span, token) => {
+      const [best] = expertsOf(run, token);
+      span.className = best ? "" : "none";
+      if (best) span.style.setProperty("--hue", Math.round(best[0] * 137.508) % 360);
+      span.title = say(token);
+    });
+    for (const key of ["kinds", "pairs"]) {
+      const map = document.querySelector(`[data-map=${key}${text.dataset.run}] svg`);
+      if (map) drawCells(map, run[key].rows.length, run.experts, (row, column) => colour(run[key].value(row, column)));
+    }
   });
 }
 
