@@ -14,7 +14,7 @@ PATIENCE_STEPS = 30  # what is wrong must be so for about as long, in up to thre
 DEAD_SHARE = 0.01  # of the rows that are an expert's even share
 ENOUGH_ROWS = 50  # of an even share, below which an expert may be idle by chance
 COLLAPSED = 0.25  # of the way from all tokens with the same experts (0) to all experts alike (1)
-JUMP, SPREADS = 0.15, 6.0  # above the median of the losses before: a share of it, and so many spreads of them
+JUMP, LEAST_JUMP, SPREADS = 0.15, 0.2, 3.0  # of a loss above those before: a share, nats, and deviations of its noise
 REMEMBERED, ENOUGH_LOSSES = 10, 5
 
 
@@ -28,6 +28,7 @@ class Alerts:
         self.top_k, self.dropped_limit = top_k, dropped_limit
         self.lines: deque[Metrics] = deque(maxlen=min(3, max(1, PATIENCE_STEPS // every)))
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
+        self.highest: deque[float] = deque(maxlen=3)  # the highest loss of the steps up to each logged one
         self.known: set[str] = set()
 
     def look(self, metrics: Metrics) -> list[str]:
@@ -36,6 +37,7 @@ class Alerts:
         found = dict(self._routing()) if len(self.lines) == self.lines.maxlen else {}
         found.update(self._loss(metrics))
         self.losses.append(metrics["loss"])
+        self.highest.append(metrics["loss_max"])
         new = [text for key, text in found.items() if key not in self.known]
         self.known = set(found)
         return new
@@ -67,7 +69,8 @@ class Alerts:
     def _loss(self, metrics: Metrics) -> Iterator[tuple[str, str]]:
         if len(self.losses) < ENOUGH_LOSSES:
             return
-        middle = statistics.median(self.losses)
-        spread = 1.48 * statistics.median(abs(loss - middle) for loss in self.losses)  # a normal deviation
-        if metrics["loss_max"] > middle + max(JUMP * abs(middle), SPREADS * spread):
-            yield "loss", f"loss spike: {metrics['loss_max']:.3f}, after a median of {middle:.3f}"
+        highest, losses = max(self.highest), list(self.losses)
+        bends = [abs(losses[place - 1] - 2 * losses[place] + losses[place + 1]) for place in range(1, len(losses) - 1)]
+        noise = 1.48 * statistics.median(bends) / 6**0.5  # a normal deviation, whatever the trend
+        if metrics["loss_max"] > highest + max(JUMP * abs(highest), LEAST_JUMP, SPREADS * noise):
+            yield "loss", f"loss spike: {metrics['loss_max']:.3f}, after {highest:.3f} at most"

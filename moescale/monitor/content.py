@@ -74,8 +74,8 @@ class Repetition:
     """
 
     first: float
-    first_by_chance: float
     either: float
+    first_by_chance: float
     either_by_chance: float
 
 

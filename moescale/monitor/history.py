@@ -15,7 +15,7 @@ from moescale.config import Config, ConfigError, load_config
 
 MAX_FRAMES = 200
 MAX_CELLS = 2_000_000  # frames x layers x experts
-MAX_POINTS = 400  # stretches of a curve, each with its lowest and its highest value
+MAX_POINTS = 180  # stretches of a curve, each with its lowest and its highest value
 
 
 @dataclass(frozen=True)

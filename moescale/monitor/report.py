@@ -79,11 +79,15 @@ def _heading(runs: Sequence[History]) -> str:
 
 
 def _curves(runs: Sequence[History]) -> str:
-    charts = [
-        line_chart(title, [(run.name, index, run.curves[key]) for index, run in enumerate(runs) if key in run.curves],
-                   unit) for key, (title, unit) in CURVES.items()
-    ]
-    return f'<section><h2>Over time</h2><div class="charts">{"".join(charts)}</div></section>'
+    charts, zero = [], []
+    for key, (title, unit) in CURVES.items():
+        curves = [(run.name, index, run.curves[key]) for index, run in enumerate(runs) if key in run.curves]
+        if curves and not any(curve.values.any() for *_, curve in curves):
+            zero.append(title)
+        else:
+            charts.append(line_chart(title, curves, unit))
+    note = f"<p>Zero throughout: {', '.join(zero)}.</p>" if zero else ""
+    return f'<section><h2>Over time</h2><div class="charts">{"".join(charts)}</div>{note}</section>'
 
 
 def _run(run: History, index: int) -> tuple[str, dict[str, Any]]:

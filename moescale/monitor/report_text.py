@@ -15,6 +15,7 @@ from moescale.monitor.history import History
 from moescale.monitor.svg import cell_map, load_classes
 
 SHOWN_TOKENS = 768
+ENOUGH_TOKENS = 20  # of a kind, to say who gets them
 MOST_PAIRS = 1_000_000  # layers x experts x experts
 
 
@@ -22,11 +23,11 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
     """-> HTML of the last layer, and what the script shows of the others; both empty where nothing was kept"""
     routing = HeldOutRouting.load(run.directory)
     experts = run.config.moe.num_experts
-    if routing is None or not routing.expert.size or not (routing.pieces != "").any():
+    if routing is None or not routing.expert.size:
         return "", {}
     classes = content_classes(routing)
     kinds = class_preference(routing, classes, experts)
-    present = [kind for kind in range(len(CLASSES)) if (classes == kind).any()]
+    present = [kind for kind in range(len(CLASSES)) if (classes == kind).sum() >= ENOUGH_TOKENS]
     kinds, names = kinds[:, present], [CLASSES[kind] for kind in present]
     with_pairs = routing.expert.shape[2] > 1 and kinds.shape[0] * experts**2 <= MOST_PAIRS
     pairs = pair_preference(routing, experts) if with_pairs else None

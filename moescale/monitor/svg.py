@@ -23,7 +23,7 @@ def line_chart(title: str, curves: Sequence[tuple[str, int, Curve]], unit: str =
     first, last = (pick(float(pick(curve.steps)) for *_, curve in drawn) for pick in (min, max))
     low, high = (pick(float(pick(curve.values)) for *_, curve in drawn) for pick in (min, max))
     if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = (low, low + 1) if low == 0 else (low - 0.5 * abs(low), high + 0.5 * abs(high))
+        low, high = low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1)
     last = max(last, first + 1)
     x = _scale(first, last, LEFT, WIDTH - RIGHT)
     y = _scale(low, high, HEIGHT - BOTTOM, TOP)
