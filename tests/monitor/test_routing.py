@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moescale.engine.native import NativeEngine
 from moescale.monitor.routing import routing_metrics
@@ -92,6 +93,18 @@ def test_nodes_are_told_from_ranks(tmp_path: Path) -> None:
     assert 0 < metrics["moe/other_nodes"] < metrics["moe/other_ranks"] <= 1
 
 
+class Operations(TorchDispatchMode):
+    """Writes down which operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_sums_are_their_definitions(kind: Kind) -> None:
     layer, serial = make_layer(kind), torch.arange(24).view(3, 8)
@@ -99,6 +112,9 @@ def test_sums_are_their_definitions(kind: Kind) -> None:
     x, seen = torch.randn(3, 8, 8), []
     probabilities = layer.router.probabilities
     layer.router.probabilities = lambda logits: seen.append(probabilities(logits)) or seen[-1]
+    routing, _ = layer.router(x, serial)
+    layer.statistics.reset()
+    seen.clear()
     _, losses = layer(x, serial)
     with torch.no_grad():
         layer.eval()(x, serial)  # is not counted
@@ -110,6 +126,9 @@ def test_sums_are_their_definitions(kind: Kind) -> None:
     load = layer.statistics.tokens_per_expert.sum().item()
     assert load <= slots if kind.factor is not None else slots == 0
     layer.statistics.watching = False
-    layer.train()(x, serial)
+    with Operations() as operations:
+        layer.statistics.look(seen[0], serial >= 0)
+        layer.statistics.add(layer.router, routing, [routing], losses, serial >= 0)
+    assert not operations.names & {"_local_scalar_dense", "nonzero", "_to_copy"}, "nothing that the host waits for"
     assert layer.statistics.sums.tolist() == [entropy, confidence, balance, z, slots]
     assert layer.statistics.tokens_per_expert.sum().item() == 2 * load, "the load is counted in every step"
