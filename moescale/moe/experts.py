@@ -10,7 +10,6 @@ from moescale.layers.linear import matrix_fill
 from moescale.moe.routing import Routing
 from moescale.ops.collectives import local_tensor
 from moescale.ops.expert_feed_forward import expert_feed_forward
-from moescale.ops.permute import permute, unpermute
 from moescale.ops.random import uniform
 
 
@@ -42,10 +41,8 @@ class Experts(nn.Module):
         """Apply to each token its experts, weigh and add up their answers. x: [tokens, d_model]. -> like x"""
         gate = None if self.gate is None else local_tensor(self.gate).to(x.dtype)
         up, down = local_tensor(self.up).to(x.dtype), local_tensor(self.down).to(x.dtype)
-        rows = permute(x, routing.token, routing.row)  # [assignments, d_model]
         keep = self._keep(routing, up.shape[1]).to(x.dtype) if self.training and self.dropout else None
-        rows = expert_feed_forward(rows, gate, up, down, routing.tokens_per_expert, self.activation, keep)
-        return unpermute(rows, routing.weight, routing.token, routing.row)
+        return expert_feed_forward(x, gate, up, down, routing, self.activation, keep)
 
     def _keep(self, routing: Routing, local_features: int) -> Tensor:
         """Draw what dropout leaves, scaled up: the same in every layout. -> [assignments, d_ff/etp] float32"""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from functools import cache
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-aten = torch.ops.aten
-BLOCK = 64  # queries; 32 takes a twentieth less on two cores and leaves many cores idle, 128 a tenth more
-LONG = 1024  # positions beyond which torch's causal kernel skips as much as blocks would
+from moescale.ops.attention_blocks import attention_in_blocks
+from moescale.ops.attention_chunked import chunked_attention
+from moescale.ops.attention_pattern import Pattern
+from moescale.ops.device import TRITON, triton_runs
+
+LONG = 1024  # positions beyond which torch's causal kernel skips as much as blocks on a processor would
+log = logging.getLogger(__name__)
 
 
 def attention(
@@ -19,60 +24,53 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    causal: bool = True,
     window: int | None = None,
-    positions: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    backend: Literal["auto", "sdpa", "reference"] = "auto",
+    positions: Tensor | None = None,
+    scale: float | None = None,
+    backend: Literal["auto", "triton", "sdpa", "flex", "chunked", "reference"] = "auto",
 ) -> Tensor:
-    """Let each position attend to itself and those before it, in its window and its document.
+    """Let each position attend to those of its document; where causal, to itself and those before, in its window.
 
     q: [batch, seq_q, heads, head_dim], the queries of the last seq_q of the keys' positions.
     k, v: [batch, seq_k, kv_heads, head_dim]; each key head serves heads / kv_heads.
     window: positions that a query sees, itself included. positions: [batch, seq_k] int64, restart at 0 with a document.
-    alibi_slopes: [heads] float32, how much a score loses with each position that the key lies behind (ALiBi, sec. 3).
-    -> [batch, seq_q, heads, head_dim]
+    alibi_slopes: [heads] float32, how much a score loses with each position that the key lies away (ALiBi, sec. 3).
+    scale: of the scores, by default head_dim ** -0.5. backend: `auto` takes what is fastest; all are exact.
+    -> [batch, seq_q, heads, head_dim]. ValueError where a backend cannot do what is asked.
     """
     seq_q, seq_k = q.shape[1], k.shape[1]
     assert seq_q <= seq_k, f"{seq_q} queries do not fit the positions of {seq_k} keys"
-    if backend == "reference":
-        return _reference(q, k, v, window, positions, alibi_slopes)
+    if window is not None and not causal:
+        raise ValueError("window says how far back a query sees: use it with causal=True")
+    window = None if window is None or window >= seq_k else window
     documents = positions if _has_documents(positions) else None
-    masked = seq_q < seq_k or (window is not None and window < seq_k) or documents is not None
-    masked = masked or alibi_slopes is not None
-    if backend == "auto" and q.device.type == "cpu" and (masked or seq_k <= LONG):
-        return _Blocks.apply(q, k, v, window, documents, alibi_slopes)
-    mask = None
-    if masked:  # [batch or 1, heads or 1, seq_q, seq_k]
-        mask = visible(seq_q, seq_k, window, documents, q.device).unsqueeze(-3)
-        mask = mask if alibi_slopes is None else _bias(mask, alibi_slopes, q.dtype)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )  # [batch, heads, seq_q, head_dim]
-    return out.transpose(1, 2)
+    pattern = Pattern(causal, window, documents, alibi_slopes, q.shape[3] ** -0.5 if scale is None else scale)
+    name: str = backend
+    if backend == "auto":
+        name, why = _fastest(q, seq_k, pattern)
+        _say_once(name, why)
+    return _BACKENDS[name](q, k, v, pattern)
 
 
-def visible(seq_q: int, seq_k: int, window: int | None, positions: Tensor | None, device: torch.device) -> Tensor:
-    """Say which keys each query sees. -> [seq_q, seq_k] bool, or [batch, seq_q, seq_k] where there are documents"""
-    index = torch.arange(seq_k, device=device)
-    behind = index[seq_k - seq_q :].unsqueeze(1) - index  # how far the key lies behind the query
-    mask = behind >= 0
-    if window is not None:
-        mask &= behind < window
-    if positions is not None:
-        document = (positions == 0).cumsum(1)
-        mask = mask & (document[:, seq_k - seq_q :].unsqueeze(2) == document.unsqueeze(1))
-    return mask
+def _fastest(q: Tensor, seq_k: int, pattern: Pattern) -> tuple[str, str]:
+    """-> a backend, and why it is taken"""
+    plain = pattern.window is None and pattern.positions is None and pattern.slopes is None and q.shape[1] == seq_k
+    if q.device.type == "cpu":
+        if pattern.causal and (not plain or seq_k <= LONG):
+            return "blocks", "on a processor, blocks skip what queries do not see"
+        return "sdpa", "on a processor, torch's kernel is the fastest where little can be skipped"
+    if plain:
+        return "sdpa", "the vendor's kernels know no faster one without window, documents and biases"
+    if triton_runs(q) and _fits_triton(q):
+        return "triton", "tiles that a window or documents hide are skipped, biases need no memory"
+    return "sdpa", "no kernel of ours runs here"
 
 
-def _bias(sees: Tensor, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores. sees: [..., seq_q, seq_k] bool. slopes: [heads]. -> of the same shape, by head"""
-    if slopes is None:
-        return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, float("-inf"))
-    seq_q, seq_k = sees.shape[-2:]
-    index = torch.arange(seq_k, device=sees.device)
-    behind = index[seq_k - seq_q :].unsqueeze(1) - index
-    return (-slopes.to(dtype).view(-1, 1, 1) * behind).masked_fill(~sees, float("-inf"))
+@cache
+def _say_once(name: str, why: str) -> None:
+    log.debug("attention backend %s: %s", name, why)
 
 
 def _has_documents(positions: Tensor | None) -> bool:
@@ -83,90 +81,85 @@ def _has_documents(positions: Tensor | None) -> bool:
     return bool((positions[:, 1:] == 0).any())
 
 
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, positions: Tensor | None, slopes: Tensor | None
-) -> Tensor:
-    repeats = q.shape[2] // k.shape[2]
+def _fits_triton(q: Tensor) -> bool:
+    return q.dtype != torch.float64 and 16 <= q.shape[3] <= (128 if q.dtype == torch.float32 else 256)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    if not TRITON:
+        raise ValueError("backend=triton needs the package triton: pip install triton, or use backend=auto")
+    if not _fits_triton(q):
+        raise ValueError("backend=triton takes head_dim 16 to 256, in float32 to 128, no float64: use backend=auto")
+    from moescale.ops.attention_triton import flash_attention
+
+    return flash_attention(q, k, v, pattern)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    seq_q, seq_k = q.shape[1], k.shape[1]
+    mask = None
+    square = seq_q == seq_k or not pattern.causal
+    if not square or pattern.window is not None or pattern.positions is not None or pattern.slopes is not None:
+        whole = slice(0, seq_q), slice(0, seq_k), seq_q, seq_k
+        if pattern.slopes is None:
+            mask = pattern.visible(*whole, q.device).unsqueeze(-3)
+        else:
+            mask = pattern.bias(*whole, q.dtype, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+        is_causal=pattern.causal and mask is None, scale=pattern.scale, enable_gqa=q.shape[2] != k.shape[2],
+    )  # [batch, heads, seq_q, head_dim]
+    return out.transpose(1, 2)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    if q.device.type != "cuda":
+        raise ValueError("backend=flex has no backward on a processor: use backend=auto")
+    return flex(q, k, v, pattern, _compiled_flex())
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, flex_attention: Any) -> Tensor:
+    """Say the pattern in the words of torch's FlexAttention. -> like q"""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    shift = k.shape[1] - q.shape[1]
+    document = None if pattern.positions is None else (pattern.positions == 0).cumsum(1)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        behind = query + shift - key
+        seen = behind >= 0 if pattern.causal else behind == behind
+        if pattern.window is not None:
+            seen = seen & (behind < pattern.window)
+        return seen if document is None else seen & (document[batch, query + shift] == document[batch, key])
+
+    def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert pattern.slopes is not None
+        return score - pattern.slopes[head] * (query + shift - key).abs()
+
+    mask = create_block_mask(sees, len(q) if document is not None else None, None, q.shape[1], k.shape[1], q.device)
+    out = flex_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, scale=pattern.scale,
+        score_mod=None if pattern.slopes is None else biased, enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    seq_q, seq_k, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[3] ** -0.5
-    mask = visible(q.shape[1], k.shape[1], window, positions, q.device)
-    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
-    probs = (scores + _bias(mask, slopes, scores.dtype)).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", probs, v)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * pattern.scale
+    bias = pattern.bias(slice(0, seq_q), slice(0, seq_k), seq_q, seq_k, scores.dtype, q.device)
+    return torch.einsum("bhqk,bkhd->bqhd", (scores + bias).softmax(-1), v)
 
 
-class _Blocks(torch.autograd.Function):
-    """On a processor: torch's own kernel, block of queries by block, each with the keys alone that it can see.
-
-    The kernel works in float32 for bfloat16 too: on processors its bfloat16 backward takes twice the time.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, positions: Tensor | None, slopes: Tensor | None
-    ) -> Tensor:
-        wide_q, wide_k, wide_v = _wide(q), _wide(k), _wide(v)
-        out = torch.empty(q.shape, dtype=q.dtype)
-        logs = wide_q.new_empty(q.shape[:3])
-        for rows, keys, mask in _blocks(q.shape[1], k.shape[1], window, positions, slopes, wide_q.dtype):
-            part, log = aten._scaled_dot_product_flash_attention_for_cpu(
-                _heads_first(wide_q, rows), _heads_first(wide_k, keys), _heads_first(wide_v, keys), attn_mask=mask
-            )  # [batch, heads, rows, head_dim], [batch, heads, rows]
-            out[:, rows] = part.transpose(1, 2)
-            logs[:, rows] = log.transpose(1, 2)
-        ctx.window = window
-        ctx.save_for_backward(q, k, v, out, logs, positions, slopes)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        q, k, v, out, logs, positions, slopes = ctx.saved_tensors
-        wide_q, wide_k, wide_v, wide_out, grad = _wide(q), _wide(k), _wide(v), _wide(out), _wide(grad)
-        grad_q = torch.empty(q.shape, dtype=q.dtype)
-        grad_k, grad_v = torch.zeros(k.shape, dtype=wide_q.dtype), torch.zeros(v.shape, dtype=wide_q.dtype)
-        for rows, keys, mask in _blocks(q.shape[1], k.shape[1], ctx.window, positions, slopes, wide_q.dtype):
-            of_q, of_k, of_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads_first(grad, rows), _heads_first(wide_q, rows), _heads_first(wide_k, keys),
-                _heads_first(wide_v, keys), _heads_first(wide_out, rows), _heads_first(logs, rows), 0.0, False,
-                attn_mask=mask,
-            )
-            grad_q[:, rows] = of_q.transpose(1, 2)
-            grad_k[:, keys] += of_k.transpose(1, 2)
-            grad_v[:, keys] += of_v.transpose(1, 2)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
-
-
-def _blocks(
-    seq_q: int, seq_k: int, window: int | None, positions: Tensor | None, slopes: Tensor | None, dtype: torch.dtype
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """-> for each block of queries: its rows, the keys that one of them can see, what to add to the scores."""
-    first, mask = _first_keys(seq_q, seq_k, window, positions), torch.empty(0)
-    for start in range(0, seq_q, BLOCK):
-        stop = min(start + BLOCK, seq_q)
-        keys = slice(first[start], seq_k - seq_q + stop)
-        shape = (stop - start, keys.stop - keys.start)
-        if positions is not None or mask.shape[-2:] != shape:  # without documents, one shape has one mask
-            sees = visible(*shape, window, None if positions is None else positions[:, keys], torch.device("cpu"))
-            mask = _bias(sees.unsqueeze(-3), slopes, dtype)
-            mask = mask if mask.ndim == 4 else mask.unsqueeze(0)
-        yield slice(start, stop), keys, mask
-
-
-def _first_keys(seq_q: int, seq_k: int, window: int | None, positions: Tensor | None) -> list[int]:
-    """-> for each query, before which key no query of any sequence looks, from there on."""
-    index = torch.arange(seq_k)
-    first = torch.zeros_like(index) if window is None else (index - window + 1).clamp(min=0)
-    if positions is not None:
-        document = torch.where(positions == 0, index, 0).cummax(1).values  # [batch, seq_k], where it began
-        first = torch.maximum(first, document.amin(0))
-    return first[seq_k - seq_q :].tolist()
-
-
-def _heads_first(x: Tensor, of: slice) -> Tensor:
-    return x[:, of].transpose(1, 2)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least, and features side by side: the kernel takes their stride to be 1 and does not look."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x if x.stride(-1) == 1 else x.contiguous()
+_BACKENDS = {
+    "triton": _triton, "sdpa": _sdpa, "flex": _flex, "chunked": chunked_attention, "blocks": attention_in_blocks,
+    "reference": _reference,
+}

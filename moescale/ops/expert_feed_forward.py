@@ -1,145 +1,203 @@
-"""The feed-forward of many experts over rows sorted by expert: widen, activate, narrow."""
+"""What experts answer to tokens: widen, activate, narrow; each token's answers are weighed and added up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moescale.ops.device import triton_runs
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
+from moescale.ops.permute import permute, unpermute
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+BLOCK_BYTES = 1 << 21  # of the widest features of a block of rows
+
+
+class Assignments(Protocol):
+    """Which token goes to which expert: what this file needs of a Routing.
+
+    token: [assignments] int64, sorted by expert, none twice at one. weight: [assignments] float32.
+    tokens_per_expert: [experts] int64, zeros allowed. row: [tokens, choices] int64, the inverse of token, -1 = none.
+    """
+
+    @property
+    def token(self) -> Tensor: ...
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def tokens_per_expert(self) -> Tensor: ...
+    @property
+    def row(self) -> Tensor: ...
 
 
 def expert_feed_forward(
-    rows: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, tokens_per_expert: Tensor, activation: str,
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, routing: Assignments, activation: str,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Apply to each row its expert: down(act(gate x) * up x), or down(act(up x)) without gate.
+    """Add up for each token weight * down(act(gate x) * up x) of its experts, or weight * down(act(up x)) without gate.
 
-    rows: [assignments, d_model], sorted by expert. gate, up: [experts, d_ff, d_model]. down: [experts, d_model, d_ff].
-    tokens_per_expert: [experts] int64, zeros allowed. activation: silu, gelu or relu. All of one dtype.
-    keep: [assignments, d_ff], what the hidden features are multiplied by (dropout).
-    -> [assignments, d_model]
+    The weight is applied to the hidden features, so that what the experts answer need not be kept for its gradient.
+    x: [tokens, d_model]. gate, up: [experts, d_ff, d_model]. down: [experts, d_model, d_ff]. All of one dtype.
+    activation: silu, gelu or relu. keep: [assignments, d_ff], what hidden features are multiplied by (dropout).
+    -> like x; sums in float32, a token without experts gives zeros
     """
-    if rows.device.type == "cpu" and keep is None:
-        return _InCache.apply(rows, gate, up, down, tokens_per_expert.tolist(), activation)
-    hidden = grouped_gemm(rows, up, tokens_per_expert)  # [assignments, d_ff]
+    if x.device.type == "cpu" and keep is None:
+        sizes = routing.tokens_per_expert.tolist()
+        return _InCache.apply(x, gate, up, down, routing.weight, routing.token, sizes, activation)
+    if triton_runs(x) and keep is None and gate is not None and activation == "silu":
+        from moescale.ops.expert_feed_forward_triton import fused_experts
+
+        return fused_experts(x, gate, up, down, routing)
+    rows = permute(x, routing.token, routing.row)  # [assignments, d_model]
+    hidden = grouped_gemm(rows, up, routing.tokens_per_expert)  # [assignments, d_ff]
     act = ACTIVATIONS[activation]
-    hidden = act(hidden) if gate is None else act(grouped_gemm(rows, gate, tokens_per_expert)) * hidden
-    return grouped_gemm(hidden if keep is None else hidden * keep, down, tokens_per_expert)
+    hidden = act(hidden) if gate is None else act(grouped_gemm(rows, gate, routing.tokens_per_expert)) * hidden
+    hidden = hidden * routing.weight.unsqueeze(1).to(x.dtype)
+    rows = grouped_gemm(hidden if keep is None else hidden * keep, down, routing.tokens_per_expert)
+    return unpermute(rows, None, routing.token, routing.row)
 
 
 def expert_feed_forward_reference(
-    rows: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, tokens_per_expert: Tensor, activation: str
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, routing: Assignments, activation: str
 ) -> Tensor:
     """Do the same by loops over experts and autograd alone."""
-    hidden = grouped_gemm_reference(rows, up, tokens_per_expert)
-    act = ACTIVATIONS[activation]
-    hidden = act(hidden) if gate is None else act(grouped_gemm_reference(rows, gate, tokens_per_expert)) * hidden
-    return grouped_gemm_reference(hidden, down, tokens_per_expert)
+    rows, act = x[routing.token], ACTIVATIONS[activation]
+    hidden = grouped_gemm_reference(rows, up, routing.tokens_per_expert)
+    if gate is None:
+        hidden = act(hidden)
+    else:
+        hidden = act(grouped_gemm_reference(rows, gate, routing.tokens_per_expert)) * hidden
+    rows = grouped_gemm_reference(hidden, down, routing.tokens_per_expert)
+    return torch.zeros_like(x).index_add(0, routing.token, rows * routing.weight.unsqueeze(1).to(rows.dtype))
+
+
+class _Block(NamedTuple):
+    """Rows of one expert. length: with some of those behind, rounded up. first: of the expert."""
+
+    expert: int
+    start: int
+    size: int
+    length: int
+    first: bool
+
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+    @property
+    def rounded(self) -> slice:
+        return slice(self.start, self.start + self.length)
 
 
 class _InCache(torch.autograd.Function):
-    """On a processor: one expert after another, all its steps while its rows are in the cache.
+    """On a processor: block of rows by block, all its steps while it is in the cache, from gather to sum.
 
-    Kept for backward: the rows and the two products; the activation is computed again. The bfloat16 product of
+    Kept for backward: x and the two products; copies of x and activations are made again. The bfloat16 product of
     processors compiles a kernel for every new number of rows, which takes ten times longer than to run it, and routing
-    brings new numbers at every step: row counts are therefore rounded up. An expert is then multiplied together with
-    some rows of those behind it; what they leave in the output is overwritten when their own turn comes.
+    brings new numbers at every step: row counts are therefore rounded up. A block is then multiplied together with
+    some rows that are not its own; what they leave is overwritten when their turn comes, or multiplied by zeros.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, sizes: list[int], activation: str
+        ctx: Any, x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, weight: Tensor, token: Tensor,
+        sizes: list[int], activation: str,
     ) -> Tensor:
-        ctx.sizes, ctx.activation = sizes, activation
-        wide = rows.new_empty(len(rows), up.shape[1])
+        d_ff, d_model = up.shape[1:]
+        blocks = _cut(sizes, x.dtype, max(d_ff, d_model))
+        longest = max(block.length for block in blocks)
+        wide = x.new_empty(max(block.rounded.stop for block in blocks), d_ff)  # [assignments or a few more, d_ff]
         wide_gate = None if gate is None else torch.empty_like(wide)
-        out, hidden = torch.empty_like(rows), wide.new_empty(_longest(sizes, rows.dtype), up.shape[1])
-        for expert, start, _, length in _ranges(sizes, rows.dtype):
-            x, h = _block(rows, start, length), hidden[:length]
-            u = _product(x, up[expert].T, wide, start)
+        rows, hidden, out = x.new_zeros(longest, d_model), x.new_empty(longest, d_ff), x.new_empty(longest, d_model)
+        y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        factor = weight.to(x.dtype).unsqueeze(1)
+        for block in blocks:
+            a, h, o = rows[: block.length], hidden[: block.length], out[: block.length]
+            torch.index_select(x, 0, token[block.own], out=a[: block.size])
+            u = torch.mm(a, up[block.expert].T, out=wide[block.rounded])
             if gate is None or wide_gate is None:
                 _activate(activation, u, h)
             else:
-                _activate(activation, _product(x, gate[expert].T, wide_gate, start), h).mul_(u)
-            _product(h, down[expert].T, out, start)
-        ctx.save_for_backward(rows, gate, up, down, wide, wide_gate)
-        return out
+                _activate(activation, torch.mm(a, gate[block.expert].T, out=wide_gate[block.rounded]), h).mul_(u)
+            h[: block.size].mul_(factor[block.own])
+            torch.mm(h, down[block.expert].T, out=o)
+            y.index_add_(0, token[block.own], o[: block.size].to(y.dtype))
+        ctx.blocks, ctx.activation = blocks, activation
+        ctx.save_for_backward(x, gate, up, down, weight, token, wide, wide_gate)
+        return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None, None]:
-        rows, gate, up, down, wide, wide_gate = ctx.saved_tensors
-        grad_rows = torch.empty_like(rows)
-        grad_gate = torch.empty_like(gate) if gate is not None else None
-        grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
-        buffers = rows.new_empty(4, _longest(ctx.sizes, rows.dtype), up.shape[1])
-        for expert, start, size, length in _ranges(ctx.sizes, rows.dtype, empty=True):
-            x, u = _block(rows, start, length), _block(wide, start, length)
-            dy = _block(grad[start : start + size], 0, length)  # zeros beyond its own rows cancel the others'
-            act, du, product, dgate = buffers[:, :length]
-            torch.mm(dy, down[expert], out=du)
-            if gate is None or grad_gate is None:
-                _activate(ctx.activation, u, act)
-                torch.mm(dy.T, act, out=grad_down[expert])
-                du = _activate_backward(ctx.activation, du, u, product)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, down, weight, token, wide, wide_gate = ctx.saved_tensors
+        longest = max(block.length for block in ctx.blocks)
+        narrow, buffers = x.new_zeros(3, longest, x.shape[1]), x.new_empty(4, longest, up.shape[1])
+        grad_x = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        grad_up, grad_down, grad_weight = torch.empty_like(up), torch.empty_like(down), torch.empty_like(weight)
+        grad_gate = None if gate is None else torch.empty_like(gate)
+        factor = weight.to(x.dtype).unsqueeze(1)
+        for block in ctx.blocks:
+            own, expert, more = token[block.own], block.expert, int(not block.first)
+            a, dy, da = narrow[:, : block.length]
+            act, hidden, dh, product = buffers[:, : block.length]
+            torch.index_select(x, 0, own, out=a[: block.size])
+            torch.index_select(grad, 0, own, out=dy[: block.size])
+            dy[block.size :] = 0  # cancels rows that are not its own
+            u = wide[block.rounded]
+            torch.mm(dy, down[expert], out=dh)
+            if gate is None or wide_gate is None:
+                hidden = _activate(ctx.activation, u, act)
             else:
-                g = _block(wide_gate, start, length)
-                _activate(ctx.activation, g, act)
-                torch.mm(dy.T, torch.mul(act, u, out=product), out=grad_down[expert])
-                _activate_backward(ctx.activation, torch.mul(du, u, out=product), g, dgate)
-                du.mul_(act)
-                torch.mm(dgate.T, x, out=grad_gate[expert])
-            torch.mm(du.T, x, out=grad_up[expert])
-            _product(du, up[expert], grad_rows, start, None if gate is None else (dgate, gate[expert]))
-        return grad_rows, grad_gate, grad_up, grad_down, None, None
+                torch.mul(_activate(ctx.activation, wide_gate[block.rounded], act), u, out=hidden)
+            _weigh(hidden, dh, product, factor[block.own], grad_weight[block.own])
+            grad_down[expert].addmm_(dy.T, hidden, beta=more)
+            if gate is None or wide_gate is None or grad_gate is None:
+                du = _activate_backward(ctx.activation, dh, u, product)
+                torch.mm(du, up[expert], out=da)
+            else:
+                dgate = hidden  # done with
+                _activate_backward(ctx.activation, torch.mul(dh, u, out=product), wide_gate[block.rounded], dgate)
+                du = dh.mul_(act)
+                grad_gate[expert].addmm_(dgate.T, a, beta=more)
+                torch.mm(dgate, gate[expert], out=da).addmm_(du, up[expert])
+            grad_up[expert].addmm_(du.T, a, beta=more)
+            grad_x.index_add_(0, own, da[: block.size].to(grad_x.dtype))
+        return grad_x.to(x.dtype), grad_gate, grad_up, grad_down, grad_weight, None, None, None
 
 
-def _product(a: Tensor, b: Tensor, into: Tensor, start: int, plus: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Write a @ b, and the product of `plus` added to it, into rows from `start` on, as many as there are.
-
-    -> all rows of it
-    """
-    place = into[start : start + len(a)]
-    product = torch.mm(a, b, out=place if len(place) == len(a) else into.new_empty(len(a), b.shape[1]))
-    if plus is not None:
-        product.addmm_(*plus)
-    if len(place) < len(a):
-        place.copy_(product[: len(place)])
-    return product
+def _weigh(hidden: Tensor, grad: Tensor, product: Tensor, factor: Tensor, grad_weight: Tensor) -> None:
+    """Weigh the hidden features of a block and their gradient, in place. -> grad_weight"""
+    size = len(factor)
+    hidden, grad = hidden[:size], grad[:size]
+    torch.sum(torch.mul(grad, hidden, out=product[:size]), 1, dtype=grad_weight.dtype, out=grad_weight)
+    hidden.mul_(factor)
+    grad.mul_(factor)
 
 
-def _longest(sizes: list[int], dtype: torch.dtype) -> int:
-    return max(_rounded(size, dtype) for size in sizes)
-
-
-def _ranges(sizes: list[int], dtype: torch.dtype, empty: bool = False) -> list[tuple[int, int, int, int]]:
-    """-> expert, first row, rows, rows rounded up, for each expert with rows, or for all"""
-    ranges, start = [], 0
-    for expert, size in enumerate(sizes):
-        if size or empty:
-            ranges.append((expert, start, size, _rounded(size, dtype)))
-        start += size
-    return ranges
+def _cut(sizes: list[int], dtype: torch.dtype, features: int) -> list[_Block]:
+    """Cut each expert's rows into equal blocks that the cache holds; an expert without rows has an empty one."""
+    most = max(256, BLOCK_BYTES // (features * dtype.itemsize))
+    blocks, start = [], 0
+    for expert, rows in enumerate(sizes):
+        end, pieces = start + rows, max(1, -(-rows // most))
+        each = -(-rows // pieces)
+        for piece in range(pieces):
+            size = min(each, end - start)
+            blocks.append(_Block(expert, start, size, _rounded(size, dtype), piece == 0))
+            start += size
+    return blocks
 
 
 def _rounded(size: int, dtype: torch.dtype) -> int:
-    """Round to one of eight sizes an octave, and to 64 at least, where a new size costs a compilation."""
+    """Round to one of sixteen sizes an octave, and to 32 at least, where a new size costs a compilation."""
     if dtype != torch.bfloat16 or size == 0:
         return size
-    unit = max(64, 1 << max(0, size.bit_length() - 4))
+    unit = max(32, 1 << max(0, size.bit_length() - 5))
     return -(-size // unit) * unit
-
-
-def _block(rows: Tensor, start: int, length: int) -> Tensor:
-    """Take `length` rows from `start` on; zeros behind the last one."""
-    block = rows[start : start + length]
-    return block if len(block) == length else F.pad(block, (0, 0, 0, length - len(block)))
 
 
 def _activate(name: str, x: Tensor, out: Tensor) -> Tensor:

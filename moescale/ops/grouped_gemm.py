@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moescale.ops.device import triton_runs
+
 
 def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """Multiply each expert's rows with its matrix; an expert without rows gets a gradient of zeros.
@@ -15,6 +17,10 @@ def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Ten
     """
     if rows.dtype == torch.float64 or len(rows) == 0:
         return grouped_gemm_reference(rows, weight, tokens_per_expert)
+    if triton_runs(rows) and rows.dtype != torch.bfloat16:  # torch's own takes bfloat16 alone there
+        from moescale.ops import grouped_gemm_triton
+
+        return grouped_gemm_triton.grouped_gemm(rows, weight, tokens_per_expert)
     ends = tokens_per_expert.cumsum(0).to(torch.int32)
     return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moescale.ops.device import triton_runs
+
 
 def permute(x: Tensor, token: Tensor, row: Tensor) -> Tensor:
     """Copy each assignment's token into its row.
@@ -19,6 +21,10 @@ def permute(x: Tensor, token: Tensor, row: Tensor) -> Tensor:
     row: [tokens, choices] int64, the inverse: the row of each choice, -1 = none.
     -> [assignments, d_model]
     """
+    if triton_runs(x):
+        from moescale.ops import permute_triton
+
+        return permute_triton.permute(x, token, row)
     return _Permute.apply(x, token, row)
 
 
@@ -28,6 +34,10 @@ def unpermute(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor) -
     rows: [assignments, d_model]. weight: [assignments] float32, None = ones. token, row: as in `permute`.
     -> [tokens, d_model] in the dtype of rows
     """
+    if triton_runs(rows) and weight is not None:
+        from moescale.ops import permute_triton
+
+        return permute_triton.unpermute(rows, weight, token, row)
     return _Unpermute.apply(rows, weight, token, row)
 
 

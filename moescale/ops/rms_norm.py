@@ -8,12 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moescale.ops.device import triton_runs
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide each row by the root of its mean square, then scale; at least float32 inside (RMSNorm, eq. 4).
 
     x: [..., d_model], any floating dtype. weight: [d_model]. -> like x
     """
+    if triton_runs(x):
+        from moescale.ops import rms_norm_triton
+
+        if x.shape[-1] <= rms_norm_triton.LARGEST:
+            return rms_norm_triton.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 

@@ -43,4 +43,4 @@ def test_the_copies_of_tokens_are_not_kept_when_they_are_made_again(extent: str)
         recompute(holder, extent)
     kept = sum(kept_by(experts).values())
     rows = TOKENS * TOP_K
-    assert kept <= (0 if extent == "selective" else rows * 2 * (D_MODEL + D_FF))
+    assert kept <= (0 if extent == "selective" else rows * 2 * D_FF)

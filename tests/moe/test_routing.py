@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.moe.routers import Router, SigmoidBiasRouter
+from moescale.moe.routers.sequence_choice import balanced_plan
 from moescale.moe.routing import Routing
 from moescale.ops.random import uniform
 from tests.moe.make import KINDS, Kind, make_layer, make_router
@@ -180,6 +181,16 @@ def test_sinkhorn_balances_what_is_skewed_and_no_bias_of_an_expert_moves_it() ->
     with torch.no_grad():
         router.weight[:, 0] = torch.tensor([1.0, -1.0, 0.5, 0.0])
     assert torch.equal(router.train()(x, serial)[0].token, routing.token)
+
+
+def test_sinkhorn_without_preference_takes_the_tokens_own_best_whatever_the_rounding_error() -> None:
+    torch.manual_seed(6)
+    router = make_router(Kind("sinkhorn", 2))
+    logits = torch.randn(20, 1, 5).repeat(1, 7, 1)  # equal tokens: an even plan
+    best = logits.argsort(-1, descending=True)[..., :2]
+    for noise in (0.0, 1e-6):
+        plan = balanced_plan(logits + noise * torch.rand_like(logits), torch.ones(20, 7, dtype=torch.bool))
+        assert torch.equal(router.choose(plan, logits.softmax(-1))[0], best)
 
 
 def test_bias_moves_against_the_load_alone() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 
 from moescale.layers.loss import cross_entropy, cross_entropy_reference
 from moescale.layers.positions import alibi_slopes
+from moescale.moe.routing import Routing
+from moescale.ops import expert_feed_forward as expert_feed_forward_module
 from moescale.ops.attention import attention
 from moescale.ops.expert_feed_forward import expert_feed_forward, expert_feed_forward_reference
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
@@ -23,23 +27,35 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.integers(0, 130), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]),
-    st.sampled_from(["silu", "gelu", "relu"]), st.booleans(),
+    st.lists(st.one_of(st.integers(0, 130), st.integers(500, 530)), min_size=1, max_size=6),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["silu", "gelu", "relu"]), st.booleans(),
+    st.sampled_from([0, 1 << 21]), st.booleans(),
 )
-def test_experts_equal_a_loop(sizes: list[int], dtype: torch.dtype, activation: str, gated: bool) -> None:
+def test_experts_equal_a_loop(
+    sizes: list[int], dtype: torch.dtype, activation: str, gated: bool, block_bytes: int, dropout: bool
+) -> None:
+    """Over 540 tokens, some without experts; in blocks of at most 256 rows, or one an expert."""
     torch.manual_seed(sum(sizes))
-    counts, num_experts = torch.tensor(sizes), len(sizes)
-    shapes = [(sum(sizes), 16), (num_experts, 24, 16), (num_experts, 24, 16), (num_experts, 16, 24)]
+    num_experts, tokens = len(sizes), 540
+    token = torch.cat([torch.randperm(tokens)[:size].sort().values for size in sizes])
+    row = torch.full((tokens, num_experts), -1)
+    row[token, torch.arange(num_experts).repeat_interleave(torch.tensor(sizes))] = torch.arange(len(token))
+    shapes = [(tokens, 16), (num_experts, 24, 16), (num_experts, 24, 16), (num_experts, 16, 24)]
     inputs = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    grad = torch.randn(sum(sizes), 16, dtype=dtype)
+    grad, weight = torch.randn(tokens, 16, dtype=dtype), torch.rand(len(token))
+    keep = torch.ones(len(token), 24, dtype=dtype) if dropout else None
     results = []
     for function, to in ((expert_feed_forward, dtype), (expert_feed_forward_reference, torch.float64)):
-        rows, gate, up, down = (tensor.to(to, copy=True).requires_grad_() for tensor in inputs)
-        out = function(rows, gate if gated else None, up, down, counts, activation)
-        out.backward(grad.to(to))
-        results.append((out, rows.grad, up.grad, down.grad, *([gate.grad] if gated else [])))
+        x, gate, up, down = (tensor.to(to, copy=True).requires_grad_() for tensor in inputs)
+        w = weight.to(torch.promote_types(to, torch.float32), copy=True).requires_grad_()
+        routing = Routing(token, w, torch.tensor(sizes), row)
+        arguments = (x, gate if gated else None, up, down, routing, activation)
+        with mock.patch.object(expert_feed_forward_module, "BLOCK_BYTES", block_bytes):
+            out = function(*arguments, keep) if keep is not None and to == dtype else function(*arguments)
+            out.backward(grad.to(to))
+        results.append((out, x.grad, up.grad, down.grad, w.grad, *([gate.grad] if gated else [])))
     for ours, exact in zip(*results, strict=True):
         assert ours.shape == exact.shape
         assert relative(ours.detach(), exact.detach()) < (1e-5 if dtype == torch.float32 else 2e-2)

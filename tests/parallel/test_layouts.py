@@ -36,7 +36,8 @@ FAMILIES = {
                        "balance_over": "global_batch"}},
     "left_behind": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
                     "moe": {"num_experts": 4, "top_k": 1, "router": "switch", "capacity_factor": 0.9, "d_ff": 16,
-                            "jitter": 0.01, "left_behind_choices": 3, "balance_over": "micro_batch"}},
+                            "jitter": 0.01, "left_behind_choices": 3, "balance_over": "micro_batch",
+                            "expert_dropout": 0.2}},
     "sinkhorn": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
                  "moe": {"num_experts": 8, "top_k": 3, "router": "sinkhorn", "capacity_factor": 1.0, "d_ff": 16,
                          "drop_by": "probability", "balance_over": "global_batch"}},
@@ -55,8 +56,8 @@ LAYOUTS = [  # ranks, parallel degrees
 ]
 MIXED = [LAYOUTS[index] for index in (8, 9, 11, 12, 13)]  # enough of them for a family of which little is new
 EVERYWHERE = ("mixtral", "switch", "gshard", "palm")
-FEWER = {"surest": [(4, {}), MIXED[0], MIXED[1], MIXED[-1]], "left_behind": [MIXED[1], MIXED[-1]],
-         "sinkhorn": [MIXED[1], MIXED[-1]]}
+FEWER = {"surest": [(4, {"ep": 2, "recompute": "full"}), MIXED[1], MIXED[-1]],
+         "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), MIXED[-1]]}
 CASES = [(family, *layout) for family in FAMILIES
          for layout in (LAYOUTS if family in EVERYWHERE else FEWER.get(family, MIXED))]
 STEPS = 4

@@ -1,0 +1,80 @@
+"""A whole mixture of SwiGLU experts on one device: rows gathered while loading, weighed and added up on the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moescale.ops.expert_feed_forward import Assignments
+from moescale.ops.grouped_gemm_triton import grad_weight, multiply, multiply_swiglu
+from moescale.ops.permute_triton import sum_of_rows
+
+BLOCK = 1024
+
+
+def fused_experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, routing: Assignments) -> Tensor:
+    """As `ops.expert_feed_forward.expert_feed_forward` with silu and a gate; bfloat16, float16 or float32. -> like x"""
+    return _FusedExperts.apply(
+        x, gate, up, down, routing.weight, routing.token, routing.row, routing.tokens_per_expert
+    )
+
+
+class _FusedExperts(torch.autograd.Function):
+    """Kept for backward: x and the two products of each row. The hidden features are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weight: Tensor, token: Tensor, row: Tensor,
+        tokens_per_expert: Tensor,
+    ) -> Tensor:
+        hidden, of_gate, of_up = multiply_swiglu(x, gate, up, tokens_per_expert, token)
+        rows = multiply(hidden, down, tokens_per_expert, scale=weight)
+        ctx.save_for_backward(x, gate, up, down, weight, token, row, tokens_per_expert, of_gate, of_up)
+        return sum_of_rows(rows, None, row)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, down, weight, token, row, counts, of_gate, of_up = ctx.saved_tensors
+        grad_hidden = multiply(grad, down.mT, counts, token=token)  # not weighed yet: the weight's gradient needs it so
+        hidden, grad_of_gate, grad_of_up = (torch.empty_like(of_gate) for _ in range(3))
+        of_weight = torch.empty_like(weight)
+        if len(token):
+            _swiglu_backward[(len(token),)](
+                grad_hidden, of_gate, of_up, weight, hidden, grad_of_gate, grad_of_up, of_weight, of_gate.shape[1],
+                BLOCK=BLOCK, num_warps=4, num_stages=1,
+            )
+        of_down = grad_weight(grad, hidden, counts, grad_token=token)
+        rows = multiply(grad_of_gate, gate.mT, counts, second=(grad_of_up, up.mT))
+        return (
+            sum_of_rows(rows, None, row), grad_weight(grad_of_gate, x, counts, token=token),
+            grad_weight(grad_of_up, x, counts, token=token), of_down, of_weight, None, None, None,
+        )
+
+
+@triton.jit
+def _swiglu_backward(
+    GradHidden, Gate, Up, Weight, Hidden, GradGate, GradUp, GradWeight, D, BLOCK: tl.constexpr
+):
+    """One row: its hidden features, weighed; the gradients of both products, and of the row's weight."""
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(Weight + row)
+    product = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        at, mask = row * D + column, column < D
+        grad = tl.load(GradHidden + at, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(Gate + at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(Up + at, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        hidden = gate * sigmoid * up
+        product += grad * hidden
+        grad *= weight
+        slope = sigmoid * (1 + gate * (1 - sigmoid))  # of silu
+        tl.store(Hidden + at, (hidden * weight).to(Hidden.dtype.element_ty), mask=mask)
+        tl.store(GradGate + at, (grad * up * slope).to(Hidden.dtype.element_ty), mask=mask)
+        tl.store(GradUp + at, (grad * gate * sigmoid).to(Hidden.dtype.element_ty), mask=mask)
+    tl.store(GradWeight + row, tl.sum(product))

@@ -1,0 +1,25 @@
+"""From a router's logits to its choices, weights and statistics; which rows an expert's tokens get."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def route_reference(logits: Tensor, valid: Tensor, top_k: int, normalised: bool) -> tuple[Tensor, ...]:
+    """Choose the top_k experts of each token, the lower number among equals, with plain torch and autograd.
+
+    logits: [groups, tokens, experts]. valid: [groups, tokens] bool, of the tokens that statistics count.
+    normalised: weights are a softmax over the chosen (Mixtral), else probabilities (Switch Transformers).
+    -> weight: [groups, tokens, top_k]; probs: [groups, experts], summed over valid tokens; z: [groups], the squared
+    log-normaliser, summed so too; expert: [groups, tokens, top_k] int64; assignments: [groups, experts] int64, of valid
+    tokens
+    """
+    probs, mask = logits.softmax(-1), valid.unsqueeze(-1)
+    order = logits.sort(dim=-1, descending=True, stable=True)
+    expert = order.indices[..., :top_k]
+    weight = order.values[..., :top_k].softmax(-1) if normalised else probs.gather(-1, expert)
+    z = (logits.logsumexp(-1).square() * valid).sum(-1)
+    assignments = logits.new_zeros(len(logits), logits.shape[-1], dtype=torch.int64)
+    assignments.scatter_add_(1, expert.flatten(1), mask.expand_as(expert).flatten(1).long())
+    return weight, (probs * mask).sum(1), z, expert, assignments

@@ -1,0 +1,182 @@
+"""A router's choices in one pass over its logits, and the sort of rows by expert; no atomics, a fixed order of sums.
+
+A row of logits stays on the chip: its maximum, its normaliser and the top_k come from one load of it (Milakov and
+Gimelshein, 2018, alg. 4, with a row for a tile). What is summed over tokens is first summed by block.
+
+Letters: T tokens of a block, E experts, of which a power of two are loaded, K choices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def route(logits: Tensor, valid: Tensor, top_k: int, normalised: bool) -> tuple[Tensor, ...]:
+    """As `ops.router.route_reference`; float32. A row without a finite logit is not allowed."""
+    return _Route.apply(logits, valid, top_k, normalised)
+
+
+def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Number the assignments by expert, then by token: a counting sort, stable, in two passes.
+
+    expert: [tokens, choices] int64, -1 = no row. -> token: [tokens x choices], of each row, valid up to the sum of the
+    counts; row: [tokens, choices], its inverse, -1 = none; tokens_per_expert: [experts]; all int64
+    """
+    flat, block = expert.contiguous().flatten(), _block(num_experts)
+    blocks = triton.cdiv(len(flat), block)
+    token, row = torch.empty_like(flat), torch.empty_like(flat)
+    counts = torch.empty(num_experts, blocks, dtype=torch.int64, device=expert.device)
+    options = {"BLOCK": block, "EXPERTS": triton.next_power_of_2(num_experts), "num_warps": 4, "num_stages": 1}
+    if blocks:
+        _count[(blocks,)](flat, counts, len(flat), num_experts, **options)
+        starts = (counts.flatten().cumsum(0) - counts.flatten()).contiguous()
+        _place[(blocks,)](flat, starts, token, row, len(flat), num_experts, expert.shape[1], **options)
+    return token, row.view_as(expert), counts.sum(1)
+
+
+def _block(num_experts: int) -> int:
+    """-> rows of a tile that fits into registers with 4 warps"""
+    return max(1, min(64, 2048 // triton.next_power_of_2(num_experts)))
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, valid: Tensor, top_k: int, normalised: bool) -> tuple[Tensor, ...]:
+        logits, valid = logits.contiguous(), valid.contiguous()
+        (groups, tokens, experts), block = logits.shape, _block(logits.shape[-1])
+        blocks = triton.cdiv(tokens, block)
+        weight = logits.new_empty(groups, tokens, top_k)
+        expert = torch.empty(groups, tokens, top_k, dtype=torch.int64, device=logits.device)
+        log_sum, z = logits.new_empty(groups, tokens), logits.new_empty(groups, blocks)
+        probs = logits.new_empty(groups, blocks, experts)
+        assignments = torch.empty(groups, blocks, experts, dtype=torch.int64, device=logits.device)
+        if logits.numel():
+            _forward[(blocks, groups)](
+                logits, valid, weight, expert, log_sum, probs, assignments, z, tokens, experts,
+                **_options(logits, top_k, normalised),
+            )
+        ctx.normalised = normalised
+        ctx.save_for_backward(logits, valid, weight, expert, log_sum)
+        assignments = assignments.sum(1)
+        ctx.mark_non_differentiable(expert, assignments)
+        return weight, probs.sum(1), z.sum(1), expert, assignments
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_weight: Tensor, grad_probs: Tensor, grad_z: Tensor, *_: None
+    ) -> tuple[Tensor, None, None, None]:
+        logits, valid, weight, expert, log_sum = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        if logits.numel():
+            options = _options(logits, weight.shape[-1], ctx.normalised)
+            _backward[(triton.cdiv(logits.shape[1], options["BLOCK"]), len(logits))](
+                logits, valid, weight, expert, log_sum, grad_weight.contiguous(), grad_probs.contiguous(),
+                grad_z.contiguous(), grad, *logits.shape[1:], **options,
+            )
+        return grad, None, None, None
+
+
+def _options(logits: Tensor, top_k: int, normalised: bool) -> dict[str, Any]:
+    experts = logits.shape[-1]
+    return {"K": top_k, "NORMALISED": normalised, "BLOCK": _block(experts),
+            "EXPERTS": triton.next_power_of_2(experts), "num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def _forward(
+    Logits, Valid, Weight, Expert, LogSum, Probs, Assignments, Z, T, E, K: tl.constexpr, NORMALISED: tl.constexpr,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):
+    block, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token, expert = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
+    row, here = group * T + token, token < T
+    logits = tl.load(Logits + row[:, None] * E + expert[None, :], mask=here[:, None] & (expert < E)[None, :],
+                     other=float("-inf"))
+    logits = tl.where(here[:, None], logits, 0.0)
+    valid = tl.load(Valid + row, mask=here, other=0).to(tl.int32) != 0
+    top = tl.max(logits, 1)
+    total = tl.sum(tl.exp(logits - top[:, None]), 1)
+    log_sum = top + tl.log(total)
+    counts = tl.zeros((BLOCK, EXPERTS), tl.int32)
+    chosen_total, rest = tl.zeros((BLOCK,), tl.float32), logits
+    for choice in tl.static_range(K):
+        best, index = tl.max(rest, 1, return_indices=True, return_indices_tie_break_left=True)
+        taken = expert[None, :] == index[:, None]
+        rest = tl.where(taken, float("-inf"), rest)
+        counts += (taken & valid[:, None]).to(tl.int32)
+        chosen_total += tl.exp(best - top)
+        tl.store(Expert + row * K + choice, index.to(tl.int64), mask=here)
+        tl.store(Weight + row * K + choice, tl.exp(best - (top if NORMALISED else log_sum)), mask=here)
+    if NORMALISED:
+        for choice in tl.static_range(K):
+            at = Weight + row * K + choice
+            tl.store(at, tl.load(at, mask=here, other=0.0) / chosen_total, mask=here)
+    tl.store(LogSum + row, log_sum, mask=here)
+    probs = tl.where(valid[:, None], tl.exp(logits - log_sum[:, None]), 0.0)
+    of_block = group * tl.num_programs(0) + block
+    tl.store(Probs + of_block * E + expert, tl.sum(probs, 0), mask=expert < E)
+    tl.store(Assignments + of_block * E + expert, tl.sum(counts, 0).to(tl.int64), mask=expert < E)
+    tl.store(Z + of_block, tl.sum(tl.where(valid, log_sum * log_sum, 0.0)))
+
+
+@triton.jit
+def _backward(
+    Logits, Valid, Weight, Expert, LogSum, GradWeight, GradProbs, GradZ, Grad, T, E, K: tl.constexpr,
+    NORMALISED: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    token, expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
+    row, here = group * T + token, token < T
+    mask = here[:, None] & (expert < E)[None, :]
+    logits = tl.load(Logits + row[:, None] * E + expert[None, :], mask=mask, other=float("-inf"))
+    log_sum = tl.load(LogSum + row, mask=here, other=0.0)
+    valid = tl.load(Valid + row, mask=here, other=0).to(tl.float32)
+    probs = tl.exp(logits - log_sum[:, None])
+    of_probs = tl.load(GradProbs + group * E + expert, mask=expert < E, other=0.0)[None, :] * valid[:, None]
+    of_log_sum = 2 * tl.load(GradZ + group) * log_sum * valid
+    product = tl.zeros((BLOCK,), tl.float32)  # of weights and their gradients
+    of_chosen = tl.zeros((BLOCK, EXPERTS), tl.float32)
+    chosen = tl.zeros((BLOCK, EXPERTS), tl.float32)  # weights of the chosen
+    for choice in tl.static_range(K):
+        index = tl.load(Expert + row * K + choice, mask=here, other=-1)
+        weight = tl.load(Weight + row * K + choice, mask=here, other=0.0)
+        grad = tl.load(GradWeight + row * K + choice, mask=here, other=0.0)
+        taken = expert[None, :] == index[:, None]
+        product += weight * grad
+        of_chosen += tl.where(taken, grad[:, None], 0.0)
+        chosen += tl.where(taken, weight[:, None], 0.0)
+    if NORMALISED:  # a softmax over the chosen alone
+        total = chosen * (of_chosen - product[:, None])
+    else:
+        total = tl.zeros((BLOCK, EXPERTS), tl.float32)
+        of_probs += of_chosen
+    total += probs * (of_probs - tl.sum(probs * of_probs, 1)[:, None] + of_log_sum[:, None])
+    tl.store(Grad + row[:, None] * E + expert[None, :], total, mask=mask)
+
+
+@triton.jit
+def _count(Expert, Counts, A, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """How many of a block's assignments each expert has. Counts: [experts, blocks]"""
+    block, expert = tl.program_id(0), tl.arange(0, EXPERTS)
+    assignment = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(Expert + assignment, mask=assignment < A, other=-1)
+    counts = tl.sum((chosen[:, None] == expert[None, :]).to(tl.int64), 0)
+    tl.store(Counts + expert * tl.num_programs(0) + block, counts, mask=expert < E)
+
+
+@triton.jit
+def _place(Expert, Starts, Token, Row, A, E, CHOICES, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """The row of each assignment: where its block's share of the expert begins, and those of the block before it."""
+    block, expert = tl.program_id(0), tl.arange(0, EXPERTS)
+    assignment = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(Expert + assignment, mask=assignment < A, other=-1)
+    of_expert = (chosen[:, None] == expert[None, :]).to(tl.int64)  # [BLOCK, EXPERTS]
+    start = tl.load(Starts + expert * tl.num_programs(0) + block, mask=expert < E, other=0)
+    row = tl.sum(of_expert * (start[None, :] + tl.cumsum(of_expert, 0)), 1) - 1  # -1 where none is chosen
+    tl.store(Row + assignment, row, mask=assignment < A)
+    tl.store(Token + row, (assignment // CHOICES).to(tl.int64), mask=(row >= 0) & (assignment < A))

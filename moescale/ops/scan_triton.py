@@ -1,0 +1,167 @@
+"""The selective scan as Triton kernels: a parallel scan within a chunk of positions, chunk after chunk.
+
+States never lie in memory, but for one at the beginning of each chunk; backward computes the others again from it. A
+pair (x, y) stands for h -> x h + y, and pairs compose associatively. What channels add up, b's and c's gradients, is
+first summed by block of channels, without atomics.
+
+Letters: L positions, of which T make a chunk; C channels, of which BLOCK a program has; N d_state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def selective_scan(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    """As `ops.scan.selective_scan`; bfloat16, float16 or float32, states and sums in float32. -> like u"""
+    return _Scan.apply(u, delta, a, b, c, d, positions)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, positions: Tensor | None
+    ) -> Tensor:
+        u, delta, a, b, c, d = (x.contiguous() for x in (u, delta, a, b, c, d))
+        positions = None if positions is None else positions.contiguous()
+        options, out = _options(u, a, positions), torch.empty_like(u)
+        (batch, seq, channels), chunk = u.shape, options["T"]
+        states = torch.empty(
+            batch, triton.cdiv(seq, chunk), *a.shape, dtype=torch.float32, device=u.device
+        )  # before each chunk
+        if u.numel():
+            _forward[(triton.cdiv(channels, options["BLOCK"]), batch)](
+                u, delta, a, b, c, d, positions, out, states, seq, channels, a.shape[1], **options
+            )
+        ctx.save_for_backward(u, delta, a, b, c, d, positions, states)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, a, b, c, d, positions, states = ctx.saved_tensors
+        options, (batch, seq, channels) = _options(u, a, positions), u.shape
+        blocks = triton.cdiv(channels, options["BLOCK"])
+        grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
+        grad_a = torch.zeros(batch, *a.shape, dtype=torch.float32, device=u.device)
+        grad_d = torch.zeros(batch, channels, dtype=torch.float32, device=u.device)
+        grad_b, grad_c = (torch.zeros(blocks, *b.shape, dtype=torch.float32, device=u.device) for _ in range(2))
+        if u.numel():
+            _backward[(blocks, batch)](
+                u, delta, a, b, c, d, positions, states, grad.contiguous(), grad_u, grad_delta, grad_a, grad_b, grad_c,
+                grad_d, seq, channels, a.shape[1], **options,
+            )
+        return (
+            grad_u, grad_delta, grad_a.sum(0).to(a.dtype), grad_b.sum(0).to(b.dtype), grad_c.sum(0).to(c.dtype),
+            grad_d.sum(0).to(d.dtype), None,
+        )
+
+
+def _options(u: Tensor, a: Tensor, positions: Tensor | None) -> dict[str, Any]:
+    states = triton.next_power_of_2(a.shape[1])
+    return {"T": 16 if u.device.type == "cpu" else 32, "BLOCK": max(1, 64 // states), "STATES": states,
+            "DOCUMENTS": positions is not None, "num_warps": 8 if states > 16 else 4, "num_stages": 1}
+
+
+@triton.jit
+def _compose(x1, y1, x2, y2):
+    """-> the second after the first"""
+    return x2 * x1, x2 * y1 + y2
+
+
+@triton.jit
+def _steps(U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMENTS: tl.constexpr):
+    """-> decay and input of the steps at positions t: [T, BLOCK, STATES]; nothing happens beyond the sequence."""
+    here = (t >= 0) & (t < L)
+    at = batch * L + t
+    mask = here[:, None] & (channel < C)[None, :]
+    u = tl.load(U + at[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    delta = tl.load(Delta + at[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(B + at[:, None] * N + state[None, :], mask=here[:, None] & (state < N)[None, :], other=0.0)
+    decay = tl.exp(delta[:, :, None] * a[None, :, :])
+    if DOCUMENTS:
+        begins = tl.load(Positions + at, mask=here, other=1) == 0
+        decay = tl.where(begins[:, None, None], 0.0, decay)
+    return decay, (delta * u)[:, :, None] * b.to(tl.float32)[:, None, :], u, delta, b.to(tl.float32)
+
+
+@triton.jit
+def _forward(
+    U, Delta, A, B, Read, D, Positions, Out, States, L, C, N, T: tl.constexpr, BLOCK: tl.constexpr,
+    STATES: tl.constexpr, DOCUMENTS: tl.constexpr,
+):
+    batch, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(L, T)
+    channel, state, step = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES), tl.arange(0, T)
+    of_state, own = channel[:, None] * N + state[None, :], (channel < C)[:, None] & (state < N)[None, :]
+    a = tl.load(A + of_state, mask=own, other=0.0).to(tl.float32)
+    d = tl.load(D + channel, mask=channel < C, other=0.0).to(tl.float32)
+    h = tl.zeros((BLOCK, STATES), tl.float32)
+    for chunk in range(chunks):
+        tl.store(States + (batch * chunks + chunk) * C * N + of_state, h, mask=own)
+        t = chunk * T + step
+        decay, taken, u, _, _ = _steps(U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMENTS)
+        taken += tl.where((step == 0)[:, None, None], decay * h[None, :, :], 0.0)
+        _, states = tl.associative_scan((decay, taken), 0, _compose)
+        at = batch * L + t
+        c = tl.load(Read + at[:, None] * N + state[None, :], mask=(t < L)[:, None] & (state < N)[None, :], other=0.0)
+        y = tl.sum(states * c.to(tl.float32)[:, None, :], 2) + d[None, :] * u
+        tl.store(Out + at[:, None] * C + channel[None, :], y.to(Out.dtype.element_ty),
+                 mask=(t < L)[:, None] & (channel < C)[None, :])
+        h = tl.sum(tl.where((step == T - 1)[:, None, None], states, 0.0), 0)
+
+
+@triton.jit
+def _backward(
+    U, Delta, A, B, Read, D, Positions, States, Grad, GradU, GradDelta, GradA, GradB, GradC, GradD, L, C, N,
+    T: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, DOCUMENTS: tl.constexpr,
+):
+    """From the last chunk to the first. grad_h_t = c_t grad_t + decay_(t+1) grad_h_(t+1): a scan the other way."""
+    batch, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(L, T)
+    channel, state, step = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES), tl.arange(0, T)
+    of_state, own = channel[:, None] * N + state[None, :], (channel < C)[:, None] & (state < N)[None, :]
+    a = tl.load(A + of_state, mask=own, other=0.0).to(tl.float32)
+    d = tl.load(D + channel, mask=channel < C, other=0.0).to(tl.float32)
+    of_block = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + batch) * L
+    grad_a = tl.zeros((BLOCK, STATES), tl.float32)
+    grad_d = tl.zeros((BLOCK,), tl.float32)
+    carry = tl.zeros((BLOCK, STATES), tl.float32)  # decay times gradient of the first state of the chunk behind
+    for back in range(chunks):
+        chunk = chunks - 1 - back
+        t = chunk * T + step
+        first = tl.load(States + (batch * chunks + chunk) * C * N + of_state, mask=own, other=0.0)
+        # States before each step: a scan over the steps before, the first of which gives what the chunk began with.
+        decay, taken, _, _, _ = _steps(U, Delta, B, Positions, t - 1, L, batch, a, channel, C, state, N, DOCUMENTS)
+        taken = tl.where((step == 0)[:, None, None], first[None, :, :], taken)
+        _, before = tl.associative_scan((decay, taken), 0, _compose)
+        decay, taken, u, delta, b = _steps(
+            U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMENTS
+        )
+        at, mask = batch * L + t, (t < L)[:, None] & (channel < C)[None, :]
+        of_b = at[:, None] * N + state[None, :]
+        mask_b = (t < L)[:, None] & (state < N)[None, :]
+        grad = tl.load(Grad + at[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(Read + of_b, mask=mask_b, other=0.0).to(tl.float32)
+        states = decay * before + taken
+        own_b = (of_block + t)[:, None] * N + state[None, :]
+        tl.store(GradC + own_b, tl.sum(grad[:, :, None] * states, 1), mask=mask_b)
+        after, _, _, _, _ = _steps(U, Delta, B, Positions, t + 1, L, batch, a, channel, C, state, N, DOCUMENTS)
+        given = grad[:, :, None] * c[:, None, :] + tl.where((step == T - 1)[:, None, None], carry[None, :, :], 0.0)
+        _, grad_h = tl.associative_scan((after, given), 0, _compose, reverse=True)
+        carry = tl.sum(tl.where((step == 0)[:, None, None], decay * grad_h, 0.0), 0)
+        of_decay = grad_h * before * decay  # the gradient of delta a
+        grad_a += tl.sum(of_decay * delta[:, :, None], 0)
+        of_input = tl.sum(grad_h * b[:, None, :], 2)  # the gradient of delta u
+        tl.store(GradB + own_b, tl.sum(grad_h * (delta * u)[:, :, None], 1), mask=mask_b)
+        of_delta = tl.sum(of_decay * a[None, :, :], 2) + of_input * u
+        tl.store(GradDelta + at[:, None] * C + channel[None, :], of_delta.to(GradDelta.dtype.element_ty), mask=mask)
+        of_u = of_input * delta + d[None, :] * grad
+        tl.store(GradU + at[:, None] * C + channel[None, :], of_u.to(GradU.dtype.element_ty), mask=mask)
+        grad_d += tl.sum(grad * u, 0)
+    tl.store(GradA + batch * C * N + of_state, grad_a, mask=own)
+    tl.store(GradD + batch * C + channel, grad_d, mask=channel < C)
