@@ -15,7 +15,7 @@ from moescale.config import ConfigError
 from moescale.monitor.characters import furthest
 from moescale.monitor.history import History
 from moescale.monitor.report_text import load_codes, text_section
-from moescale.monitor.svg import cell_map, line_chart, load_classes, share_classes
+from moescale.monitor.svg import COLOURS, cell_map, line_chart, load_classes, share_classes
 from moescale.planner.count import count_parameters
 
 PAGE = Path(__file__).parent / "page"
@@ -73,7 +73,7 @@ def _heading(runs: Sequence[History]) -> str:
                       "dropped": f"{last['moe/dropped']:.1%}"}
         cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles.items())
         alerts = "".join(f"<li>step {step:,}: {escape(text)}</li>" for step, text in run.alerts[-20:])
-        rows.append(f'<h1 class="run{index}">{escape(run.name)}</h1><dl class="tiles">{cells}</dl>'
+        rows.append(f'<h1 class="run{index % COLOURS}">{escape(run.name)}</h1><dl class="tiles">{cells}</dl>'
                     + (f'<ul class="alerts">{alerts}</ul>' if alerts else '<p class="quiet">No alert.</p>'))
     return "<header>" + "".join(rows) + "</header>"
 
@@ -81,7 +81,7 @@ def _heading(runs: Sequence[History]) -> str:
 def _curves(runs: Sequence[History]) -> str:
     charts, zero = [], []
     for key, (title, unit) in CURVES.items():
-        curves = [(run.name, index, run.curves[key]) for index, run in enumerate(runs) if key in run.curves]
+        curves = [(run.name, index % COLOURS, run.curves[key]) for index, run in enumerate(runs) if key in run.curves]
         if curves and not any(curve.values.any() for *_, curve in curves):
             zero.append(title)
         else:
@@ -110,7 +110,7 @@ def _loads(run: History, index: int) -> str:
     worst = "".join(f"<li>layer {run.layers[row]}, expert {column}: {final[row, column]:.2f} times the mean</li>"
                     for row, column in furthest(final, 5))
     return (
-        f'<section><h2>Load of each expert <span class="of run{index}">{escape(run.name)}</span></h2>{LEGEND}'
+        f'<section><h2>Load of each expert <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2>{LEGEND}'
         f'<div class="pair"><figure><figcaption>rows over the layer\'s mean, each layer and expert '
         f'<span class="reading"></span></figcaption>{slider}'
         + cell_map(load_classes(final), layers, ("expert 0", f"expert {experts - 1}"), name=f"load{index}",

@@ -12,7 +12,7 @@ import numpy as np
 from moescale.monitor.content import CLASSES, class_preference, content_classes, pair_preference, repetition
 from moescale.monitor.held_out import HeldOutRouting
 from moescale.monitor.history import History
-from moescale.monitor.svg import cell_map, load_classes
+from moescale.monitor.svg import COLOURS, cell_map, load_classes
 
 SHOWN_TOKENS = 768
 ENOUGH_TOKENS = 20  # of a kind, to say who gets them
@@ -44,7 +44,7 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
                     load_classes(pairs[-1]), [f"expert {expert}" for expert in range(experts)], columns,
                     label="pairs of experts", name=f"pairs{index}", readings="pairs") + "</figure>"
     html = (
-        f'<section><h2>Where text goes <span class="of run{index}">{escape(run.name)}</span></h2><p>Held-out text at '
+        f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2><p>Held-out text at '
         f"step {routing.step:,}; a colour is a token's first expert, here in layer <b>{routing.layers[-1]}</b>.</p>"
         f'<label class="pick">layer <select data-run="{index}">{options}</select></label>'
         f'<figure><figcaption><span class="reading"></span></figcaption>{_coloured(routing, index)}</figure>'

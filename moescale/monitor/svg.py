@@ -12,6 +12,7 @@ import numpy as np
 
 from moescale.monitor.history import Curve
 
+COLOURS = 6  # of runs
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 170, 44, 20, 8, 8
 
 
