@@ -17,15 +17,14 @@ from torch import Tensor
 
 from moescale.checkpoint.store import latest_checkpoint, read_state
 from moescale.config import Config, ConfigError, TrainingError
-from moescale.data.batches import Batches, held_out_batches
+from moescale.data.batches import Batches
 from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import check_vocabulary, load_tokenizer
 from moescale.engine.base import Engine, StepLosses
 from moescale.engine.native import NativeEngine
+from moescale.evaluate import Evaluation
 from moescale.monitor.alerts import Alerts
-from moescale.monitor.held_out import HeldOutRouting
 from moescale.monitor.metrics import JsonLines, Sink, replace_text
-from moescale.monitor.record import HeldOutRecorder
 from moescale.monitor.routing import routing_metrics, watch
 from moescale.monitor.terminal import Terminal
 from moescale.monitor.trace import Tracer
@@ -119,9 +118,8 @@ class _Run:
         moe, monitor = config.moe, config.monitor
         self.alerts = Alerts(top_k=moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
         self.tracer = Tracer(run_dir, mesh.rank, trace=monitor.trace_steps, profile=monitor.profile_steps)
-        self.held_out = HeldOutRecorder(mesh.world_group, num_layers=config.model.num_layers, top_k=moe.top_k,
-                                        seq_len=config.data.seq_len)
-        self.highest_loss: Tensor | None = None  # since the last logged step
+        self.evaluation = Evaluation(config, mesh, corpus.held_out, run_dir)
+        self.highest_loss = torch.full((), -math.inf, dtype=torch.float64, device=mesh.device)  # since the last line
         self._greet(checkpoint)
 
     def loop(self) -> None:
@@ -155,8 +153,7 @@ class _Run:
             with self.tracer.step(step, engine.model, [(batch.tokens, batch.serial) for batch in micro_batches]):
                 losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches])
                 grad_norm = engine.step()
-            loss = losses.cross_entropy
-            self.highest_loss = loss if self.highest_loss is None else torch.maximum(self.highest_loss, loss)
+            self.highest_loss.copy_(torch.maximum(self.highest_loss, losses.cross_entropy))
             if self.terminal is not None:
                 self.terminal.advance(step)
             if log or evaluate or save:
@@ -166,7 +163,9 @@ class _Run:
             metrics = self._figures(losses, grad_norm, lr, first, started)
             routing = routing_metrics(engine.model, self.mesh.world_group, num_layers=config.model.num_layers,
                                       num_experts=config.moe.num_experts)
-            self._write({**metrics, **routing, **(self._evaluate() if evaluate else {})})
+            with self._readable_errors():
+                evaluated = self.evaluation.run(engine) if evaluate else {}
+                self._write({**metrics, **routing, **evaluated})
         if save:
             engine.save(self.run_dir, self._files())
 
@@ -188,7 +187,7 @@ class _Run:
         figures = {
             "tokens": step * tokens_per_step,
             "loss": losses.cross_entropy.item(),
-            "loss_max": losses.cross_entropy.item() if self.highest_loss is None else self.highest_loss.item(),
+            "loss_max": self.highest_loss.item(),
             "load_balance_loss": losses.load_balance.item(),
             "router_z_loss": losses.router_z.item(),
             "grad_norm": grad_norm.item(),
@@ -201,45 +200,13 @@ class _Run:
                 figures["mfu"] = model_flops_per_token(config) * speed / (peak * self.mesh.world_size)
         return figures
 
-    def _evaluate(self) -> dict[str, float]:
-        config, split = self.config, self.corpus.held_out
-        batches = held_out_batches(
-            split, seq_len=config.data.seq_len, num_sequences=config.monitor.eval_sequences,
-            rank=self.mesh.batch_rank, num_ranks=self.mesh.batch_size, micro_batch=config.data.micro_batch or 1,
-        )
-        with self.held_out.recording(self.engine.model):
-            loss = self.engine.evaluate([batch.to(self.mesh.device) for batch in batches])
-        bits = loss * split.num_tokens / split.text_bytes / math.log(2)
-        return {"eval_loss": loss, "eval_bits_per_byte": bits, **self._held_out_routing()}
-
-    def _held_out_routing(self) -> dict[str, float]:
-        """Keep which experts the held-out tokens got. -> how far that moved since the last time"""
-        layers = [index for index, layer in enumerate(self.config.model.layers) if layer.channel_mixer == "moe"]
-        now = self.held_out.result(self.engine.step_count, layers, self._held_out_text) if layers else None
-        if now is None:
-            return {}
-        before = HeldOutRouting.load(self.run_dir)
-        with self._readable_errors():
-            now.save(self.run_dir)
-        return {} if before is None or before.step >= now.step else now.moved_since(before)
-
-    def _held_out_text(self) -> list[str]:
-        """-> the text of each token whose experts are kept"""
-        data, split, tokenizer = self.config.data, self.corpus.held_out, load_tokenizer(self.config.data.tokenizer)
-        batches = held_out_batches(split, seq_len=data.seq_len, num_sequences=self.config.monitor.eval_sequences,
-                                   rank=0, num_ranks=1, micro_batch=1)[: self.held_out.tokens // data.seq_len]
-        return ["" if serial < 0 else "\N{PILCROW SIGN}" if token == tokenizer.boundary else tokenizer.decode([token])
-                for batch in batches for token, serial in zip(batch.tokens[0].tolist(), batch.serial[0].tolist(),
-                                                              strict=True)]
-
     def _write(self, metrics: dict[str, Any]) -> None:
-        self.highest_loss = None
+        self.highest_loss.fill_(-math.inf)
         if self.sinks:
             alerts = self.alerts.look(metrics)
             metrics = {**metrics, "alerts": alerts} if alerts else metrics
-        with self._readable_errors():
-            for sink in self.sinks:
-                sink.write(self.engine.step_count, metrics)
+        for sink in self.sinks:
+            sink.write(self.engine.step_count, metrics)
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:

@@ -44,8 +44,9 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
                     load_classes(pairs[-1]), [f"expert {expert}" for expert in range(experts)], columns,
                     label="pairs of experts", name=f"pairs{index}", readings="pairs") + "</figure>"
     html = (
-        f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2><p>Held-out text at '
-        f"step {routing.step:,}; a colour is a token's first expert, here in layer <b>{routing.layers[-1]}</b>.</p>"
+        f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2><p>'
+        f"Held-out text at step {routing.step:,}; a colour is a token's first expert, here in layer "
+        f"<b>{routing.layers[-1]}</b>.</p>"
         f'<label class="pick">layer <select data-run="{index}">{options}</select></label>'
         f'<figure><figcaption><span class="reading"></span></figcaption>{_coloured(routing, index)}</figure>'
         f'<div class="pair">{maps}</div>{_repetition(run, routing)}</section>'
