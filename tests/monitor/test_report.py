@@ -46,7 +46,7 @@ def make_run(run: Path, *, layers: int, experts: int, steps: int, dead: int = 1)
 
 def make_text(run: Path, layers: int, experts: int) -> HeldOutRouting:
     rng = np.random.default_rng(1)
-    pieces = np.array([*TEXT, "", ""] * 3)
+    pieces = np.array([*TEXT, "\n", "x", *TEXT, "", "", *TEXT, "\n", "x"])
     expert = np.stack([[rng.permutation(experts)[:2] for _ in pieces] for _ in range(layers)]).astype(np.int16)
     expert[:, pieces == ""] = -1
     routing = HeldOutRouting(50, np.arange(layers), len(TEXT) + 2, pieces, expert, rng.random(expert.shape, np.float32))
@@ -89,7 +89,7 @@ def test_kinds_of_text_and_repetition_against_loops(tmp_path: Path) -> None:
                 "punctuation"] + ["white space"] * 5 + ["keyword"] * 6 + ["white space"] + ["identifier"] * 2
                 + ["white space", "punctuation", "white space", "number", "number", "white space", "white space"])
     assert kinds == expected
-    assert (content_classes(routing)[len(TEXT) : len(TEXT) + 2] == -1).all()
+    assert (content_classes(routing)[2 * len(TEXT) + 2 : 2 * len(TEXT) + 4] == -1).all()
     for expert, found in zip(routing.expert, repetition(routing), strict=True):
         first, either, pairs = 0, 0, 0
         for token in range(1, len(expert)):
@@ -115,9 +115,10 @@ def test_how_far_routing_moved(tmp_path: Path) -> None:
     expert = before.expert[:, :, ::-1].copy()  # the same experts in another order
     expert[1, 0] = [e for e in range(4) if e not in expert[1, 0]]
     after = HeldOutRouting(60, before.layers, before.seq_len, before.pieces, expert, before.weight)
+    tokens = 3 * len(TEXT) + 4
     moved = after.moved_since(HeldOutRouting.load(tmp_path))
-    assert moved == {"moe/layer_00/moved": 0, "moe/layer_01/moved": pytest.approx(1 / (3 * len(TEXT))),
-                     "moe/moved": pytest.approx(1 / (6 * len(TEXT)))}
+    assert moved == {"moe/layer_00/moved": 0, "moe/layer_01/moved": pytest.approx(1 / tokens),
+                     "moe/moved": pytest.approx(1 / 2 / tokens)}
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,6 @@ def test_without_a_script_the_pictures_are_there(tmp_path: Path) -> None:
     static = page[: page.index("<script")]
     assert len(re.findall(r'<path class="c\d+" d="M', static)) > 20
     assert static.count("<polyline") >= 2
-    assert static.count("--hue:") == 3 * len(TEXT)
+    assert static.count("--hue:") == 3 * len(TEXT) + 4
     assert "https://" not in page
     assert "<1> of 4" not in page
