@@ -1,6 +1,6 @@
 """What watching the routing costs: steps with nothing counted, with the load alone, and logged ones, in alternation.
 
-    python tools/benchmark/monitor.py [CONFIG] [KEY=VALUE ...] [--threads 1] [--rounds 40]
+    python tools/benchmark/monitor.py [CONFIG [KEY=VALUE ...]] [--threads 1] [--rounds 40]
 
 Two measures. *Inside* adds up the time that the statistics and the logging take within the steps, exact where the host
 computes everything itself. *Whole* compares the medians of whole steps, and is as noisy as the machine.
