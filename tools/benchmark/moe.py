@@ -91,7 +91,7 @@ def plot(results: list[Result], path: Path) -> None:
                   [1000 * max(seconds) - median for median, (_, seconds) in zip(medians, timed, strict=True)]]
         colours = ["tab:orange" if label.startswith("moescale") else "tab:grey" for label, _ in timed]
         panel.barh([label for label, _ in timed], medians, xerr=spread, color=colours, ecolor="black")
-        panel.set(title=title, xlabel="milliseconds, forward and backward", xscale="log")
+        panel.set(title=title, xlabel="milliseconds, forward and backward")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
