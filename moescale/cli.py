@@ -1,4 +1,4 @@
-"""The command line: `moescale train | generate | verify`; also `python -m moescale`, alone or under torchrun."""
+"""The command line: `moescale train | generate | verify | convert`; also `python -m moescale`, or under torchrun."""
 
 from __future__ import annotations
 
@@ -109,6 +109,66 @@ def verify(
 
         if not run(settled, layouts=layouts, ranks=ranks, seed=seed, json=json):
             raise typer.Exit(1)
+
+
+@app.command(no_args_is_help=True)
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of any known format, or a run directory.")],
+    destination: Annotated[Path | None, typer.Argument(help="A folder that does not exist yet.")] = None,
+    to: Annotated[str | None, typer.Option(help="moescale, hf, megatron or deepspeed.")] = None,
+    ep: Annotated[int, typer.Option(min=1, help="Ranks that share the experts, in the files.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks that share each matrix.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Ranks in a row, each with some of the layers.")] = 1,
+    etp: Annotated[int, typer.Option(min=1, help="Ranks that share each expert.")] = 1,
+    style: Annotated[str | None, typer.Option(
+        help="hf: published, fused; megatron: torch_dist, sequential, grouped, te_grouped.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the source's, if not given.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Run both models on the same tokens first.")] = False,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Print what SOURCE holds, and write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --inspect: as JSON.")] = False,
+    upcycle: Annotated[int | None, typer.Option(min=1, help="Make a dense model one of so many experts.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="With --upcycle; 2 copies if not given.")] = None,
+    granularity: Annotated[int, typer.Option(min=1, help="With --upcycle: parts that a copy is cut into.")] = 1,
+    noise: Annotated[float, typer.Option(min=0, help="Added to copies, over each matrix's deviation.")] = 0.0,
+    experts: Annotated[int | None, typer.Option(min=1, help="Copy experts up to so many; logits stay.")] = None,
+    drop_experts: Annotated[int | None, typer.Option(min=1, help="Leave out so many of the idlest.")] = None,
+    merge_experts: Annotated[int | None, typer.Option(min=1, help="Merge so many of the idlest into others.")] = None,
+    place_experts: Annotated[int | None, typer.Option(
+        min=1, metavar="EP", help="Renumber experts so that EP ranks have equal loads.")] = None,
+    load: Annotated[Path | None, typer.Option(help="The run that measured the loads; SOURCE, if not given.")] = None,
+) -> None:
+    """Write a checkpoint in another format, whole or not at all.
+
+    moescale convert mistralai/Mixtral-8x7B runs/mixtral --to moescale --verify
+
+    moescale convert runs/quickstart exported --to hf
+
+    moescale convert --inspect exported
+
+    The source's format is found out. Tensors go across one by one, so that
+    memory stays small; the same command goes on where it was cut off. Nothing
+    appears at DESTINATION unless every tensor was used and written once. At
+    the end stands a fingerprint of each layer and expert: two checkpoints are
+    the same model if theirs are equal, in whatever format.
+    """
+    with _one_line_errors(stopped="stopped; the same command goes on from here"):
+        from moescale.checkpoint import command
+        from moescale.checkpoint.mapped import Layout
+
+        if inspect:
+            command.inspect(source, json)
+            return
+        if destination is None or to is None:
+            raise ConfigError("write moescale convert SOURCE DESTINATION --to FORMAT, or --inspect SOURCE")
+        compare: command.Compare | None = None
+        if verify:
+            from moescale.verify.conversion import compare_models
+
+            compare = compare_models
+        command.run(source, destination, command.Options(
+            to, Layout(ep, tp, pp, etp, style), dtype, upcycle, top_k, granularity, noise, experts, drop_experts,
+            merge_experts, place_experts, load,
+        ), compare)
 
 
 @contextmanager

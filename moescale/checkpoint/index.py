@@ -26,7 +26,7 @@ class _SafeUnpickler(pickle.Unpickler):
     ALLOWED = frozenset({
         *(("torch.distributed.checkpoint.metadata", name) for name in (
             "Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties",
-            "StorageMeta", "_MEM_FORMAT_ENCODING",
+            "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING",
         )),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.serialization", "_get_layout"),

@@ -85,6 +85,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return dict(_read_manifest(folder)["state"])
 
 
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Hold every file to its size and checksum. -> the manifest. Raises ConfigError."""
+    manifest = _read_manifest(folder)
+    _verify(folder, manifest["files"])
+    return manifest
+
+
+def write_manifest(folder: Path, state: dict[str, Any]) -> None:
+    """List what lies in a folder, which makes it a checkpoint. state: small values, with `step` and `seed`"""
+    listing = {name: sums for name, sums in _check_sums(folder, "*").items() if name != MANIFEST}
+    state["optimizer"] = any(name.startswith("optim.") for name in read_index(folder, listing))
+    _write_synced(folder / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
+
+
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """Find the whole checkpoint of the highest step."""
     return max(_all(run_dir / "checkpoints"), key=_step, default=None)

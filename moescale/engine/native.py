@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moescale.checkpoint.store import load_checkpoint, save_checkpoint
+from moescale.checkpoint.store import load_checkpoint, read_state, save_checkpoint
 from moescale.config import Config
 from moescale.data.batches import Batch
 from moescale.engine.base import StepLosses
@@ -142,8 +142,10 @@ class NativeEngine:
         )
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint, whatever layout wrote it."""
-        self.step_count = load_checkpoint(checkpoint, self._tensors())["step"]
+        """Go on from a checkpoint, whatever layout wrote it; a converted one may lack the optimizer's state."""
+        prefix = "" if read_state(checkpoint).get("optimizer", True) else "model."
+        tensors = {name: tensor for name, tensor in self._tensors().items() if name.startswith(prefix)}
+        self.step_count = load_checkpoint(checkpoint, tensors, prefix=prefix)["step"]
         for state in self.optimizer.state.values():
             state["step"].fill_(self.step_count)
 

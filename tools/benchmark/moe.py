@@ -23,13 +23,12 @@ from pathlib import Path
 
 import torch
 from moe_cases import CASES, ROUTINGS, Case
-from moe_measure import Entry, Figures, measure
+from moe_measure import Entry, Figures, on_ranks
 from moe_peers import ON_RANKS, PEERS
 from rich.console import Console
 from rich.table import Table
 
 from moescale.moe.routers import ROUTERS
-from moescale.parallel.ranks import run_ranks
 
 RESULTS = Path(__file__).parent / "results"
 CONTESTS = ("peers", "routing", "routers")
@@ -56,8 +55,8 @@ def merge(by_rank: list[Figures]) -> Figures:
     )
 
 
-def tabulate(title: str, case: Case, size: int, contest: list[tuple[str, Figures]]) -> Table:
-    table = Table("", "median ms", "times ours", "worst error", "sent rows", "sent MB", "peak MB", "saved MB",
+def tabulate(title: str, unit: str, case: Case, size: int, contest: list[tuple[str, Figures]]) -> Table:
+    table = Table("layer", f"median {unit}", "times ours", "worst error", "sent rows", "sent MB", "peak MB", "saved MB",
                   "peak / need", title=title)
     ours = statistics.median(contest[0][1].seconds) if contest[0][1].seconds else float("nan")
     for label, figures in contest:
@@ -105,6 +104,8 @@ def main() -> None:
     parser.add_argument("--routing", choices=ROUTINGS, default="drawn", help="of the contests peers and routers")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="on one rank")
+    parser.add_argument("--cpu-time", action="store_true",
+                        help="processor time, which others on the machine hardly disturb; only fair on one thread")
     parser.add_argument("--name", default="moe", help="of the files in results/")
     arguments = parser.parse_args()
     results: list[Result] = []
@@ -114,15 +115,16 @@ def main() -> None:
             for name in arguments.cases for dtype in arguments.dtypes
         ):
             entries = entries_of(contest, ranks, ["moescale", *arguments.peers], arguments.routing)
-            by_rank = run_ranks(
-                ranks, measure, CASES[name], getattr(torch, dtype), entries, arguments.rounds,
-                arguments.threads if ranks == 1 else 1, timeout_seconds=1800,
+            by_rank = on_ranks(
+                ranks, CASES[name], getattr(torch, dtype), entries, arguments.rounds,
+                arguments.threads if ranks == 1 else 1, arguments.cpu_time,
             )
             merged = [merge(list(of_entry)) for of_entry in zip(*by_rank, strict=True)]
             labels = [entry.routing if contest == "routing" else entry.peer for entry in entries]
             title = f"{name}, {dtype}, {contest}, {ranks} rank{'s' * (ranks > 1)}"
             results.append((title, list(zip(labels, merged, strict=True))))
-            table = tabulate(title, CASES[name], getattr(torch, dtype).itemsize, results[-1][1])
+            unit = "CPU ms" if arguments.cpu_time else "ms"
+            table = tabulate(title, unit, CASES[name], getattr(torch, dtype).itemsize, results[-1][1])
             for console in (Console(width=120), Console(width=120, file=file)):
                 console.print(table)
     plot(results, RESULTS / f"{arguments.name}.png")

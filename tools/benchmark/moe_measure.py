@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,12 +67,12 @@ class Runner:
         self.x.grad = None
         self.peer.module.zero_grad(set_to_none=True)
 
-    def timed(self) -> float:
+    def timed(self, clock: Callable[[], float]) -> float:
         self.clear()
         dist.barrier(self.group)
-        begin = time.perf_counter()
+        begin = clock()
         self.run()
-        return time.perf_counter() - begin
+        return clock() - begin
 
     def worst_error(self) -> tuple[float, str] | None:
         """Hold output and gradients to the reference, each rank its own tokens and experts."""
@@ -124,14 +128,28 @@ def peak_bytes(profiler: profile) -> int:
     return peak
 
 
-def measure(case: Case, dtype: torch.dtype, entries: list[Entry], rounds: int, threads: int) -> list[Figures]:
+def on_ranks(ranks: int, *args: Any) -> list[list[Figures]]:
+    """Call `measure` on new processes: what is forked while torch has threads may hang. -> what each rank returned"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(measure, rank, ranks, address, *args) for rank in range(ranks)]
+        return [future.result() for future in futures]
+
+
+def measure(
+    rank: int, ranks: int, address: str, case: Case, dtype: torch.dtype, entries: list[Entry], rounds: int,
+    threads: int, cpu_time: bool,
+) -> list[Figures]:
     """On each rank: check all, weigh all, then time in alternation those that gave the right results.
 
     What takes longer than ten times the first entry is timed in three rounds only.
     """
     torch.set_num_threads(threads)
+    clock = time.process_time if cpu_time else time.perf_counter
     torch.manual_seed(0)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
     group = dist.group.WORLD
     runners = [Runner(entry, case, dtype, group) for entry in entries]
     results = [Figures(error=runner.worst_error()) for runner in runners]
@@ -140,7 +158,7 @@ def measure(case: Case, dtype: torch.dtype, entries: list[Entry], rounds: int, t
         dist.all_reduce(wrong, group=group)
         if not wrong:
             runner.weigh(figures)
-            figures.seconds.append(runner.timed())
+            figures.seconds.append(runner.timed(clock))
     warm_up = [figures.seconds.copy() for figures in results]
     first = torch.tensor([seconds[0] if seconds else 0.0 for seconds in warm_up])
     dist.broadcast(first, 0, group=group)  # all ranks must agree on who takes part
@@ -149,6 +167,6 @@ def measure(case: Case, dtype: torch.dtype, entries: list[Entry], rounds: int, t
     for number in range(rounds):
         for runner, figures, begin in zip(runners, results, first.tolist(), strict=True):
             if begin and (number < 3 or begin < 10 * first[0]):
-                figures.seconds.append(runner.timed())
+                figures.seconds.append(runner.timed(clock))
     dist.destroy_process_group()
     return results

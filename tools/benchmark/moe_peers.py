@@ -7,8 +7,10 @@ has its share of the experts; peers that have no expert parallelism compete on o
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.experts import Experts
 from moescale.moe.hops import Hop
 from moescale.moe.layer import MoELayer
-from moescale.moe.routers import ROUTERS
+from moescale.moe.routers import ROUTERS, Capacity
 from moescale.ops.collectives import Group
 
 
@@ -57,8 +59,8 @@ class MoEScale(Peer):
 
     def __init__(self, case: Case, weights: Weights, group: Group, router: str = "mixtral") -> None:
         choose = ROUTERS[router](
-            case.d_model, case.num_experts, case.top_k, capacity_factor=1.25 if router != "mixtral" else None,
-            jitter=0.0, salt=0, init="normal", **SIGMOID if router == "sigmoid_bias" else {},
+            case.d_model, case.num_experts, case.top_k, capacity=Capacity(CAPACITY.get(router)),
+            balance_over="sequence", jitter=0.0, salt=0, init="normal", **OWN.get(router, {}),
         )
         own = own_experts(weights, group)
         experts = Experts(len(own["up"]), case.d_model, case.d_ff, "swiglu", "normal").to(own["up"].dtype)
@@ -80,7 +82,11 @@ class MoEScale(Peer):
                 "up": gradient(experts.up), "down": gradient(experts.down)}
 
 
-SIGMOID = {"num_expert_groups": 1, "top_k_groups": 1, "routed_scaling": 1.0, "bias_update_rate": 0.001}
+CAPACITY = {"switch": 1.25, "gshard": 1.25, "expert_choice": 1.25}
+OWN: dict[str, dict[str, Any]] = {
+    "sigmoid_bias": {"num_expert_groups": 1, "top_k_groups": 1, "routed_scaling": 1.0, "bias_update_rate": 0.001},
+    "switch": {"left_behind_choices": 1},
+}
 
 
 class SwiGLU(nn.Module):
@@ -100,6 +106,7 @@ class DeepSpeed(Peer):
     """`deepspeed.moe.layer.MoE`, its second expert not drawn at random; with capacity as needed, or its usual one."""
 
     def __init__(self, case: Case, weights: Weights, group: Group, drops: bool) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
         from deepspeed.moe.layer import MoE
 

@@ -1,0 +1,247 @@
+"""Files that hold tensors: safetensors, torch's pickles, torch's distributed checkpoints. No data is read here.
+
+Each can be opened, as names and places, and laid out, as a file of its full size with room for the data, which comes
+later and in any order. A pickle may name the classes that the caller lists and no others; sizes must fit the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.serialization import safe_globals, skip_data
+
+from moescale.checkpoint.index import INDEX, SafeReader
+from moescale.checkpoint.region import Chunk, Shape, Stored, covers_once, region, stored_whole
+from moescale.config import ConfigError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}
+LARGEST_HEADER = 100_000_000  # bytes, as the format itself says
+Sizes = Mapping[str, tuple[Shape, torch.dtype]]
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """-> where each tensor lies, by name; the texts in the header. Raises ConfigError."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(LARGEST_HEADER, size - 8):
+                raise ValueError
+            header = json.loads(file.read(length))
+        texts = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            stored = stored_whole(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if begin < 0 or min(stored.shape, default=0) < 0 or end - begin != stored.size_bytes:
+                raise ValueError
+            tensors[name] = stored
+        ends = sorted(entry["data_offsets"] for entry in header.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"{path} is no safetensors file, or its header is damaged") from None
+    if ends != sorted(ends) or any(one[1] > two[0] for one, two in pairwise(ends)):
+        raise ConfigError(f"{path} is damaged: two of its tensors lie in one place")
+    wanted = 8 + length + max((end for _, end in ends), default=0)
+    if wanted != size:
+        raise ConfigError(f"{path} is damaged: it has {size:,} bytes, its header describes {wanted:,}")
+    return tensors, texts
+
+
+def create_safetensors(path: Path, sizes: Sizes) -> dict[str, Stored]:
+    """Lay out a file for tensors of these shapes and dtypes. -> where each will lie"""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, (shape, dtype) in sizes.items():
+        end = place + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + place)
+    return open_safetensors(path)[0]
+
+
+def open_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
+    """Read what `torch.save` wrote, with Stored in the place of tensors; no code runs.
+
+    allowed: classes beside torch's own that the file may name, each a class or (class, its name there).
+    Raises ConfigError.
+    """
+    with path.open("rb") as file:
+        return _read_pickle(file, path, 0, allowed)
+
+
+def _read_pickle(file: Any, path: Path, start: int, allowed: Sequence[Any]) -> Any:
+    try:
+        with safe_globals(list(allowed)), FakeTensorMode():
+            value = torch.load(file, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        wants = re.search(r"GLOBAL (\S+)", str(error))
+        if wants:
+            raise ConfigError(f"{path} asks for {wants[1]}, which no checkpoint needs: it was not loaded") from None
+        raise ConfigError(f"{path} is no checkpoint of torch, or is damaged") from None
+    except Exception as error:  # bytes that are no archive can fail in any way
+        raise ConfigError(f"{path} is no checkpoint of torch, or is damaged ({type(error).__name__})") from None
+    size = path.stat().st_size
+    return _places(value, path, start, size)
+
+
+def _places(value: Any, path: Path, start: int, size: int) -> Any:
+    """Put places for tensors, all through dicts, lists and tuples."""
+    if isinstance(value, Mapping):
+        return {key: _places(item, path, start, size) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return [_places(item, path, start, size) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_contiguous():
+        raise ConfigError(f"{path} holds a tensor with gaps between its elements: save it with .contiguous()")
+    offset = value.untyped_storage()._checkpoint_offset
+    if offset is None:
+        raise ConfigError(f"{path} was written by torch before 1.6: load it and save it again")
+    offset += start + int(value.storage_offset()) * value.dtype.itemsize
+    stored = stored_whole(path, offset, value.dtype, tuple(value.shape))
+    if offset + stored.size_bytes > size:
+        raise ConfigError(f"{path} is damaged: it is too short for its tensors")
+    return stored
+
+
+def create_pickle(path: Path, values: Mapping[str, Any], inside: str, sizes: Sizes) -> dict[str, Stored]:
+    """Lay out what `torch.save` would write of the values and, under the key `inside`, of tensors by name.
+
+    -> where each tensor will lie
+    """
+    with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
+        torch.save({**values, inside: tensors} if inside else {**values, **tensors}, path)
+    read = open_pickle(path, [type(value) for value in values.values()])
+    return {name: stored for name, stored in (read[inside] if inside else read).items() if name in sizes}
+
+
+def open_distributed(folder: Path) -> dict[str, Stored]:
+    """Read the index of a distributed checkpoint. -> where each tensor lies. Raises ConfigError."""
+    reader = SafeReader(folder)
+    try:
+        metadata = reader.read_metadata()
+        entries, places = metadata.state_dict_metadata.items(), metadata.storage_data
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{folder} is damaged: its index {INDEX} cannot be read ({type(error).__name__})") from None
+    tensors = {}
+    for name, entry in entries:
+        if not isinstance(entry, TensorStorageMetadata):
+            continue  # a value, not a tensor
+        chunks = []
+        for chunk in entry.chunks:
+            info = places[MetadataIndex(name, chunk.offsets)]
+            path = inside(folder, info.relative_path)
+            with path.open("rb") as file:
+                item = _read_pickle(reader._slice_file(file, info), path, info.offset, ())
+            if not isinstance(item, Stored) or math.prod(item.shape) != math.prod(chunk.sizes):
+                raise ConfigError(f"{folder} is damaged: {path.name} does not hold {name} as its index says")
+            part = region(tuple(entry.size), partial(_box, box=_slices(chunk.offsets, chunk.sizes)))
+            chunks.append(Chunk(path, item.chunks[0].offset, part))
+        tensors[name] = Stored(entry.properties.dtype, tuple(entry.size), tuple(chunks))
+        problem = covers_once(tensors[name].shape, [chunk.part for chunk in chunks])
+        if problem:
+            raise ConfigError(f"{folder} is damaged: its index does not hold the whole of {name} once")
+    return tensors
+
+
+def _box(tensor: Tensor, box: tuple[slice, ...]) -> Tensor:
+    return tensor[box]
+
+
+def create_distributed(folder: Path, files: Mapping[str, Sizes], leading: Mapping[str, int]) -> dict[str, Stored]:
+    """Lay out a distributed checkpoint. files: which tensors go into each file.
+
+    leading: how many leading dims of a tensor are cut into chunks of one, so that a rank reads what it needs; 0 if not
+    named. -> where each tensor will lie
+    """
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    tensors: dict[str, Stored] = {}
+    for file_name, sizes in files.items():
+        with (folder / file_name).open("wb") as file:
+            for name, (shape, dtype) in sizes.items():
+                cut = leading.get(name, 0)
+                size = (*(1 for _ in shape[:cut]), *shape[cut:])
+                chunks, stored = [], []
+                for index in range(math.prod(shape[:cut])):
+                    offsets = (*_unravel(index, shape[:cut]), *(0 for _ in shape[cut:]))
+                    start = file.tell()
+                    part = region(shape, partial(_box, box=_slices(offsets, size)))
+                    stored.append(Chunk(folder / file_name, _reserve(file, size, dtype), part))
+                    places[MetadataIndex(name, offsets)] = _StorageInfo(file_name, start, file.tell() - start)
+                    chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(size)))
+                entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
+                tensors[name] = Stored(dtype, shape, tuple(stored))
+    with (folder / INDEX).open("wb") as index_file:
+        pickle.dump(Metadata(entries, storage_data=places), index_file)
+    return tensors
+
+
+def _reserve(file: Any, shape: Shape, dtype: torch.dtype) -> int:
+    """Append what `torch.save` would, with room for the data. -> where the data will begin"""
+    start = file.tell()
+    with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        torch.save(torch.empty(shape, dtype=dtype), file)
+    return start + _header_size(shape, dtype)
+
+
+@cache
+def _header_size(shape: Shape, dtype: torch.dtype) -> int:
+    """-> bytes before the data of a tensor that `torch.save` writes alone"""
+    with tempfile.TemporaryFile() as archive, FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+        torch.save(torch.empty(shape, dtype=dtype), archive)
+        archive.seek(0)
+        return int(torch.load(archive, weights_only=True).untyped_storage()._checkpoint_offset)
+
+
+def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+
+
+def _unravel(index: int, shape: Shape) -> Shape:
+    offsets = []
+    for size in reversed(shape):
+        index, rest = divmod(index, size)
+        offsets.append(rest)
+    return tuple(reversed(offsets))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Name a file of a checkpoint. Raises ConfigError for one that lies elsewhere, or is not there."""
+    path = folder / name
+    if not isinstance(name, str) or not path.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{folder} names {name!r}, which leads out of it: it was not loaded")
+    if not path.is_file():
+        raise ConfigError(f"{folder} is damaged: {name} is missing")
+    return path

@@ -1,0 +1,166 @@
+"""How a table of names and transforms is read, in both directions.
+
+A row says which native tensor lies in which foreign one, and as which view of it. Native tensors here are those of a
+checkpoint, but an expert is one of its own: `blocks.3.channel_mixer.experts.gate.11` is row 11 of a native tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from moescale.checkpoint.region import Region, Shape, View, region
+from moescale.config import Config
+
+
+@dataclass(frozen=True)
+class At:
+    """What a transform may depend on. expert, num_experts: of those that the foreign tensor is about"""
+
+    config: Config
+    layer: int = 0
+    expert: int = 0
+    num_experts: int = 0
+    num_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Transform:
+    """shape: of a tensor that holds one of the given shape. view: the part of it that does, and as it lies there."""
+
+    shape: Callable[[Shape, At], Shape]
+    view: Callable[..., Tensor]
+
+
+def stacked_experts() -> Transform:
+    """All experts of a layer in one tensor, the expert first."""
+    return Transform(lambda shape, at: (at.num_experts, *shape), lambda tensor, at: tensor[at.expert])
+
+
+def stacked_layers() -> Transform:
+    """All layers in one tensor, the layer first."""
+    return Transform(lambda shape, at: (at.num_layers, *shape), lambda tensor, at: tensor[at.layer])
+
+
+def half(index: int) -> Transform:
+    """Two matrices in one, the rows of the first before those of the second."""
+    return Transform(lambda shape, at: (2 * shape[0], *shape[1:]), lambda tensor, at: tensor.chunk(2)[index])
+
+
+def transposed() -> Transform:
+    return Transform(lambda shape, at: (shape[1], shape[0]), lambda tensor, at: tensor.mT)
+
+
+def grouped_columns() -> Transform:
+    """[rows, experts x columns] by its shape, but in memory one matrix [rows, columns] after another."""
+    return Transform(
+        lambda shape, at: (shape[0], at.num_experts * shape[1]),
+        lambda tensor, at: tensor.view(at.num_experts, tensor.shape[0], -1)[at.expert],
+    )
+
+
+def grouped_rows() -> Transform:
+    """[experts x rows, columns], one matrix [rows, columns] after another."""
+    return Transform(
+        lambda shape, at: (at.num_experts * shape[0], shape[1]),
+        lambda tensor, at: tensor.view(at.num_experts, -1, tensor.shape[1])[at.expert],
+    )
+
+
+def query_groups(part: str) -> Transform:
+    """q, k and v in one matrix, group by group: the query heads of a key head, then that key head, then its values."""
+
+    def shape(native: Shape, at: At) -> Shape:
+        rows = native[0] // (_ratio(at) if part == "q" else 1)
+        return (rows * (_ratio(at) + 2), *native[1:])
+
+    def view(tensor: Tensor, at: At) -> Tensor:
+        ratio, head_dim = _ratio(at), at.config.model.head_dim
+        groups = tensor.unflatten(0, (-1, ratio + 2, head_dim))
+        return {"q": groups[:, :ratio], "k": groups[:, ratio], "v": groups[:, ratio + 1]}[part]
+
+    return Transform(shape, view)
+
+
+def _ratio(at: At) -> int:
+    return at.config.model.num_heads // at.config.model.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Row:
+    """native, foreign: names, with {layer} and {expert}. cut: the native dim that tensor parallelism cuts, if any."""
+
+    native: str
+    foreign: str
+    transforms: tuple[Transform, ...] = ()
+    cut: int | None = None
+
+
+def row(native: str, foreign: str, *transforms: Transform, cut: int | None = None) -> Row:
+    """Write a row. transforms: from the native tensor outward."""
+    return Row(native, foreign, transforms, cut)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a native tensor, and where it lies. copy: another piece holds the same part as well.
+
+    key: of the stored tensor, `file:name`. shape: of the whole stored tensor.
+    """
+
+    native: str
+    part: Region
+    key: str
+    shape: Shape
+    place: Region
+    copy: bool = False
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which part of each native tensor a file holds: rank `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Cut()
+
+
+def piece(row: Row, shape: Shape, native: str, key: str, at: At, cut: Cut = WHOLE) -> Piece:
+    """Work out one row for one file. shape: of the native tensor"""
+    whole, dim = shape, row.cut
+    parts: list[View] = []
+    if dim is not None and cut.count > 1:
+        parts = [lambda tensor: tensor.chunk(cut.count, dim)[cut.index]]
+    part = region(whole, *parts)
+    shape = part.shape
+    for transform in row.transforms:
+        shape = transform.shape(shape, at)
+    views: list[View] = [partial(transform.view, at=at) for transform in reversed(row.transforms)]
+    return Piece(native, part, key, shape, region(shape, *views))
+
+
+def with_copies(pieces: Iterable[Piece]) -> list[Piece]:
+    """Say which pieces hold what an earlier one holds too."""
+    seen: set[tuple[str, Region]] = set()
+    marked = []
+    for found in pieces:
+        marked.append(replace(found, copy=(found.native, found.part) in seen))
+        seen.add((found.native, found.part))
+    return marked
+
+
+def matches(rows: Iterable[Row], atoms: Mapping[str, Shape], config: Config) -> Iterator[tuple[Row, str, int, int]]:
+    """Find the native tensors that each row is about. -> row, native name, layer and expert (0 where it has none)"""
+    for entry in rows:
+        layers = range(config.model.num_layers) if "{layer}" in entry.native else range(1)
+        experts = range(config.moe.num_experts) if "{expert}" in entry.native else range(1)
+        for layer in layers:
+            for expert in experts:
+                name = entry.native.format(layer=layer, expert=expert)
+                if name in atoms:
+                    yield entry, name, layer, expert
