@@ -232,7 +232,8 @@ def _copy_all(
                     values = values.to(places[goals[0].key].dtype).contiguous()
                     found = digests(name, values)
                     for goal in goals:
-                        part = values.as_strided(goal.part.shape, goal.part.stride, goal.part.offset)
+                        begin = values.storage_offset() + goal.part.offset
+                        part = values.as_strided(goal.part.shape, goal.part.stride, begin)
                         write_region(places[goal.key], goal.place, part)
                 journal.finished(name, found, sizes[name])
 
@@ -275,7 +276,7 @@ def _streams(
 def _copy_rows(
     source: Opened, theirs: Piece, goals: Sequence[Piece], places: Mapping[str, Stored], name: str
 ) -> dict[str, str]:
-    """Copy a matrix a few rows at a time, which stay in the processor's caches from reading to writing. -> its digest"""
+    """Copy a matrix a few rows at a time, which stay in the processor's caches on their way. -> its digest"""
     stored, dtype, shape = source.tensors[theirs.key], places[goals[0].key].dtype, theirs.place.shape
     step = max(1, ROWS_BYTES // (math.prod(shape[1:]) * max(stored.dtype.itemsize, dtype.itemsize)))
     digest = Digest(shape)
@@ -294,7 +295,7 @@ def _refuse_nan(values: Tensor, name: str, path: Path) -> None:
     flat = values.reshape(-1)
     for begin in range(0, len(flat), BLOCK):
         block = flat[begin : begin + BLOCK]
-        # the sum is no number if one of them is none; it may also be too large for one, so then all are looked at
+        # the sum is no number where one of them is none; it may also be too large, so then all are looked at
         if not bool(block.sum(dtype=torch.float32).isfinite()) and not bool(block.isfinite().all()):
             raise ConfigError(f"{path}: {name} holds values that are no finite numbers")
 

@@ -155,7 +155,8 @@ def _open_ranks(folder: Path) -> Opened:
 
 
 def _layout(args: Namespace, style: str) -> Layout:
-    ep, tp, pp = (int(getattr(args, f"{word}_model_parallel_size", 1) or 1) for word in ("expert", "tensor", "pipeline"))
+    words = ("expert", "tensor", "pipeline")
+    ep, tp, pp = (int(getattr(args, f"{word}_model_parallel_size", 1) or 1) for word in words)
     return Layout(ep, tp, pp, int(getattr(args, "expert_tensor_parallel_size", None) or tp), style)
 
 

@@ -1,4 +1,4 @@
-"""Small models for tests of conversions: 12 experts, so that 10 sorts wrong as a word, and every weight another number."""
+"""Small models for tests of conversions: 12 experts, as 10 sorts wrong as a word, and every weight another number."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_config(model: dict[str, Any] | None = None, moe: dict[str, Any] | None 
 
 
 def make_tensors(config: Config, optimizer: bool = False, std: float = 0.2) -> dict[str, Tensor]:
-    """Weights in which no two numbers are equal, with optimizer state if asked for. -> by their names in a checkpoint"""
+    """Draw weights, with optimizer state if asked for; no two numbers are equal. -> by their names in a checkpoint"""
     generator = torch.Generator().manual_seed(0)
     model = build_model(config, "cpu")
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -162,9 +162,11 @@ def test_copies_that_differ(published: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("model", "moe", "words"), [
     ({"block": "parallel"}, {}, "model.block=parallel"), ({"norm": "layernorm"}, {}, "model.norm=layernorm"),
-    ({"positions": "alibi"}, {}, "model.positions=alibi"), ({**DENSE, "activation": "relu"}, {}, "model.activation=relu"),
+    ({"positions": "alibi"}, {}, "model.positions=alibi"),
+    ({**DENSE, "activation": "relu"}, {}, "model.activation=relu"),
     ({"pattern": [{"channel_mixer": "feed_forward"}, {}]}, {}, "model.pattern with dense and moe layers"),
-    ({}, {"router": "switch", "top_k": 1}, "moe.router=switch"), ({}, {"num_shared_experts": 1}, "moe.num_shared_experts=1"),
+    ({}, {"router": "switch", "top_k": 1}, "moe.router=switch"),
+    ({}, {"num_shared_experts": 1}, "moe.num_shared_experts=1"),
 ], ids=str)
 def test_what_hugging_face_cannot_express(tmp_path: Path, model: dict, moe: dict, words: str) -> None:
     refused(write_run(tmp_path / "run", make_config(model, moe)), words, "cannot be expressed", to=("--to", "hf"))

@@ -22,10 +22,12 @@ from pathlib import Path
 
 import torch
 
+from moescale.checkpoint.containers import Sizes
 from moescale.checkpoint.convert import convert, open_source
 from moescale.checkpoint.hf import create, plan
-from moescale.checkpoint.mapped import Layout
+from moescale.checkpoint.mapped import Layout, Opened
 from moescale.checkpoint.native import native_atoms
+from moescale.checkpoint.region import Stored
 from moescale.config import Config, parse_config
 
 MODEL = {"vocab_size": 32000, "d_model": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "rope_theta": 1e6}
@@ -55,12 +57,10 @@ def make_checkpoint(folder: Path, size_bytes: float, dtype: torch.dtype) -> Conf
     return config
 
 
-def create_files(folder: Path, config: Config, sizes: dict) -> list:
+def create_files(folder: Path, config: Config, sizes: Sizes) -> list[Stored]:
     """Lay out the files as an export would."""
-    class Nothing:
-        files: dict[str, str] = {}
-
-    return list(create(folder, config, Layout(), [], sizes, Nothing()).values())  # type: ignore[arg-type]
+    opened = Opened("", folder, config, Layout(), {}, {}, [])
+    return list(create(folder, config, Layout(), [], sizes, opened).values())
 
 
 def _config(layers: int) -> Config:
@@ -107,9 +107,9 @@ def main() -> None:
         command = [sys.executable, __file__, arguments.folder, "--to", arguments.to, "--only-convert"]
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         seconds = result["seconds"]
-        print(f"{size / 1e9:.2f} GB of {arguments.dtype} to {arguments.to}: cp {copied:.1f} s ({size / copied / 1e6:.0f} "
-              f"MB/s), conversion {seconds:.1f} s ({size / seconds / 1e6:.0f} MB/s), {copied / seconds:.2f} times the speed "
-              f"of cp; largest memory {result['peak_bytes'] / 1e9:.2f} GB")
+        print(f"{size / 1e9:.2f} GB of {arguments.dtype} to {arguments.to}: cp {copied:.1f} s "
+              f"({size / copied / 1e6:.0f} MB/s), conversion {seconds:.1f} s ({size / seconds / 1e6:.0f} MB/s), "
+              f"{copied / seconds:.2f} times the speed of cp; largest memory {result['peak_bytes'] / 1e9:.2f} GB")
     finally:
         for left in (source, target, target.with_name("target.partial")):
             shutil.rmtree(left, ignore_errors=True)
