@@ -22,7 +22,7 @@ check: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "MoEScale needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,wandb]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,wandb,trace]'
 	touch $@
 
 clean:

@@ -1,8 +1,9 @@
-"""The command line: `moescale train | generate | verify | convert`; also `python -m moescale`, or under torchrun."""
+"""The command line: `moescale train | generate | verify | convert | report`, or `python -m moescale`."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +110,39 @@ def verify(
 
         if not run(settled, layouts=layouts, ranks=ranks, seed=seed, json=json):
             raise typer.Exit(1)
+
+
+@app.command(no_args_is_help=True)
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, as in run.dir.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where to write the page; RUN/report.html, if not given.")
+    ] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Draw in characters here, and write no page.")] = False,
+) -> None:
+    """Show how a run went and where its tokens went, on one page that needs no network.
+
+    moescale report runs/quickstart
+
+    moescale report runs/a runs/b -o both.html    # one laid over the other
+
+    moescale report runs/quickstart --terminal
+    """
+    with _one_line_errors(stopped="stopped"):
+        from moescale.monitor.history import read_history
+
+        histories = [read_history(run) for run in runs]
+        if terminal:
+            from moescale.monitor.characters import draw
+
+            for history in histories:
+                typer.echo(draw(history, shutil.get_terminal_size().columns))
+            return
+        from moescale.monitor.report import write_report
+
+        path = output or runs[0] / "report.html"
+        write_report(histories, path)
+        typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 @app.command(no_args_is_help=True)

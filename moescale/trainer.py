@@ -17,14 +17,17 @@ from torch import Tensor
 
 from moescale.checkpoint.store import latest_checkpoint, read_state
 from moescale.config import Config, ConfigError, TrainingError
-from moescale.data.batches import Batches, held_out_batches
+from moescale.data.batches import Batches
 from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import check_vocabulary, load_tokenizer
 from moescale.engine.base import Engine, StepLosses
 from moescale.engine.native import NativeEngine
+from moescale.evaluate import Evaluation
+from moescale.monitor.alerts import Alerts
 from moescale.monitor.metrics import JsonLines, Sink, replace_text
-from moescale.monitor.routing import routing_metrics
+from moescale.monitor.routing import routing_metrics, watch
 from moescale.monitor.terminal import Terminal
+from moescale.monitor.trace import Tracer
 from moescale.monitor.wandb import Wandb
 from moescale.parallel.lost_ranks import name_lost_ranks
 from moescale.parallel.mesh import Mesh, first_rank, node_ranks, start_mesh, stop_mesh, world_size
@@ -38,9 +41,7 @@ def train(config: Config) -> None:
     Raises ConfigError, before any process group starts wherever that is possible, and TrainingError.
     """
     config = config.for_world(world_size(), node_ranks())
-    if config.monitor.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("monitor.wandb needs the package wandb: pip install 'moescale[wandb]', "
-                          "or write monitor.wandb=off")
+    _check_packages(config)
     run_dir = Path(config.run.dir).expanduser()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -59,6 +60,15 @@ def train(config: Config) -> None:
                 run.loop()
         finally:
             stop_mesh()
+
+
+def _check_packages(config: Config) -> None:
+    monitor = config.monitor
+    for key, asked, off, package, extra in (("wandb", monitor.wandb != "off", "off", "wandb", "wandb"),
+                                            ("trace", monitor.trace is not None, "null", "pyarrow", "trace")):
+        if asked and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"monitor.{key} needs the package {package}: pip install 'moescale[{extra}]', "
+                              f"or write monitor.{key}={off}")
 
 
 @contextmanager
@@ -105,6 +115,11 @@ class _Run:
             self.engine.load(checkpoint)
         self.terminal = Terminal(self.engine.step_count, config.run.steps) if mesh.rank == 0 else None
         self.sinks: list[Sink] = self._open_sinks() if mesh.rank == 0 else []
+        moe, monitor = config.moe, config.monitor
+        self.alerts = Alerts(top_k=moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
+        self.tracer = Tracer(run_dir, mesh.rank, trace=monitor.trace_steps, profile=monitor.profile_steps)
+        self.evaluation = Evaluation(config, mesh, corpus.held_out, run_dir)
+        self.highest_loss = torch.full((), -math.inf, dtype=torch.float64, device=mesh.device)  # since the last line
         self._greet(checkpoint)
 
     def loop(self) -> None:
@@ -131,11 +146,14 @@ class _Run:
             evaluate = last or (config.monitor.eval_every is not None and step % config.monitor.eval_every == 0)
             save = last or step % config.checkpoint.every == 0
             lr = engine.learning_rate
+            watch(engine.model, log or evaluate)
             micro_batches = self.batches.micro_batches(
                 engine.step_count, self.mesh.batch_rank, self.mesh.batch_size, config.data.micro_batch or 1
             )
-            losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches])
-            grad_norm = engine.step()
+            with self.tracer.step(step, engine.model, [(batch.tokens, batch.serial) for batch in micro_batches]):
+                losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches])
+                grad_norm = engine.step()
+            self.highest_loss.copy_(torch.maximum(self.highest_loss, losses.cross_entropy))
             if self.terminal is not None:
                 self.terminal.advance(step)
             if log or evaluate or save:
@@ -145,7 +163,9 @@ class _Run:
             metrics = self._figures(losses, grad_norm, lr, first, started)
             routing = routing_metrics(engine.model, self.mesh.world_group, num_layers=config.model.num_layers,
                                       num_experts=config.moe.num_experts)
-            self._write({**metrics, **(self._evaluate() if evaluate else {}), **routing})
+            with self._readable_errors():
+                evaluated = self.evaluation.run(engine) if evaluate else {}
+                self._write({**metrics, **routing, **evaluated})
         if save:
             engine.save(self.run_dir, self._files())
 
@@ -167,6 +187,7 @@ class _Run:
         figures = {
             "tokens": step * tokens_per_step,
             "loss": losses.cross_entropy.item(),
+            "loss_max": self.highest_loss.item(),
             "load_balance_loss": losses.load_balance.item(),
             "router_z_loss": losses.router_z.item(),
             "grad_norm": grad_norm.item(),
@@ -179,23 +200,22 @@ class _Run:
                 figures["mfu"] = model_flops_per_token(config) * speed / (peak * self.mesh.world_size)
         return figures
 
-    def _evaluate(self) -> dict[str, float]:
-        config, split = self.config, self.corpus.held_out
-        batches = held_out_batches(
-            split, seq_len=config.data.seq_len, num_sequences=config.monitor.eval_sequences,
-            rank=self.mesh.batch_rank, num_ranks=self.mesh.batch_size, micro_batch=config.data.micro_batch or 1,
-        )
-        loss = self.engine.evaluate([batch.to(self.mesh.device) for batch in batches])
-        return {"eval_loss": loss, "eval_bits_per_byte": loss * split.num_tokens / split.text_bytes / math.log(2)}
-
     def _write(self, metrics: dict[str, Any]) -> None:
-        step = self.engine.step_count
+        self.highest_loss.fill_(-math.inf)
+        if self.sinks:
+            alerts = self.alerts.look(metrics)
+            metrics = {**metrics, "alerts": alerts} if alerts else metrics
+        for sink in self.sinks:
+            sink.write(self.engine.step_count, metrics)
+
+    @contextmanager
+    def _readable_errors(self) -> Iterator[None]:
         try:
-            for sink in self.sinks:
-                sink.write(step, metrics)
+            yield
         except OSError as error:
-            raise ConfigError(f"the figures of step {step} cannot be written to {self.run_dir}: {error.strerror}; the "
-                              f"last good checkpoint is {latest_checkpoint(self.run_dir) or 'none'}") from None
+            raise ConfigError(f"the figures of step {self.engine.step_count} cannot be written to {self.run_dir}: "
+                              f"{error.strerror}; the last good checkpoint is "
+                              f"{latest_checkpoint(self.run_dir) or 'none'}") from None
 
     def _files(self) -> dict[str, str]:
         """The texts that make a checkpoint complete in itself."""
@@ -213,9 +233,9 @@ class _Run:
         except OSError as error:
             raise ConfigError(f"run.dir={self.run_dir} cannot be written: {error.strerror}") from None
         sinks: list[Sink] = [self.terminal, lines]
-        if config.monitor.wandb != "off":
-            mode, values = config.monitor.wandb, config.model_dump(mode="json")
-            sinks.append(Wandb(self.run_dir, config.monitor.wandb_project, mode, values))
+        mode, project = config.monitor.wandb, config.monitor.wandb_project
+        if mode != "off":
+            sinks.append(Wandb(self.run_dir, project, mode, config.model_dump(mode="json")))
         return sinks
 
     def _greet(self, checkpoint: Path | None) -> None:

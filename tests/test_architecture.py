@@ -15,11 +15,11 @@ MAY_IMPORT = {
     "config": set(), "ops": set(), "data": {"config"}, "optim": {"config", "ops"}, "layers": {"ops"},
     "mixers": {"ops", "layers"}, "moe": {"ops", "layers"}, "model": {"config", "ops", "layers", "mixers", "moe"},
     "parallel": {"config", "ops", "layers", "mixers", "moe", "model", "planner"}, "checkpoint": {"config"},
-    "planner": {"config"}, "monitor": {"moe"},
+    "planner": {"config"}, "monitor": {"config", "moe", "planner"},
     "verify": {"checkpoint", "config", "data", "engine", "model", "moe", "monitor", "ops", "parallel"},
     "engine": {"config", "data", "model", "ops", "parallel", "optim", "checkpoint"},
 }
-FREE = {"cli", "trainer", "generate", "__init__", "__main__"}
+FREE = {"cli", "trainer", "evaluate", "generate", "__init__", "__main__"}
 FOREIGN = {"deepspeed", "megatron", "wandb", "transformers", "triton"}
 ENVIRONMENT = {"parallel/mesh.py", "parallel/ranks.py", "cli.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moescale.config.errors import ConfigError, any_of, check_width, divisors, refuse
 
@@ -231,5 +232,38 @@ class MonitorConfig(Group):
     every: int = Field(10, ge=1)  # steps between two lines of metrics.jsonl
     eval_every: int | None = Field(None, ge=1)  # steps; none = after the last step only
     eval_sequences: int = Field(64, ge=1)  # held-out sequences a time
-    wandb: Literal["off", "offline", "online"] = "off"
+    alert_dropped: float = Field(0.5, ge=0, le=1)  # share of the choices that may have no row before an alert
+    trace: str | None = None  # "steps:10-12" writes each token's experts and weights to Parquet files in these steps
+    profile: str | None = None  # "steps:5-7" writes the time of each operation, for chrome://tracing or Perfetto
+    wandb: Literal["off", "auto", "offline", "online"] = "off"  # auto = online where there is a key
     wandb_project: str = "moescale"
+
+    @property
+    def trace_steps(self) -> range:
+        return _steps("trace", self.trace)
+
+    @property
+    def profile_steps(self) -> range:
+        return _steps("profile", self.profile)
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        """YAML reads off and on as false and true."""
+        return ("auto" if value else "off") if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _steps("trace", self.trace)
+        _steps("profile", self.profile)
+        return self
+
+
+def _steps(key: str, text: str | None) -> range:
+    """Read `steps:10-12`, the last one included."""
+    if text is None:
+        return range(0)
+    match = re.fullmatch(r"steps:(\d+)(?:-(\d+))?", text)
+    first, last = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
+    refuse(not 1 <= first <= last, f"monitor.{key}={text}: write the first and the last step, e.g. steps:10-12")
+    return range(first, last + 1)

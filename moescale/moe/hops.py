@@ -32,6 +32,10 @@ class Way(ABC):
     starts: list[int]
 
     @abstractmethod
+    def sent(self) -> dict[int, int]:
+        """Rows that go out from here, by rank of the world."""
+
+    @abstractmethod
     def pack(self, x: Tensor) -> Tensor:
         """[tokens, d_model] -> the rows to send"""
 
@@ -44,8 +48,12 @@ class Way(ABC):
 class ToSome(Way):
     """Each token goes where it has experts. token: [sent] int64. index: [tokens, copies] int64, the inverse."""
 
+    exchange: AllToAll
     token: Tensor
     index: Tensor
+
+    def sent(self) -> dict[int, int]:
+        return dict(zip(dist.get_process_group_ranks(self.exchange.group), self.exchange.send, strict=True))
 
     def pack(self, x: Tensor) -> Tensor:
         return permute(x, self.token, self.index)
@@ -60,6 +68,9 @@ class ToAll(Way):
 
     tokens: int
     rows: int
+
+    def sent(self) -> dict[int, int]:
+        return dict.fromkeys(dist.get_process_group_ranks(self.exchange.group), self.rows)
 
     def pack(self, x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, self.rows - self.tokens))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from moescale.layers.feed_forward import FeedForward
@@ -14,8 +17,8 @@ from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.experts import Experts
 from moescale.moe.routers import Router
 from moescale.moe.routing import Routing
-from moescale.moe.statistics import Statistics
-from moescale.ops.exchange import Walk, take_turns
+from moescale.moe.statistics import Statistics, Uncounted
+from moescale.ops.exchange import Result, Walk, take_turns
 
 
 class MoELayer(nn.Module):
@@ -34,22 +37,22 @@ class MoELayer(nn.Module):
         self.dispatcher, self.chunks = Dispatcher(), 1
         self.budget: RowBudget | None = None
         self.statistics = Statistics(router.num_experts)
+        router.look = self.statistics.look
 
     def forward(self, x: Tensor, serial: Tensor) -> tuple[Tensor, Tensor]:
         """x: [batch, seq/cp/tp, d_model]; a sequence is a routing group. serial: [batch, seq] int64, -1 = padding.
 
         -> like x; [2] float32: load-balance and router z-loss, summed over own valid tokens
         """
-        routing, losses = self.router(x, serial)
-        serial = self.router.sequence.own(serial)
+        with record_function("route"):
+            routing, losses = self.router(x, serial)
+        valid, serial = serial >= 0, self.router.sequence.own(serial)
         if self.experts.dropout:
             routing = replace(routing, serial=serial.flatten())
         portions = [routing] if self.budget is None else self.budget.portions(routing)
         y = self._mix(x.flatten(0, 1), portions, serial).view_as(x)
         if self.training:
-            left_out = len(routing.token) - sum(len(portion.token) for portion in portions)
-            dropped = self.router.dropped(routing, serial >= 0) + left_out
-            self.statistics.add(portions, dropped)
+            self.statistics.add(self.router, routing, portions, losses, valid)
         return y, losses
 
     def _mix(self, x: Tensor, portions: list[Routing], serial: Tensor) -> Tensor:
@@ -71,14 +74,20 @@ class MoELayer(nn.Module):
         def run(x: Tensor) -> Tensor:
             return take_turns([self._mixture(x, routing)])[0]
 
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), Uncounted([self.statistics])
+
         yield from ()
-        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def _mixture(self, x: Tensor, routing: Routing) -> Walk:
         """x: [tokens, d_model]. -> like x"""
-        x, routing, handle = yield from self.dispatcher.dispatch(x, routing)
-        y = self.experts(x, routing)
-        return (yield from self.dispatcher.combine(y, handle))
+        own = x
+        x, routing, handle = yield from spanned("dispatch", self.dispatcher.dispatch(x, routing))
+        self.statistics.travelled(handle, own)
+        with record_function("experts"):
+            y = self.experts(x, routing)
+        return (yield from spanned("combine", self.dispatcher.combine(y, handle)))
 
     def _shared(self, x: Tensor, serial: Tensor) -> Walk:
         """Half of it while tokens are on their way out, half while they come back. x: [tokens, d_model]. -> like x"""
@@ -89,3 +98,14 @@ class MoELayer(nn.Module):
         first = self.shared(first, serial)[0]
         yield
         return torch.cat((first, self.shared(second, serial)[0]))
+
+
+def spanned(name: str, walk: Generator[None, None, Result]) -> Generator[None, None, Result]:
+    """Run a walk, each stretch of it up to a pause under a name that profilers show. -> what it ends with"""
+    while True:
+        with record_function(name):
+            try:
+                next(walk)
+            except StopIteration as end:
+                return end.value
+        yield

@@ -2,38 +2,116 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from moescale.moe.dispatchers import Handle
 from moescale.moe.routing import Routing
+
+if TYPE_CHECKING:
+    from moescale.moe.routers import Router
+
+COUNTS = ("dropped", "surplus", "tokens", "wanted", "other_ranks", "other_nodes")
+SUMS = ("entropy", "confidence", "load_balance_loss", "router_z_loss", "slots")
 
 
 class Statistics(nn.Module):
     """Counts of one step, of this rank's tokens.
 
-    tokens_per_expert: [experts] int64. dropped: scalar int64. surplus: scalar int64, rows that took a further pass.
+    tokens_per_expert: [experts] int64, counted in every step; the others only while `watching`.
+    counts: int64, by COUNTS: choices without a row; rows that took a further pass; valid tokens; what may be dropped;
+    tokens with an expert on another rank, and on another node.
+    sums: float64, by SUMS: over valid tokens the entropy of the router's probabilities in nats, the largest of them and
+    the two losses; the experts' slots where there is a capacity.
+    sent: rows that dispatch sent from here, by rank of the world, this one included. row_bytes: of one of them.
     """
 
     tokens_per_expert: Tensor
-    dropped: Tensor
-    surplus: Tensor
+    counts: Tensor
+    sums: Tensor
     counting = True  # False while a part of the forward pass runs again in backward
+    watching = True  # False in steps of which nobody reads more than the load
+    elsewhere: list[tuple[bool, bool]] | None = None  # for each expert: on another rank, on another node; None = here
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.register_buffer("tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
-        for name in ("dropped", "surplus"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("counts", torch.zeros(len(COUNTS), dtype=torch.int64), persistent=False)
+        self.register_buffer("sums", torch.zeros(len(SUMS), dtype=torch.float64), persistent=False)
+        self.sent: Counter[int] = Counter()
+        self.row_bytes = 0
+
+    @property
+    def dropped(self) -> Tensor:
+        """Scalar int64."""
+        return self.counts[COUNTS.index("dropped")]
+
+    @property
+    def surplus(self) -> Tensor:
+        """Scalar int64, rows that took a further pass."""
+        return self.counts[COUNTS.index("surplus")]
 
     @torch.no_grad()
-    def add(self, portions: list[Routing], dropped: Tensor) -> None:
-        """Count one pass of the model. portions: of its routing, as they were computed. dropped: scalar int64"""
+    def look(self, probs: Tensor, valid: Tensor) -> None:
+        """See how sure the router is. probs: [groups, tokens, experts]. valid: [groups, tokens] bool"""
+        if self.counting and self.watching:
+            best, entropy = probs.amax(-1), torch.special.entr(probs).sum(-1)
+            self.sums[:2] += (torch.stack((entropy, best)) * valid).sum((1, 2))
+
+    @torch.no_grad()
+    def add(
+        self, router: Router, routing: Routing, portions: Sequence[Routing], losses: Tensor, valid_whole: Tensor
+    ) -> None:
+        """Count one pass of the model.
+
+        portions: of its routing, as they were computed. losses: [2], the router's, summed over own tokens.
+        valid_whole: [groups, seq] bool, of the whole sequences.
+        """
         if not self.counting:
             return
         self.tokens_per_expert += torch.stack([portion.tokens_per_expert for portion in portions]).sum(0)
-        self.surplus += sum(len(portion.token) for portion in portions[1:])
-        self.dropped += dropped
+        if not self.watching:
+            return
+        valid = router.sequence.own(valid_whole)
+        left_out = len(routing.token) - sum(len(portion.token) for portion in portions)
+        surplus = sum(len(portion.token) for portion in portions[1:])
+        tokens = valid.sum()
+        self.counts[:4] += torch.stack((
+            router.dropped(routing, valid) + left_out, tokens.new_tensor(surplus), tokens, router.wanted_rows(tokens)))
+        if self.elsewhere is not None:
+            far = tokens.new_tensor(self.elsewhere)[routing.expert]  # [assignments, 2]
+            per_token = far.new_zeros(len(routing.row), 2).index_add_(0, routing.token, far)
+            self.counts[4:] += (per_token > 0).sum(0)
+        self.sums[2:] += torch.cat((losses, router.room(valid_whole).unsqueeze(0)))
+
+    def travelled(self, handle: Handle, x: Tensor) -> None:
+        """Count the rows that a dispatch sent, leg by leg. x: [tokens, d_model], what it sent rows of"""
+        if self.training and self.counting and self.watching:
+            self.row_bytes = x.shape[1] * x.element_size()
+            for way in handle.ways:
+                self.sent.update(way.sent())
 
     def reset(self) -> None:
+        self.sent.clear()
         for counts in self.buffers():
             counts.zero_()
+
+
+class Uncounted(AbstractContextManager[None]):
+    """Let statistics pass: what runs again was counted the first time. Entered once for each part of backward."""
+
+    def __init__(self, statistics: Sequence[Statistics]) -> None:
+        self.statistics = statistics
+
+    def __enter__(self) -> None:
+        for each in self.statistics:
+            each.counting = False
+
+    def __exit__(self, *error: object) -> None:
+        for each in self.statistics:
+            each.counting = True

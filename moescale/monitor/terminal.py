@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from moescale.monitor.characters import curve
 from moescale.monitor.metrics import Metrics
 from moescale.monitor.routing import ExpertLoad, expert_loads
 
@@ -47,6 +48,8 @@ class Terminal:
         else:
             left = (self.steps - step) * metrics["tokens"] / step / metrics["tokens_per_second"]
             self.say(f"step {step}/{self.steps}  {figures}  {int(left) // 60}:{int(left) % 60:02d} left")
+        for text in metrics.get("alerts", []):
+            self.say(f"step {step}: {text}")
         if "eval_loss" in metrics:
             self.say(f"step {step}: held-out loss {metrics['eval_loss']:.4f} nats a token, "
                      f"{metrics['eval_bits_per_byte']:.4f} bits a byte")
@@ -55,7 +58,7 @@ class Terminal:
         """Show the loss curve and how the experts were used at the end."""
         if not self._losses:
             return
-        self.say(f"loss {self._losses[0]:.3f} {_curve(self._losses)} {self._losses[-1]:.3f}")
+        self.say(f"loss {self._losses[0]:.3f} {curve(self._losses)} {self._losses[-1]:.3f}")
         for layer in sorted({expert.layer for expert in self._experts}):
             experts = [expert for expert in self._experts if expert.layer == layer]  # the idlest first
             if len(experts) > 16:
@@ -67,13 +70,6 @@ class Terminal:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-
-
-def _curve(values: list[float], width: int = 40) -> str:
-    """Draw values as blocks of eight heights, at most `width` of them."""
-    picked = [values[index * len(values) // width] for index in range(width)] if len(values) > width else values
-    low, high = min(picked), max(picked)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in picked)
 
 
 def _named(expert: ExpertLoad) -> str:

@@ -8,27 +8,79 @@ from typing import Any, Literal
 import numpy as np
 
 from moescale.monitor.metrics import Metrics
+from moescale.monitor.routing import values
+
+MAX_KEYS = 200
+OF_LAYERS = ("max_load", "entropy", "dropped_share")  # curves of each layer, as far as there are keys for them
 
 
 class Wandb:
-    """A sink that opens one run of wandb in the run directory."""
+    """A sink that opens one run of wandb in the run directory, the same one when a run goes on."""
 
-    def __init__(self, run_dir: Path, project: str, mode: Literal["offline", "online"], config: dict[str, Any]) -> None:
-        """mode: offline or online. config: shown beside the run."""
+    def __init__(
+        self, run_dir: Path, project: str, mode: Literal["auto", "offline", "online"], config: dict[str, Any]
+    ) -> None:
+        """mode: auto = online where wandb knows a key, otherwise offline. config: shown beside the run."""
         try:
             import wandb
         except ImportError:
             raise ValueError("monitor.wandb needs the package wandb: pip install 'moescale[wandb]', "
                              "or write monitor.wandb=off") from None
-        self._bars = lambda counts: wandb.Histogram(np_histogram=(np.array(counts), np.arange(len(counts) + 1)))
-        self._run = wandb.init(project=project, name=run_dir.name, dir=str(run_dir), mode=mode, config=config)
+        self._wandb = wandb
+        if mode == "auto":
+            mode = "online" if wandb.api.api_key else "offline"
+        before = sorted((run_dir / "wandb").glob("*run-*-*"))
+        self._run = wandb.init(
+            project=project, name=run_dir.name, dir=str(run_dir), mode=mode, config=config, resume="allow",
+            id=before[-1].name.rpartition("-")[2] if before else None,
+        )
         self._run.define_metric("*", step_metric="step")
+        self._history: list[np.ndarray] = []  # [layers], the load of each layer's busiest expert, step by step
 
     def write(self, step: int, metrics: Metrics) -> None:
-        values = {
-            key: self._bars(value) if isinstance(value, list) else value for key, value in metrics.items()
-        }
-        self._run.log({"step": step, **values})
+        shown = {key: value for key, value in metrics.items()
+                 if isinstance(value, int | float) and not key.startswith("moe/layer_")}
+        shown.update(self._pictures(metrics))
+        for quantity in OF_LAYERS:
+            each = self._of_layers(metrics, quantity)
+            if len(shown) + len(each) < MAX_KEYS:
+                shown.update({f"moe/layer_{layer:02d}/{quantity.removesuffix('_share')}": value
+                              for layer, value in each.items()})
+        self._run.log({"step": step, **shown})
+        for text in metrics.get("alerts", []):
+            self._run.alert(title=text.partition(":")[0], text=f"step {step}: {text}", level="WARN")
 
     def close(self) -> None:
         self._run.finish()
+
+    def _of_layers(self, metrics: Metrics, quantity: str) -> dict[int, float]:
+        if quantity != "max_load":
+            return values(metrics, quantity)
+        return {layer: max(counts) * len(counts) / max(1, sum(counts))
+                for layer, counts in values(metrics, "tokens_per_expert").items()}
+
+    def _pictures(self, metrics: Metrics) -> dict[str, Any]:
+        """Maps and histograms of all experts, under keys whose number does not grow with the model."""
+        counts = np.array(list(values(metrics, "tokens_per_expert").values()), dtype=float)
+        if not counts.size:
+            return {}
+        load = counts / np.maximum(counts.mean(1, keepdims=True), 1e-9)  # [layers, experts]
+        self._history.append(load.max(1))
+        history = np.stack(self._history[:: -(-len(self._history) // 400)], axis=1)  # [layers, steps]
+        pictures = {
+            "moe/load_map": self._wandb.Image(_picture(load), caption="load over the mean: layers down, experts"),
+            "moe/load_history": self._wandb.Image(_picture(history), caption="busiest expert: layers down, time"),
+            "moe/load_histogram": self._wandb.Histogram(load.flatten().tolist()),
+        }
+        biases = np.array(list(values(metrics, "expert_bias").values()))
+        if biases.size:
+            pictures["moe/expert_bias_histogram"] = self._wandb.Histogram(biases.flatten().tolist())
+        return pictures
+
+
+def _picture(load: np.ndarray) -> np.ndarray:
+    """Colour loads from blue (a quarter) over white (the mean) to red (four times). -> [height, width, 3] uint8"""
+    share = np.clip(np.log2(np.maximum(load, 1e-3)) / 2, -1, 1)[..., None]
+    white, blue, red = (np.array(colour) for colour in ((240, 240, 240), (8, 71, 142), (150, 10, 40)))
+    colours = np.where(share < 0, white + (white - blue) * share, white + (red - white) * share)
+    return colours.round().astype(np.uint8).repeat(12, 0).repeat(max(1, 768 // load.shape[1]), 1)

@@ -35,6 +35,8 @@ def tile_of(x: Tensor, form: str) -> Tile:
         return Tile(64, 64, 32, 4, 2) if form == "ONE" else Tile(64, 32, 32, 4, 2)
     if form == "SWIGLU":
         return Tile(128, 64, 64, 8, 4)
+    if form == "OUTER":  # rows are found through another load, which takes every second stage
+        return Tile(128, 128, 64, 8, 5)
     return Tile(128, 256, 64, 8, 3) if form == "ONE" else Tile(128, 128, 32, 8, 4)
 
 

@@ -66,7 +66,7 @@ class _Scan(torch.autograd.Function):
 def _options(u: Tensor, a: Tensor, positions: Tensor | None) -> dict[str, Any]:
     states = triton.next_power_of_2(a.shape[1])
     return {"T": 16 if u.device.type == "cpu" else 32, "BLOCK": max(1, 64 // states), "STATES": states,
-            "DOCUMENTS": positions is not None, "num_warps": 8 if states > 16 else 4, "num_stages": 1}
+            "DOCUMENTS": positions is not None, "num_warps": 8, "num_stages": 1}
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -14,7 +15,7 @@ from moescale.moe.hops import Hop
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import SigmoidBiasRouter
 from moescale.ops.collectives import Group, all_reduce_sum
-from moescale.parallel.mesh import Mesh
+from moescale.parallel.mesh import Mesh, node_ranks
 
 HIDDEN = {"gate": 1, "up": 1, "down": 2}  # the dim of the hidden features, which `etp` cuts
 
@@ -32,6 +33,17 @@ def spread_experts(model: nn.Module, mesh: Mesh) -> None:
             experts.register_parameter(name, nn.Parameter(part))
         layer.dispatcher = Dispatcher(DISPATCHERS[mesh.parallel.dispatcher](mesh, f"MoE layer {number}"))
         layer.chunks = mesh.parallel.dispatch_chunks
+        layer.statistics.elsewhere = _elsewhere(experts.num_experts, mesh)
+
+
+def _elsewhere(num_experts: int, mesh: Mesh) -> list[tuple[bool, bool]]:
+    """Say of each expert whether a token of this rank must travel to another rank for it, and to another node."""
+    ranks, node = dist.get_process_group_ranks(mesh.expert_group), mesh.parallel.node_ranks or node_ranks()
+    copies, local_experts = mesh.parallel.etp, num_experts // mesh.parallel.ep
+    homes = [ranks[owner * copies : (owner + 1) * copies] for owner in range(mesh.parallel.ep)]
+    away = [(any(rank != mesh.rank for rank in home), any(rank // node != mesh.rank // node for rank in home))
+            for home in homes]
+    return [away[expert // local_experts] for expert in range(num_experts)]
 
 
 def limit_rows(model: nn.Module, mesh: Mesh) -> None:

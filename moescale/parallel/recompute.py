@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moescale.layers.feed_forward import FeedForward
 from moescale.model.block import Block
 from moescale.moe.experts import Experts
+from moescale.moe.statistics import Uncounted
 from moescale.parallel.expert import moe_layers
 
 
@@ -31,19 +32,4 @@ def recompute(model: nn.Module, extent: str) -> None:
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """-> what surrounds the first run, and the others"""
-    return nullcontext(), _Uncounted(module)
-
-
-class _Uncounted(AbstractContextManager[None]):
-    """Let statistics pass: what runs again was counted the first time. Entered once for each part of backward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.statistics = [layer.statistics for layer in moe_layers(module)]
-
-    def __enter__(self) -> None:
-        for each in self.statistics:
-            each.counting = False
-
-    def __exit__(self, *error: object) -> None:
-        for each in self.statistics:
-            each.counting = True
+    return nullcontext(), Uncounted([layer.statistics for layer in moe_layers(module)])

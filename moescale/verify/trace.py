@@ -16,7 +16,7 @@ from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.model.block import Block
 from moescale.moe.layer import MoELayer
-from moescale.monitor.routing import routing_metrics
+from moescale.monitor.routing import WHOLE, routing_metrics
 from moescale.parallel.mesh import Mesh
 
 
@@ -73,8 +73,9 @@ def trace_step(config: Config, mesh: Mesh, batches: Batch) -> Trace:
     share = _share(batches, mesh.batch_rank, mesh.batch_size, config.data.micro_batch)
     losses = engine.forward_backward(share)
     gradients = _copy({name: parameter.grad for name, parameter in engine.model.named_parameters()})
-    counts = routing_metrics(
+    metrics = routing_metrics(
         engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)
+    counts = {key: value for key, value in metrics.items() if key.endswith(WHOLE) and "/layer_" in key}
     norm = engine.step()
     updated = _copy({name: parameter.data for name, parameter in engine.model.named_parameters()})
     figures: dict[str, float | Tensor] = {

@@ -81,6 +81,7 @@ def test_train_kill_go_on_generate(here: Path) -> None:
     assert lines[-1].keys() >= {"eval_loss", "eval_bits_per_byte"}
     assert yaml.safe_load((here / "run/config.yaml").read_text())["data"]["micro_batch"] == 2
     assert sorted((here / "run").iterdir()) == [here / "run" / name for name in ("checkpoints", "config.yaml",
+                                                                                 "held_out_routing.npz",
                                                                                  "metrics.jsonl")]
     command = ["generate", "run", "--prompt", "the quick ", "--tokens", "30", "--temperature", "0.5", "--top-k", "9"]
     first, second = (CliRunner().invoke(app, command) for _ in range(2))
@@ -130,6 +131,7 @@ def mistake(*arguments: str, config: str = "tiny.yaml") -> str:
     ("model.vocab_size=200", "at least 257"),
     ("optim.lr=.nan", "optim.lr=nan"),
     ("optim.warmup_steps=40", "below run.steps=40"),
+    ("monitor.trace=10-12", "write the first and the last step, e.g. steps:10-12"),
     ("run.dir=tiny.yaml", "run.dir=tiny.yaml cannot be made"),
 ])
 def test_mistakes_end_with_one_line(here: Path, override: str, words: str) -> None:
@@ -186,7 +188,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(here: Path) -> None:
 
 
 def test_help_teaches(here: Path) -> None:
-    for command in ("train", "generate"):
+    for command in ("train", "generate", "report"):
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0
         assert f"moescale {command}" in result.output

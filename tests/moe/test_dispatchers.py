@@ -48,6 +48,12 @@ class GivenRouter(nn.Module):
     def dropped(self, routing: Routing, valid: Tensor) -> Tensor:
         return valid.new_zeros((), dtype=torch.int64)
 
+    def wanted_rows(self, tokens: Tensor) -> Tensor:
+        return tokens * TOP_K
+
+    def room(self, valid_whole: Tensor) -> Tensor:
+        return valid_whole.new_zeros((), dtype=torch.float64)
+
 
 def make_routing(tokens: int, load: str) -> tuple[Tensor, Tensor, Tensor]:
     """-> expert, weight, kept: [tokens, top_k]"""

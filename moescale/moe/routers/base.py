@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ class Router(nn.Module, ABC):
         self.jitter, self.salt = jitter, salt
         self.num_choices = top_k  # that `choose` gives, of which a token may get fewer
         self.dropless = False  # True while decoding
+        self.look: Callable[[Tensor, Tensor], None] | None = None  # sees the probabilities in training
         self.sequence = Sequence()
         self.scope = SCOPES[balance_over]()
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
@@ -67,6 +69,8 @@ class Router(nn.Module, ABC):
             wide = wide * (1 + self.jitter * (2 * noise - 1))
         logits = F.linear(wide, self.weight.to(wide.dtype))  # [groups, tokens, experts]
         probs = self.probabilities(logits)
+        if self.training and self.look is not None:
+            self.look(probs, valid)
         expert, weight, kept = self.decide(logits, probs, serial, valid_whole)  # [groups, tokens, choices]
         losses = torch.stack((self.balance_loss(expert, probs, valid), router_z_loss(logits, valid)))
         routing = sort_by_expert(expert.flatten(0, 1), weight.flatten(0, 1), kept.flatten(0, 1), self.num_experts)
@@ -97,6 +101,21 @@ class Router(nn.Module, ABC):
     def dropped(self, routing: Routing, valid: Tensor) -> Tensor:
         """Count the choices that have no row. valid: [groups, tokens] bool, own. -> scalar int64"""
         return valid.sum() * self.top_k - len(routing.token)
+
+    def wanted_rows(self, tokens: Tensor) -> Tensor:
+        """Count that of which `dropped` is a part. tokens: scalar int64, valid ones. -> scalar int64"""
+        return tokens * self.top_k
+
+    def room(self, valid_whole: Tensor) -> Tensor:
+        """Count all experts' slots in training, of sequences on several ranks a part by own tokens; 0 without capacity.
+
+        valid_whole: [groups, seq] bool. -> scalar float64
+        """
+        if self.capacity.factor is None:
+            return valid_whole.new_zeros((), dtype=torch.float64)
+        tokens, own = valid_whole.sum(1), self.sequence.own(valid_whole).sum(1)
+        slots = self.slots(valid_whole, self.capacity.factor).double() * self.num_experts
+        return (slots * own / tokens.clamp(min=1)).sum()
 
     def slots(self, valid: Tensor, factor: float) -> Tensor:
         """Give one expert its even share of each group's assignments times the factor. -> [groups] int64"""

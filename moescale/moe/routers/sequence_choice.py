@@ -53,6 +53,9 @@ class ExpertChoiceRouter(Router):
         """Count the tokens that no expert took."""
         return (valid.flatten() & (routing.row < 0).all(1)).sum()
 
+    def wanted_rows(self, tokens: Tensor) -> Tensor:
+        return tokens
+
 
 class SinkhornRouter(Router):
     """The top_k experts by scores that Sinkhorn's rounds have balanced over the sequence, weighed by raw probability.

@@ -1,0 +1,53 @@
+"""Which experts the same held-out tokens get, from one evaluation to the next: `held_out_routing.npz`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+FILE = "held_out_routing.npz"
+
+
+@dataclass(frozen=True)
+class HeldOutRouting:
+    """The experts of some held-out text.
+
+    step: of the evaluation. layers: [layers] int64, the blocks that are mixtures. seq_len: tokens of each sequence.
+    pieces: [tokens] text of each token, empty = padding. expert: [layers, tokens, top_k] int16, the best first, -1 =
+    none. weight: [layers, tokens, top_k] float32.
+    """
+
+    step: int
+    layers: np.ndarray
+    seq_len: int
+    pieces: np.ndarray
+    expert: np.ndarray
+    weight: np.ndarray
+
+    def save(self, directory: Path) -> None:
+        """Raises OSError."""
+        partial = directory / f"{FILE}.partial"
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **asdict(self))
+        partial.replace(directory / FILE)
+
+    @staticmethod
+    def load(directory: Path) -> HeldOutRouting | None:
+        """-> what the last evaluation left; None where there is nothing to read"""
+        try:
+            with np.load(directory / FILE, allow_pickle=False) as file:
+                values = {name: file[name] for name in file.files}
+            return HeldOutRouting(step=int(values.pop("step")), seq_len=int(values.pop("seq_len")), **values)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def moved_since(self, before: HeldOutRouting) -> dict[str, float]:
+        """-> `moe/layer_NN/moved`, share of tokens of which not all experts are the same; `moe/moved`, the mean"""
+        if self.expert.shape != before.expert.shape or (self.pieces != before.pieces).any():
+            return {}
+        moved = (np.sort(self.expert, -1) != np.sort(before.expert, -1)).any(-1)[:, self.pieces != ""]
+        shares = {f"moe/layer_{layer:02d}/moved": float(share)
+                  for layer, share in zip(self.layers, moved.mean(1), strict=True)}
+        return {**shares, "moe/moved": float(moved.mean())}

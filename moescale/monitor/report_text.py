@@ -1,0 +1,106 @@
+"""The part of the page that shows where held-out text went."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from moescale.monitor.content import CLASSES, class_preference, content_classes, pair_preference, repetition
+from moescale.monitor.held_out import HeldOutRouting
+from moescale.monitor.history import History
+from moescale.monitor.svg import COLOURS, cell_map, load_classes
+
+SHOWN_TOKENS = 768
+ENOUGH_TOKENS = 20  # of a kind, to say who gets them
+MOST_PAIRS = 1_000_000  # layers x experts x experts
+
+
+def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
+    """-> HTML of the last layer, and what the script shows of the others; both empty where nothing was kept"""
+    routing = HeldOutRouting.load(run.directory)
+    experts = run.config.moe.num_experts
+    if routing is None or not routing.expert.size:
+        return "", {}
+    classes = content_classes(routing)
+    kinds = class_preference(routing, classes, experts)
+    present = [kind for kind in range(len(CLASSES)) if (classes == kind).sum() >= ENOUGH_TOKENS]
+    kinds, names = kinds[:, present], [CLASSES[kind] for kind in present]
+    with_pairs = routing.expert.shape[2] > 1 and kinds.shape[0] * experts**2 <= MOST_PAIRS
+    pairs = pair_preference(routing, experts) if with_pairs else None
+    options = "".join(f'<option value="{place}"{" selected" if place == len(routing.layers) - 1 else ""}>layer {layer}'
+                      "</option>" for place, layer in enumerate(routing.layers))
+    columns = ("expert 0", f"expert {experts - 1}")
+    maps = "<figure><figcaption>who gets what: rows of each kind of text, over an even share <span class=\"reading\">" \
+           "</span></figcaption>" + cell_map(
+               load_classes(kinds[-1]), names, columns, label="experts by kind of text", name=f"kinds{index}",
+               readings="kinds") + "</figure>"
+    if pairs is not None:
+        maps += "<figure><figcaption>pairs of experts that share tokens, over what their loads alone would give " \
+                "<span class=\"reading\"></span></figcaption>" + cell_map(
+                    load_classes(pairs[-1]), [f"expert {expert}" for expert in range(experts)], columns,
+                    label="pairs of experts", name=f"pairs{index}", readings="pairs") + "</figure>"
+    html = (
+        f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2><p>'
+        f"Held-out text at step {routing.step:,}; a colour is a token's first expert, here in layer "
+        f"<b>{routing.layers[-1]}</b>.</p>"
+        f'<label class="pick">layer <select data-run="{index}">{options}</select></label>'
+        f'<figure><figcaption><span class="reading"></span></figcaption>{_coloured(routing, index)}</figure>'
+        f'<div class="pair">{maps}</div>{_repetition(run, routing)}</section>'
+    )
+    shown = slice(0, SHOWN_TOKENS)
+    return html, {
+        "shown": {"layers": routing.layers.tolist(), "choices": routing.expert.shape[2],
+                  "expert": _packed(routing.expert[:, shown].astype("<i2")),
+                  "weight": _packed(np.rint(routing.weight[:, shown] * 100).astype("<i2"))},
+        "kinds": {"rows": names, "codes": _packed(load_codes(kinds))},
+        **({} if pairs is None else {"pairs": {"rows": list(range(experts)), "codes": _packed(load_codes(pairs))}}),
+    }
+
+
+def load_codes(loads: np.ndarray) -> np.ndarray:
+    """Put loads in one byte each, `128 + 24 log2(load)`; 0 = next to none. -> uint8"""
+    code = np.clip(np.rint(128 + 24 * np.log2(np.maximum(loads, 1e-9))), 1, 255)
+    return np.where(loads < 0.01, 0, code).astype(np.uint8)
+
+
+def _packed(numbers: np.ndarray) -> str:
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+def _coloured(routing: HeldOutRouting, index: int) -> str:
+    """Colour each token by its first expert in the last layer."""
+    spans = []
+    for piece, experts, weights in zip(
+        routing.pieces[:SHOWN_TOKENS], routing.expert[-1].tolist(), routing.weight[-1].tolist(), strict=False
+    ):
+        title = ", ".join(f"expert {expert} {weight:.2f}"
+                          for expert, weight in zip(experts, weights, strict=True) if expert >= 0)
+        look = f'style="--hue:{hue(experts[0])}"' if experts[0] >= 0 else 'class="none"'
+        spans.append(f'<span {look} title="{title or "no expert"}">{escape(piece)}</span>')
+    return f'<div class="text" data-run="{index}">{"".join(spans)}</div>'
+
+
+def hue(expert: int) -> int:
+    """Give each expert a hue, neighbours far apart; `report.js` does the same."""
+    return round(expert * 137.508) % 360
+
+
+def _repetition(run: History, routing: HeldOutRouting) -> str:
+    rows = "".join(
+        f"<tr><th>layer {layer}</th><td>{each.first:.1%}</td><td>{each.first_by_chance:.1%}</td>"
+        f"<td>{each.either:.1%}</td><td>{each.either_by_chance:.1%}</td><td>{_moved(run, int(layer))}</td></tr>"
+        for layer, each in zip(routing.layers, repetition(routing), strict=True))
+    return ('<h3>Consecutive tokens with the same expert, and tokens in random order</h3><div class="scroll"><table>'
+            "<thead><tr><th></th><th>same first</th><th>at random</th><th>one in common</th><th>at random</th>"
+            f"<th>moved</th></tr></thead><tbody>{rows}</tbody></table></div><p>Moved: the share of tokens with other "
+            "experts than in the evaluation before.</p>")
+
+
+def _moved(run: History, layer: int) -> str:
+    values: Sequence[float] = run.curves[key].values.tolist() if (key := f"moe/layer_{layer:02d}/moved") in run.curves \
+        else ()
+    return f"{values[-1]:.1%}" if values else "-"

@@ -1,0 +1,70 @@
+"""Some steps in full: each token's experts as a Parquet file, the time of each operation as a profiler's trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moescale.monitor.record import Seen, recording
+
+
+class Tracer:
+    """Looks at the steps asked for, on every rank by itself. trace, profile: steps, counted from 1."""
+
+    def __init__(self, run_dir: Path, rank: int, *, trace: range, profile: range) -> None:
+        self.run_dir, self.rank, self.trace, self.profile = run_dir, rank, trace, profile
+        self._profiler: torch.profiler.profile | None = None
+
+    @contextmanager
+    def step(self, step: int, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Surround the whole of one step. batches: tokens and serial numbers of each micro-batch, [batch, seq] int64"""
+        seen: list[Seen] = []
+        if step in self.profile and self._profiler is None:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        if step in self.trace:
+            with recording(model, seen.append, training=True):
+                yield
+            write_trace(self._path("trace", f"step_{step:08d}", "parquet"), step, seen, batches)
+        else:
+            yield
+        if self._profiler is not None and step + 1 not in self.profile:
+            self._profiler.stop()
+            name = f"steps_{self.profile.start}-{self.profile.stop - 1}"
+            self._profiler.export_chrome_trace(str(self._path("profile", name, "json.gz")))
+            self._profiler = None
+
+    def _path(self, folder: str, name: str, ending: str) -> Path:
+        (self.run_dir / folder).mkdir(exist_ok=True)
+        return self.run_dir / folder / f"{name}_rank_{self.rank}.{ending}"
+
+
+def write_trace(path: Path, step: int, seen: Sequence[Seen], batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write a row for each token, layer and expert that it got.
+
+    Columns: step, layer, serial (the token's number in the run), token (its id), choice (0 is the first), expert,
+    weight.
+    What the router dropped has no row; what a row budget leaves out has one.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    tokens = {int(serial): int(token) for token_ids, serials in batches
+              for token, serial in zip(token_ids.flatten().tolist(), serials.flatten().tolist(), strict=True)}
+    names = ("layer", "serial", "choice", "expert", "weight")
+    columns: dict[str, list[Tensor]] = {name: [] for name in names}
+    for each in seen:
+        place, choice = (each.expert >= 0).nonzero(as_tuple=True)
+        parts = (torch.full_like(place, each.layer), each.serial[place], choice, each.expert[place, choice],
+                 each.weight[place, choice])
+        for name, part in zip(names, parts, strict=True):
+            columns[name].append(part.cpu())
+    joined: dict[str, Any] = {name: torch.cat(parts).numpy() if parts else [] for name, parts in columns.items()}
+    joined["step"] = [step] * len(joined["serial"])
+    joined["token"] = [tokens[int(serial)] for serial in joined["serial"]]
+    pyarrow.parquet.write_table(pyarrow.table(joined), path)

@@ -1,0 +1,67 @@
+"""What a run of wandb holds, written offline and read back with wandb's own reader."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moescale.moe.statistics import COUNTS, SUMS
+from moescale.monitor.routing import FACTS, _layer_metrics, _summary
+from moescale.monitor.wandb import Wandb
+
+wandb = pytest.importorskip("wandb")
+LAYERS, EXPERTS = 48, 128
+
+
+def make_metrics(step: int) -> dict[str, Any]:
+    """What a large run logs, through the same words as the trainer's."""
+    rng = random.Random(step)
+    metrics: dict[str, Any] = {"loss": 3.0 - step / 100, "tokens": step, "tokens_per_second": 1e5, "grad_norm": 1.0}
+    for layer in range(LAYERS):
+        row = [rng.randrange(50, 150) for _ in range(EXPERTS)] + [7.0] * (len(COUNTS) + len(SUMS) + len(FACTS))
+        row += [rng.random() for _ in range(EXPERTS)]
+        metrics.update({f"moe/layer_{layer:02d}/{key}": value for key, value in _layer_metrics(row, EXPERTS).items()})
+    return {**metrics, **_summary(metrics), "moe/rows_between_ranks": [[1] * 32] * 32}
+
+
+def read_back(run_dir: Path) -> list[dict[str, Any]]:
+    (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(file.parent)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def test_an_offline_run_holds_all_that_was_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    sink = Wandb(tmp_path, "test", "offline", {"moe": {"num_experts": EXPERTS}, "parallel": {"ep": 4}})
+    for step in (10, 20):
+        alerts = {"alerts": ["dead experts: layer 1, 1 of 128 (3)"]} if step == 20 else {}
+        sink.write(step, {**make_metrics(step), **alerts})
+    sink.close()
+    records = read_back(tmp_path)
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert len(rows) == 2
+    last = rows[-1]
+    keys = {key.partition(".")[0] for key in last if not key.startswith("_")}  # wandb adds "._type" and so on
+    assert len(keys) <= 200
+    assert keys >= {"loss", "moe/max_load", "moe/dropped", "moe/entropy", "moe/load_map", "moe/load_history",
+                    "moe/load_histogram", "moe/expert_bias_histogram", "moe/layer_00/max_load", "moe/layer_47/entropy"}
+    assert last["moe/max_load"] == make_metrics(20)["moe/max_load"]
+    assert last["moe/load_map._type"] == "image-file"
+    assert last["moe/load_histogram._type"] == "histogram"
+    assert sum(last["moe/load_histogram.values"]) == LAYERS * EXPERTS
+    (alert,) = (record["alert"] for record in records if record["type"] == "alert")
+    assert alert["title"] == "dead experts"
+    (config,) = (record["run"]["config"]["update"] for record in records if record["type"] == "run")
+    assert config["parallel"] == {"ep": 4}, "the layout is part of the configuration"
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/moe/*.png"))) == 4
+    identity = next(tmp_path.glob("wandb/offline-run-*")).name.rpartition("-")[2]
+    again = Wandb(tmp_path, "test", "offline", {})
+    again.close()
+    assert {folder.name.rpartition("-")[2] for folder in tmp_path.glob("wandb/offline-run-*")} == {identity}
