@@ -113,7 +113,9 @@ def convert(
     target = FORMATS[to]
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"{destination} exists already: give a folder that does not")
-    config, recipes = (source.config, _unchanged(source, to)) if change is None else (change.config, change.recipes)
+    config, recipes = (source.config, _unchanged(source)) if change is None else (change.config, change.recipes)
+    if to != native.NAME:  # no other format takes the optimizer's state
+        recipes = {name: recipe for name, recipe in recipes.items() if not name.startswith(native.PLANES)}
     target.refuse(config, layout, dtype)
     atoms = native.native_atoms(config)
     if any(name.startswith(native.PLANES) for name in recipes):
@@ -154,10 +156,8 @@ def convert(
     return Result(source, found, left_out, sum(stored.size_bytes for stored in places.values()))
 
 
-def _unchanged(source: Opened, to: str) -> dict[str, Recipe]:
-    """Every tensor as it is; the optimizer's state only where it can be kept."""
-    keep = to == native.NAME
-    return {name: Recipe((name,)) for name in source.atoms if keep or not name.startswith(native.PLANES)}
+def _unchanged(source: Opened) -> dict[str, Recipe]:
+    return {name: Recipe((name,)) for name in source.atoms}
 
 
 def _by_atom(pieces: list[Piece]) -> dict[str, list[Piece]]:

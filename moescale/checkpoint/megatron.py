@@ -235,6 +235,9 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
         "moe.activation": mixtures and (moe.activation not in ("swiglu", "gelu") or (
             mixtures < model.num_layers and moe.activation != model.activation)),
         "moe.router": mixtures and moe.router not in ("mixtral", "switch", "sigmoid_bias"), "moe.top_k_groups": groups,
+        "moe.left_behind_choices": mixtures and moe.left_behind_choices > 1,
+        "moe.eval_capacity_factor": mixtures and moe.eval_capacity_factor is not None,
+        "moe.drop_by": mixtures and moe.drop_by != "position",
     }
     for key, bad in wrong.items():
         if bad:

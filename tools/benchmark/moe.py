@@ -18,7 +18,9 @@ backward, a rank's mean; a row goes out and back, and so does its gradient.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import tempfile
 from pathlib import Path
 
 import torch
@@ -89,7 +91,7 @@ def plot(results: list[Result], path: Path) -> None:
                   [1000 * max(seconds) - median for median, (_, seconds) in zip(medians, timed, strict=True)]]
         colours = ["tab:orange" if label.startswith("moescale") else "tab:grey" for label, _ in timed]
         panel.barh([label for label, _ in timed], medians, xerr=spread, color=colours, ecolor="black")
-        panel.set(title=title, xlabel="milliseconds, forward and backward", xscale="log")
+        panel.set(title=title, xlabel="milliseconds, forward and backward")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -109,7 +111,9 @@ def main() -> None:
     parser.add_argument("--name", default="moe", help="of the files in results/")
     arguments = parser.parse_args()
     results: list[Result] = []
-    with (RESULTS / f"{arguments.name}.txt").open("w") as file:
+    # DeepSpeed builds an extension on first use: in a folder of this run alone, no lock of another run is waited for
+    with tempfile.TemporaryDirectory() as folder, (RESULTS / f"{arguments.name}.txt").open("w") as file:
+        os.environ["TORCH_EXTENSIONS_DIR"] = folder
         for ranks, contest, name, dtype in (
             (ranks, contest, name, dtype) for ranks in arguments.ranks for contest in arguments.contests
             for name in arguments.cases for dtype in arguments.dtypes
