@@ -15,7 +15,7 @@ from moescale.ops.permute import permute, unpermute
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-BLOCK_BYTES = 1 << 21  # of the widest features of a block of rows
+BLOCK_BYTES = 1 << 22  # of the widest features of a block of rows
 
 
 class Assignments(Protocol):
