@@ -15,7 +15,7 @@ from moescale.ops.permute import permute, unpermute
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-BLOCK_BYTES = 1 << 22  # of the widest features of a block of rows
+BLOCK_NUMBERS = 1 << 20  # of the widest features of a block of rows
 
 
 class Assignments(Protocol):
@@ -180,7 +180,7 @@ def _weigh(hidden: Tensor, grad: Tensor, product: Tensor, factor: Tensor, grad_w
 
 def _cut(sizes: list[int], dtype: torch.dtype, features: int) -> list[_Block]:
     """Cut each expert's rows into equal blocks that the cache holds; an expert without rows has an empty one."""
-    most = max(256, BLOCK_BYTES // (features * dtype.itemsize))
+    most = max(256, BLOCK_NUMBERS // features)
     blocks, start = [], 0
     for expert, rows in enumerate(sizes):
         end, pieces = start + rows, max(1, -(-rows // most))

@@ -231,11 +231,12 @@ def _forked(work: Callable[[], object]) -> Any:
 def test_a_kill_at_ten_moments_leaves_nothing_or_the_whole(published: Path, tmp_path: Path) -> None:
     """And the same conversion goes on from there, without doing again what was done."""
     draw, there = random.Random(0), tmp_path / "there"
+    begin = time.monotonic()
     whole = convert(open_source(published), tmp_path / "whole", "megatron", Layout(tp=2))
-    seen = set()
+    seconds, seen = time.monotonic() - begin, set()
     for _ in range(10):
         process = _forked(lambda: convert(open_source(published), there, "megatron", Layout(tp=2)))
-        deadline = time.monotonic() + draw.random() * 0.8
+        deadline = time.monotonic() + draw.random() * seconds
         while time.monotonic() < deadline and process.is_alive():
             time.sleep(0.001)
         process.kill()
