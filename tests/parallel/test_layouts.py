@@ -55,7 +55,7 @@ LAYOUTS = [  # ranks, parallel degrees
     (4, {"pp": 2, "cp": 2, "ep": 2, "pp_schedule": "zero_bubble", "recompute": "selective"}),
 ]
 MIXED = [LAYOUTS[index] for index in (8, 9, 11, 12, 13)]  # enough of them for a family of which little is new
-EVERYWHERE = ("mixtral", "switch", "gshard", "palm")
+EVERYWHERE = ("mixtral", "switch", "palm")
 FEWER = {"surest": [(4, {"ep": 2, "recompute": "full"}), MIXED[1], MIXED[-1]],
          "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), MIXED[-1]]}
 CASES = [(family, *layout) for family in FAMILIES
