@@ -83,11 +83,12 @@ class LanguageModel(nn.Module):
         for router in routers:
             router.dropless = True
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        logits = self._logits(self._features(tokens, None, positions, positions)[0])
-        for router in routers:
-            router.dropless = False
-        self.train(training)
-        return logits
+        try:
+            return self._logits(self._features(tokens, None, positions, positions)[0])
+        finally:  # a router left so would train without its capacity
+            for router in routers:
+                router.dropless = False
+            self.train(training)
 
     def _features(
         self, x: Tensor, router_losses: Tensor | None, positions: Tensor, serial: Tensor

@@ -66,7 +66,10 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             walks.append(self._shared(x, serial))
         answers = take_turns(walks)
-        y = torch.cat(answers[:num_walks]) if len(portions) == 1 else torch.stack(answers[:num_walks]).sum(0)
+        if num_walks == 1:
+            y = answers[0]  # what is nearly always so needs no copy
+        else:
+            y = torch.cat(answers[:num_walks]) if len(portions) == 1 else torch.stack(answers[:num_walks]).sum(0)
         return y if self.shared is None else y + answers[-1]
 
     def _pass(self, x: Tensor, routing: Routing) -> Walk:
