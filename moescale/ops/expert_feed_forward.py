@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from moescale.ops.permute import permute, unpermute
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 BLOCK_NUMBERS = 1 << 20  # of the widest features of a block of rows
+SLICE_NUMBERS = 1 << 17  # of those of its rows that are activated together
 
 
 class Assignments(Protocol):
@@ -93,6 +94,12 @@ class _Block(NamedTuple):
     def rounded(self) -> slice:
         return slice(self.start, self.start + self.length)
 
+    def slices(self, features: int) -> Iterator[tuple[slice, slice]]:
+        """Its own rows, a few at a time: where they lie within the block, and among all rows."""
+        for begin in range(0, self.size, _slice(features)):
+            end = min(begin + _slice(features), self.size)
+            yield slice(begin, end), slice(self.start + begin, self.start + end)
+
 
 class _InCache(torch.autograd.Function):
     """On a processor: block of rows by block, all its steps while it is in the cache, from gather to sum.
@@ -134,48 +141,48 @@ class _InCache(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, down, weight, token, wide, wide_gate = ctx.saved_tensors
-        longest = max(block.length for block in ctx.blocks)
-        narrow, buffers = x.new_zeros(3, longest, x.shape[1]), x.new_empty(4, longest, up.shape[1])
+        longest, d_ff = max(block.length for block in ctx.blocks), up.shape[1]
+        narrow, buffers = x.new_zeros(2, longest, x.shape[1]), x.new_empty(2, longest, d_ff)
+        spare = x.new_empty(min(longest, _slice(d_ff)), d_ff)
         grad_x = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
         grad_up, grad_down, grad_weight = torch.empty_like(up), torch.empty_like(down), torch.empty_like(weight)
         grad_gate = None if gate is None else torch.empty_like(gate)
         factor = weight.to(x.dtype).unsqueeze(1)
         for block in ctx.blocks:
             own, expert, more = token[block.own], block.expert, int(not block.first)
-            a, dy, da = narrow[:, : block.length]
-            act, hidden, dh, product = buffers[:, : block.length]
+            a, dy = narrow[:, : block.length]
             torch.index_select(x, 0, own, out=a[: block.size])
             torch.index_select(grad, 0, own, out=dy[: block.size])
-            dy[block.size :] = 0  # cancels rows that are not its own
-            u = wide[block.rounded]
+            hidden, dh = buffers[:, : block.length]
+            dy[block.size :] = hidden[block.size :] = 0  # cancels rows that are not its own
             torch.mm(dy, down[expert], out=dh)
-            if gate is None or wide_gate is None:
-                hidden = _activate(ctx.activation, u, act)
-            else:
-                torch.mul(_activate(ctx.activation, wide_gate[block.rounded], act), u, out=hidden)
-            _weigh(hidden, dh, product, factor[block.own], grad_weight[block.own])
+            for part, rows in block.slices(d_ff):
+                h, dh_part, product = hidden[part], dh[part], spare[: rows.stop - rows.start]
+                if wide_gate is None:
+                    _activate(ctx.activation, wide[rows], h)
+                else:
+                    _activate(ctx.activation, wide_gate[rows], h).mul_(wide[rows])
+                torch.mul(dh_part, h, out=product)
+                torch.sum(product, 1, dtype=weight.dtype, out=grad_weight[rows])
+                h.mul_(factor[rows])
+                dh_part.mul_(factor[rows])
             grad_down[expert].addmm_(dy.T, hidden, beta=more)
+            da = dy  # done with
             if gate is None or wide_gate is None or grad_gate is None:
-                du = _activate_backward(ctx.activation, dh, u, product)
-                torch.mm(du, up[expert], out=da)
+                for part, rows in block.slices(d_ff):
+                    _activate_backward(ctx.activation, dh[part], wide[rows], dh[part])
+                torch.mm(dh, up[expert], out=da)
             else:
                 dgate = hidden  # done with
-                _activate_backward(ctx.activation, torch.mul(dh, u, out=product), wide_gate[block.rounded], dgate)
-                du = dh.mul_(act)
+                for part, rows in block.slices(d_ff):
+                    product = torch.mul(dh[part], wide[rows], out=spare[: rows.stop - rows.start])
+                    _activate_backward(ctx.activation, product, wide_gate[rows], dgate[part])
+                    dh[part].mul_(_activate(ctx.activation, wide_gate[rows], product))
                 grad_gate[expert].addmm_(dgate.T, a, beta=more)
-                torch.mm(dgate, gate[expert], out=da).addmm_(du, up[expert])
-            grad_up[expert].addmm_(du.T, a, beta=more)
+                torch.mm(dgate, gate[expert], out=da).addmm_(dh, up[expert])
+            grad_up[expert].addmm_(dh.T, a, beta=more)
             grad_x.index_add_(0, own, da[: block.size].to(grad_x.dtype))
         return grad_x.to(x.dtype), grad_gate, grad_up, grad_down, grad_weight, None, None, None
-
-
-def _weigh(hidden: Tensor, grad: Tensor, product: Tensor, factor: Tensor, grad_weight: Tensor) -> None:
-    """Weigh the hidden features of a block and their gradient, in place. -> grad_weight"""
-    size = len(factor)
-    hidden, grad = hidden[:size], grad[:size]
-    torch.sum(torch.mul(grad, hidden, out=product[:size]), 1, dtype=grad_weight.dtype, out=grad_weight)
-    hidden.mul_(factor)
-    grad.mul_(factor)
 
 
 def _cut(sizes: list[int], dtype: torch.dtype, features: int) -> list[_Block]:
@@ -190,6 +197,11 @@ def _cut(sizes: list[int], dtype: torch.dtype, features: int) -> list[_Block]:
             blocks.append(_Block(expert, start, size, _rounded(size, dtype), piece == 0))
             start += size
     return blocks
+
+
+def _slice(features: int) -> int:
+    """-> rows that steps which need no product take at a time"""
+    return max(1, SLICE_NUMBERS // features)
 
 
 def _rounded(size: int, dtype: torch.dtype) -> int:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from moescale.config import OptimConfig
+from moescale.ops.collectives import local_tensor
 
 STATE = ("exp_avg", "exp_avg_sq")
 
 
+class LocalAdamW(torch.optim.AdamW):
+    """Updates element by element what lies on this rank: nothing here depends on how a parameter is cut."""
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        """Gather what the group's step works on; torch fills the lists with parameters, gradients and their state."""
+        result = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [local_tensor(tensor) for tensor in tensors]
+        return result
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Make the optimizer, its state at zero so that a checkpoint can be read into it."""
-    groups: dict[tuple[bool, object], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and "embedding" not in name
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups[decays, mesh].append(parameter)  # one fused call cannot mix meshes
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "weight_decay": config.weight_decay * decays} for (decays, _), params in groups.items()],
+        groups[parameter.ndim > 1 and "embedding" not in name].append(parameter)
+    optimizer = LocalAdamW(
+        [{"params": params, "weight_decay": config.weight_decay * decays} for decays, params in groups.items()],
         lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
     )
     for parameter in model.parameters():
