@@ -153,7 +153,8 @@ def router(logits: Tensor, valid: Tensor, expert: Tensor, top_k: int) -> Tensor:
 
 def losses(logits: Tensor, column: Tensor, of_token: Tensor) -> Tensor:
     log_sum, _ = normalise(logits, column, 1.0)
-    return grad_logits(logits, column, log_sum, of_token, of_token, 1.0)
+    grad_logits(logits, column, log_sum, of_token, of_token, 1.0, logits)
+    return logits
 
 
 def rows() -> Cases:

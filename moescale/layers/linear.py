@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from moescale.ops.collectives import local_tensor
 
+T = TypeVar("T")
 Fill = Callable[[Tensor, torch.Generator], object]
 """Fills a tensor in place. Each module says in `initial` how each of its own parameters starts."""
 
@@ -69,6 +71,6 @@ class Embedding(nn.Module):
         elsewhere = (row < 0) | (row >= len(weight))
         return F.embedding(row.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0).to(dtype)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Score the tokens whose rows lie here. x: [..., d_model]. -> [..., vocab]"""
-        return F.linear(x, local_tensor(self.weight).to(x.dtype))
+    def as_head(self, x: Tensor, score: Callable[[Tensor, Tensor], T]) -> T:
+        """Let `score` have x and the rows that lie here; a call of this module, for that is when FSDP gathers them."""
+        return score(x, local_tensor(self.weight))

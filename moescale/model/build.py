@@ -35,7 +35,6 @@ def build_model(config: Config, device: torch.device | str = "meta") -> Language
             NORMS[model.norm](model.d_model, model.norm_eps),
             None if model.tied_embeddings else Linear(model.d_model, model.vocab_size, model.init),
             logit_scale=model.d_model**-0.5 if model.scale_logits else 1.0,
-            output_z=model.z_loss_coefficient > 0,
             compute_dtype=compute_dtype,
         )
         return whole.double() if compute_dtype == torch.float64 else whole  # weights are float32 under bfloat16 too

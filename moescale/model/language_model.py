@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moescale.layers.linear import Embedding, Linear
-from moescale.layers.loss import cross_entropy, output_z_loss
 from moescale.moe.routers import Router
+from moescale.ops.collectives import local_tensor
+from moescale.ops.head_losses import head_losses
 from moescale.ops.sequence import Sequence
+
+T = TypeVar("T")
 
 
 class LossSums(NamedTuple):
@@ -43,7 +47,6 @@ class LanguageModel(nn.Module):
         *,
         first: bool = True,
         logit_scale: float,
-        output_z: bool,
         compute_dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -51,9 +54,9 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleDict({str(index): block for index, block in blocks.items()})
         self.norm = norm
         self.head = head
-        self.first, self.logit_scale, self.output_z, self.compute_dtype = first, logit_scale, output_z, compute_dtype
+        self.first, self.logit_scale, self.compute_dtype = first, logit_scale, compute_dtype
         self.sequence = Sequence()
-        self.sum_losses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._sum_losses
+        self.sum_losses: Callable[..., tuple[Tensor, Tensor]] = head_losses
 
     def forward(
         self, x: Tensor, router_losses: Tensor | None = None, *, targets: Tensor, positions: Tensor, serial: Tensor
@@ -66,8 +69,9 @@ class LanguageModel(nn.Module):
         x, router_losses = self._features(x, router_losses, positions, serial)
         if self.norm is None:
             return x, router_losses
-        logits = self._logits(x).flatten(0, 1)  # [tokens, vocab/tp]
-        loss, z = self.sum_losses(logits, self.sequence.part(targets).flatten())
+        wanted = self.sequence.part(targets).flatten()
+        loss, z = self._head(x, lambda x, weight: self.sum_losses(
+            x.flatten(0, 1), weight, wanted, logit_scale=self.logit_scale))
         load_balance, router_z = (loss.clone() for loss in router_losses.unbind())  # FSDP hangs hooks on them: no views
         return loss, z, load_balance, router_z
 
@@ -84,7 +88,9 @@ class LanguageModel(nn.Module):
             router.dropless = True
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         try:
-            return self._logits(self._features(tokens, None, positions, positions)[0])
+            x, _ = self._features(tokens, None, positions, positions)
+            logits = self._head(x, lambda x, weight: F.linear(x, weight.to(x.dtype)))
+            return logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(self.logit_scale)
         finally:  # a router left so would train without its capacity
             for router in routers:
                 router.dropless = False
@@ -103,16 +109,11 @@ class LanguageModel(nn.Module):
             router_losses = router_losses + losses
         return x, router_losses
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """[batch, seq/cp/tp, d_model] -> [batch, seq/cp, vocab/tp] in at least float32"""
+    def _head(self, x: Tensor, score: Callable[[Tensor, Tensor], T]) -> T:
+        """Let `score` have the normed features [batch, seq/cp, d_model] and the head's weight [vocab/tp, d_model]."""
         assert self.norm is not None
         x = self.sequence.widen(self.norm(x))
-        head = self.head if self.head is not None else cast(Embedding, self.embedding).logits
-        logits = head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits if self.logit_scale == 1 else logits * self.logit_scale
-
-    def _sum_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """-> cross entropy and z-loss, summed over targets that are not ignored"""
-        z = output_z_loss(logits, targets) if self.output_z else logits.new_zeros(())
-        return cross_entropy(logits, targets), z
+        if self.head is not None:
+            return score(x, local_tensor(self.head.weight))
+        assert self.embedding is not None
+        return self.embedding.as_head(x, score)

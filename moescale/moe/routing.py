@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moescale.ops.permute import permute
+from moescale.ops.router import rows_by_expert
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,6 @@ def sort_by_expert(expert: Tensor, weight: Tensor, kept: Tensor, num_experts: in
 
     expert: [tokens, choices] int64. weight: [tokens, choices] float32. kept: [tokens, choices] bool.
     """
-    key = torch.where(kept, expert, num_experts).flatten()  # what is not kept sorts to the end
-    order = key.argsort(stable=True)
-    bounds = torch.arange(num_experts, device=key.device)
-    ends = torch.searchsorted(key[order], bounds, right=True)
-    assignments = int(ends[-1])
-    row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=key.device))
-    order = order[:assignments]
-    return Routing(
-        token=order // expert.shape[1],
-        weight=weight.flatten().take(order),
-        tokens_per_expert=torch.diff(ends, prepend=ends.new_zeros(1)),
-        row=torch.where(row < assignments, row, -1).view_as(expert),
-    )
+    order, row, counts = rows_by_expert(torch.where(kept, expert, -1), num_experts)
+    order = order[: int(counts.sum())]
+    return Routing(order // expert.shape[1], weight.flatten().take(order), counts, row)

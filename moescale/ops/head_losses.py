@@ -1,4 +1,4 @@
-"""Cross entropy and z-loss straight from features and head, some tokens at a time: the logits never exist at once."""
+"""Cross entropy and z-loss straight from features and head, some tokens at a time: never all logits of many tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from moescale.ops.collectives import Group
 from moescale.ops.device import triton_runs
 
-CHUNK_BYTES = 2**28  # of one chunk's logits in float32
+CHUNK = 2**26  # logits that are in memory at a time
+IN_CACHE = 2**17  # of them, those that a processor works on at a time
 
 
 def head_losses(
@@ -22,12 +23,14 @@ def head_losses(
 ) -> tuple[Tensor, Tensor]:
     """Add up negative log-likelihood and squared log-normaliser over targets that are not ignored (PaLM, sec. 5).
 
-    x: [tokens, d_model]. weight: [vocab/tp, d_model], rows of tokens from first_token on. group: ranks that share
-    the vocabulary; they exchange two numbers a token, and each gets its own part of the gradient of x.
-    targets: [tokens] int64, -100 = ignored. chunk: tokens at a time. -> two scalars, in at least float32
+    Logits that fit into one chunk are kept for backward; those of several are computed again.
+    x: [tokens, d_model]. weight: [vocab/tp, d_model], rows of tokens from first_token on, cast to the dtype of x.
+    group: ranks that share the vocabulary; they exchange three numbers a token (Shoeybi et al., 2019, sec. 3), and each
+    gets the whole sums and its own part of the gradient of x. targets: [tokens] int64, -100 = ignored.
+    chunk: tokens at a time. -> two scalars, in at least float32
     """
     if chunk is None:
-        chunk = max(1, CHUNK_BYTES // (4 * len(weight)))
+        chunk = max(1, CHUNK // len(weight))
     return _HeadLosses.apply(x, weight, targets, logit_scale, first_token, group, chunk)
 
 
@@ -39,20 +42,19 @@ def head_losses_reference(x: Tensor, weight: Tensor, targets: Tensor, logit_scal
 
 
 class _HeadLosses(torch.autograd.Function):
-    """Kept for backward: features and a log-normaliser a token; the logits are computed again."""
-
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, logit_scale: float, first_token: int, group: Group | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         column = targets - first_token
-        here = (column >= 0) & (column < len(weight))
-        column = torch.where(here, column, -1)
+        column = torch.where((column >= 0) & (column < len(weight)), column, -1)
+        matrix = weight.to(x.dtype)
+        logits = x.new_empty(min(chunk, len(x)), len(weight))
         wide = torch.promote_types(x.dtype, torch.float32)
         log_sum, chosen = x.new_empty(len(x), dtype=wide), x.new_empty(len(x), dtype=wide)
         for part in _parts(len(x), chunk):
-            log_sum[part], chosen[part] = _normalise(x[part] @ weight.T, column[part], logit_scale)
+            log_sum[part], chosen[part] = _normalise(_product(x[part], matrix, logits), column[part], logit_scale)
         if group is not None:
             top = log_sum.clone()
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
@@ -61,20 +63,23 @@ class _HeadLosses(torch.autograd.Function):
             log_sum, chosen = top + sums[0].log(), sums[1]
         valid = targets != -100
         ctx.logit_scale, ctx.chunk = logit_scale, chunk
-        ctx.save_for_backward(x, weight, column, valid, log_sum)
+        ctx.save_for_backward(x, weight, column, valid, log_sum, logits if len(x) <= chunk else None)
         return ((log_sum - chosen) * valid).sum(), (log_sum.square() * valid).sum()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, column, valid, log_sum = ctx.saved_tensors
+        x, weight, column, valid, log_sum, kept = ctx.saved_tensors
+        matrix = weight.to(x.dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=log_sum.dtype)
         of_chosen = grad_loss * valid * ctx.logit_scale  # [tokens]
         of_probs = of_chosen + 2 * ctx.logit_scale * grad_z * log_sum * valid
+        buffer = x.new_empty(min(ctx.chunk, len(x)), len(weight))
         for part in _parts(len(x), ctx.chunk):
-            logits = x[part] @ weight.T
-            grad = _grad_logits(logits, column[part], log_sum[part], of_probs[part], of_chosen[part], ctx.logit_scale)
-            torch.mm(grad, weight, out=grad_x[part])
-            grad_weight += grad.T @ x[part]
+            logits = _product(x[part], matrix, buffer) if kept is None else kept
+            grad = buffer[: len(logits)]
+            _grad_logits(logits, column[part], log_sum[part], of_probs[part], of_chosen[part], ctx.logit_scale, grad)
+            torch.mm(grad, matrix, out=grad_x[part])
+            _add_product(grad_weight, grad.T, x[part])
         return grad_x, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
@@ -83,25 +88,51 @@ def _parts(tokens: int, chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk, tokens))
 
 
+def _product(x: Tensor, matrix: Tensor, buffer: Tensor) -> Tensor:
+    """-> logits, [tokens, vocab], in the first rows of the buffer"""
+    return torch.mm(x, matrix.T, out=buffer[: len(x)])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
 def _normalise(logits: Tensor, column: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """-> log-normaliser and the logit at the column, zero where that is -1, [tokens] each"""
     if triton_runs(logits):
         from moescale.ops.head_losses_triton import normalise
 
         return normalise(logits, column, scale)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
-    chosen = logits.gather(1, column.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return logits.logsumexp(-1), chosen.masked_fill(column < 0, 0)
+    wide, at = torch.promote_types(logits.dtype, torch.float32), column.clamp(min=0).unsqueeze(1)
+    chosen = logits.gather(1, at).to(wide) * scale
+    log_sum = torch.empty_like(chosen)
+    for part in _in_cache(logits):  # log_softmax is the fastest pass over rows that torch has
+        block = logits[part].to(wide)
+        block = block if scale == 1 else block * scale
+        log_sum[part] = chosen[part] - block.log_softmax(1).gather(1, at[part])
+    return log_sum.squeeze(1), chosen.squeeze(1).masked_fill(column < 0, 0)
 
 
 def _grad_logits(
-    logits: Tensor, column: Tensor, log_sum: Tensor, of_probs: Tensor, of_chosen: Tensor, scale: float
-) -> Tensor:
-    """-> probabilities times of_probs, less of_chosen at the column; in the place and dtype of the logits"""
+    logits: Tensor, column: Tensor, log_sum: Tensor, of_probs: Tensor, of_chosen: Tensor, scale: float, out: Tensor
+) -> None:
+    """Put probabilities times of_probs, less of_chosen at the column, into `out`, which may be the logits."""
     if triton_runs(logits):
         from moescale.ops.head_losses_triton import grad_logits
 
-        return grad_logits(logits, column, log_sum, of_probs, of_chosen, scale)
-    grad = (logits.to(log_sum.dtype) * scale).sub_(log_sum.unsqueeze(1)).exp_().mul_(of_probs.unsqueeze(1))
-    less = torch.where(column < 0, 0, of_chosen).neg().unsqueeze(1)
-    return grad.scatter_add_(1, column.clamp(min=0).unsqueeze(1), less).to(logits.dtype)
+        return grad_logits(logits, column, log_sum, of_probs, of_chosen, scale, out)
+    less = torch.where(column < 0, 0, of_chosen).neg_().unsqueeze(1)
+    column, shift = column.clamp(min=0).unsqueeze(1), log_sum.neg().unsqueeze(1)
+    of_probs, narrow = of_probs.unsqueeze(1), out.dtype != log_sum.dtype
+    for part in _in_cache(logits):
+        grad = torch.add(shift[part], logits[part].to(log_sum.dtype), alpha=scale, out=None if narrow else out[part])
+        grad.exp_().mul_(of_probs[part]).scatter_add_(1, column[part], less[part])
+        if narrow:
+            out[part] = grad
+
+
+def _in_cache(logits: Tensor) -> Iterator[slice]:
+    return _parts(len(logits), max(1, IN_CACHE // logits.shape[1]))

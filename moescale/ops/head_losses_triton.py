@@ -1,4 +1,4 @@
-"""What `head_losses` does to a chunk of logits: normalise in one pass, and turn them into their gradient in place.
+"""What `head_losses` does to a chunk of logits: normalise in one pass, and turn them into their gradient.
 
 The normaliser is online (Milakov and Gimelshein, 2018, alg. 3): the maximum and the sum are corrected block by block.
 Letters: V tokens of the vocabulary, of which BLOCK are loaded at a time.
@@ -24,14 +24,13 @@ def normalise(logits: Tensor, column: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def grad_logits(
-    logits: Tensor, column: Tensor, log_sum: Tensor, of_probs: Tensor, of_chosen: Tensor, scale: float
-) -> Tensor:
-    """-> probabilities times of_probs, less of_chosen at the column, in the place of the logits"""
+    logits: Tensor, column: Tensor, log_sum: Tensor, of_probs: Tensor, of_chosen: Tensor, scale: float, out: Tensor
+) -> None:
+    """Put probabilities times of_probs, less of_chosen at the column, into `out`, which may be the logits."""
     if len(logits):
         _gradient[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
-            logits, column, log_sum, of_probs, of_chosen, logits.shape[1], scale, **_options(logits)
+            logits, column, log_sum, of_probs, of_chosen, out, logits.shape[1], scale, **_options(logits)
         )
-    return logits
 
 
 def _options(logits: Tensor) -> dict[str, int]:
@@ -57,9 +56,9 @@ def _normalise(Logits, Column, LogSum, Chosen, V, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gradient(Logits, Column, LogSum, OfProbs, OfChosen, V, scale, BLOCK: tl.constexpr):
+def _gradient(Logits, Column, LogSum, OfProbs, OfChosen, Grad, V, scale, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(Logits + row * V + column, mask=column < V, other=float("-inf")).to(tl.float32) * scale
     grad = tl.exp(x - tl.load(LogSum + row)) * tl.load(OfProbs + row)
     grad -= tl.where(column == tl.load(Column + row), tl.load(OfChosen + row), 0.0)
-    tl.store(Logits + row * V + column, grad.to(Logits.dtype.element_ty), mask=column < V)
+    tl.store(Grad + row * V + column, grad.to(Grad.dtype.element_ty), mask=column < V)

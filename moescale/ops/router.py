@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moescale.ops.device import triton_runs
+
 
 def route_reference(logits: Tensor, valid: Tensor, top_k: int, normalised: bool) -> tuple[Tensor, ...]:
     """Choose the top_k experts of each token, the lower number among equals, with plain torch and autograd.
@@ -23,3 +25,25 @@ def route_reference(logits: Tensor, valid: Tensor, top_k: int, normalised: bool)
     assignments = logits.new_zeros(len(logits), logits.shape[-1], dtype=torch.int64)
     assignments.scatter_add_(1, expert.flatten(1), mask.expand_as(expert).flatten(1).long())
     return weight, (probs * mask).sum(1), z, expert, assignments
+
+
+def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Number the assignments by expert, those of an expert by token.
+
+    expert: [tokens, choices] int64, -1 = no row. -> order: [tokens x choices], the assignment of each row, valid up to
+    the sum of the counts; row: [tokens, choices], its inverse, -1 = none; tokens_per_expert: [experts]; all int64
+    """
+    if triton_runs(expert):
+        from moescale.ops import router_triton
+
+        return router_triton.rows_by_expert(expert, num_experts)
+    return rows_by_expert_reference(expert, num_experts)
+
+
+def rows_by_expert_reference(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Do the same by torch's stable sort."""
+    key = torch.where(expert < 0, num_experts, expert).flatten()  # what has no row sorts to the end
+    order = key.argsort(stable=True)
+    ends = torch.searchsorted(key[order], torch.arange(num_experts, device=key.device), right=True)
+    row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=key.device))
+    return order, torch.where(row < ends[-1], row, -1).view_as(expert), torch.diff(ends, prepend=ends.new_zeros(1))

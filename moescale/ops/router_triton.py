@@ -22,21 +22,17 @@ def route(logits: Tensor, valid: Tensor, top_k: int, normalised: bool) -> tuple[
 
 
 def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Number the assignments by expert, then by token: a counting sort, stable, in two passes.
-
-    expert: [tokens, choices] int64, -1 = no row. -> token: [tokens x choices], of each row, valid up to the sum of the
-    counts; row: [tokens, choices], its inverse, -1 = none; tokens_per_expert: [experts]; all int64
-    """
+    """As `ops.router.rows_by_expert`: a counting sort in two passes."""
     flat, block = expert.contiguous().flatten(), _block(num_experts)
     blocks = triton.cdiv(len(flat), block)
-    token, row = torch.empty_like(flat), torch.empty_like(flat)
+    order, row = torch.empty_like(flat), torch.empty_like(flat)
     counts = torch.empty(num_experts, blocks, dtype=torch.int64, device=expert.device)
     options = {"BLOCK": block, "EXPERTS": triton.next_power_of_2(num_experts), "num_warps": 4, "num_stages": 1}
     if blocks:
         _count[(blocks,)](flat, counts, len(flat), num_experts, **options)
         starts = (counts.flatten().cumsum(0) - counts.flatten()).contiguous()
-        _place[(blocks,)](flat, starts, token, row, len(flat), num_experts, expert.shape[1], **options)
-    return token, row.view_as(expert), counts.sum(1)
+        _place[(blocks,)](flat, starts, order, row, len(flat), num_experts, **options)
+    return order, row.view_as(expert), counts.sum(1)
 
 
 def _block(num_experts: int) -> int:
@@ -170,7 +166,7 @@ def _count(Expert, Counts, A, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _place(Expert, Starts, Token, Row, A, E, CHOICES, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+def _place(Expert, Starts, Order, Row, A, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     """The row of each assignment: where its block's share of the expert begins, and those of the block before it."""
     block, expert = tl.program_id(0), tl.arange(0, EXPERTS)
     assignment = block * BLOCK + tl.arange(0, BLOCK)
@@ -179,4 +175,4 @@ def _place(Expert, Starts, Token, Row, A, E, CHOICES, BLOCK: tl.constexpr, EXPER
     start = tl.load(Starts + expert * tl.num_programs(0) + block, mask=expert < E, other=0)
     row = tl.sum(of_expert * (start[None, :] + tl.cumsum(of_expert, 0)), 1) - 1  # -1 where none is chosen
     tl.store(Row + assignment, row, mask=assignment < A)
-    tl.store(Token + row, (assignment // CHOICES).to(tl.int64), mask=(row >= 0) & (assignment < A))
+    tl.store(Order + row, assignment.to(tl.int64), mask=(row >= 0) & (assignment < A))

@@ -55,7 +55,7 @@ def shard_parameters(
             fully_shard(piece.norm, mesh=shared, mp_policy=exact, reshard_after_forward=reshard)
         if piece.embedding is not None and piece.head is None and not isinstance(piece.embedding, FSDPModule):
             _shard(piece.embedding, dense, policy, alone, False)  # met twice: as head too
-            register_fsdp_forward_method(piece.embedding, "logits")
+            register_fsdp_forward_method(piece.embedding, "as_head")
         _shard(piece, dense, policy, alone, False)
         for module in piece.modules():
             if isinstance(module, FSDPModule):

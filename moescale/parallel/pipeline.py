@@ -61,8 +61,7 @@ def _take(whole: LanguageModel, layers: range, *, first: bool, last: bool, tied:
 
 def _copy(model: LanguageModel, blocks: dict[int, nn.Module], *, first: bool) -> LanguageModel:
     return LanguageModel(
-        None, blocks, None, None, first=first, logit_scale=model.logit_scale, output_z=model.output_z,
-        compute_dtype=model.compute_dtype,
+        None, blocks, None, None, first=first, logit_scale=model.logit_scale, compute_dtype=model.compute_dtype,
     )
 
 

@@ -17,7 +17,7 @@ from moescale.layers.linear import Embedding, Linear
 from moescale.mixers.attention import Attention
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
-from moescale.ops.vocabulary import vocabulary_losses
+from moescale.ops.head_losses import head_losses
 
 
 def spread_matrices(model: LanguageModel, tp: DeviceMesh) -> None:
@@ -38,10 +38,10 @@ def spread_matrices(model: LanguageModel, tp: DeviceMesh) -> None:
 
 
 def spread_losses(piece: LanguageModel, tp: DeviceMesh) -> None:
-    """Take the losses of logits whose vocabulary is cut. piece: with its matrices spread"""
+    """Take the losses from a head whose vocabulary is cut. piece: with its matrices spread"""
     head = piece.head or piece.embedding
     if piece.norm is not None and head is not None:
-        piece.sum_losses = partial(vocabulary_losses, first_token=_first_token(head, tp), group=tp.get_group())
+        piece.sum_losses = partial(head_losses, first_token=_first_token(head, tp), group=tp.get_group())
 
 
 def _spread_attention(attention: Attention, tp: DeviceMesh) -> None:

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from moescale.ops import attention as module
 from moescale.ops import attention_chunked
 from moescale.ops.attention import attention, flex
 from moescale.ops.attention_pattern import Pattern
-
-
-class Memory(TorchDispatchMode):
-    """Bytes of all storages that live, and the most of them at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
-        self.known = weakref.WeakSet[Any]()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
-                self.known.add(storage)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def free(self, size: int) -> None:
-        self.live -= size
+from tests.ops.memory import Memory
 
 
 def peak(seq: int, backend: str, device: str = "cpu") -> int:

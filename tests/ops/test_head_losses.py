@@ -1,14 +1,55 @@
-"""Losses straight from the head, of a vocabulary that two ranks share, against one rank's."""
+"""Losses straight from the head: against torch's own, and of a vocabulary that two ranks share against one rank's."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moescale.ops.head_losses import head_losses, head_losses_reference
 from moescale.parallel.ranks import run_ranks
+from tests.ops.memory import Memory
 
 VOCAB, TOKENS = 11, 9
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 90), st.sampled_from([1, 7, 300, 20_000]), st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([None, 1, 32]), st.sampled_from([0.0, 0.1]), st.sampled_from([*TOLERANCE]),
+)
+def test_losses_equal_torchs(
+    tokens: int, vocab: int, ignored: float, chunk: int | None, z_coefficient: float, dtype: torch.dtype
+) -> None:
+    """Logits so far apart that some probabilities are 0, kept or computed again, a weight wider than the features."""
+    torch.manual_seed(tokens)
+    x, weight, targets = torch.randn(tokens, 8).to(dtype), torch.randn(vocab, 8) * 9, torch.randint(vocab, (tokens,))
+    targets[torch.rand(tokens) < ignored] = -100
+    results = []
+    for function, wide in ((head_losses, False), (head_losses_reference, True)):
+        of_x = (x.double() if wide else x.clone()).requires_grad_()
+        of_weight = (weight.to(dtype).double() if wide else weight.clone()).requires_grad_()
+        arguments = {} if wide else {"chunk": chunk}
+        loss, z = function(of_x, of_weight, targets, logit_scale=0.7, **arguments)
+        gradients = torch.autograd.grad(loss * 0.3 + z * z_coefficient, (of_x, of_weight))
+        results.append((loss.detach(), z.detach(), *gradients))
+    assert [result.dtype for result in results[0]] == [torch.float32, torch.float32, dtype, torch.float32]
+    for ours, exact in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        assert (ours.double() - exact).norm() <= TOLERANCE[dtype] * max(exact.norm(), 10)  # logits reach 100
+
+
+def test_few_logits_are_in_memory_at_a_time() -> None:
+    """Kept for backward where all fit into a chunk: then twice, as gradients beside; else those of a chunk, once."""
+    logits = 4 * 512 * 1000
+    for chunk, bound in ((512, 2.3 * logits), (64, 0.4 * logits)):
+        with Memory() as memory:
+            x, weight = torch.randn(512, 16, requires_grad=True), torch.randn(1000, 16, requires_grad=True)
+            loss, _ = head_losses(x, weight, torch.zeros(512, dtype=torch.int64), chunk=chunk)
+            loss.backward()
+        assert memory.peak < bound
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

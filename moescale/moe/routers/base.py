@@ -62,19 +62,26 @@ class Router(nn.Module, ABC):
         -> Routing of the flattened tokens; [2] float32: load-balance and router z-loss, summed over own valid tokens
         """
         valid_whole, serial = serial >= 0, self.sequence.own(serial)
-        valid = serial >= 0
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 router diverges (Switch, sec. 2.4)
         if self.training and self.jitter:
             noise = uniform_features(serial, self.salt, x.shape[-1])
             wide = wide * (1 + self.jitter * (2 * noise - 1))
         logits = F.linear(wide, self.weight.to(wide.dtype))  # [groups, tokens, experts]
-        probs = self.probabilities(logits)
-        if self.training and self.look is not None:
-            self.look(probs, valid)
-        expert, weight, kept = self.decide(logits, probs, serial, valid_whole)  # [groups, tokens, choices]
-        losses = torch.stack((self.balance_loss(expert, probs, valid), router_z_loss(logits, valid)))
+        expert, weight, kept, losses = self.settle(logits, serial, valid_whole)
         routing = sort_by_expert(expert.flatten(0, 1), weight.flatten(0, 1), kept.flatten(0, 1), self.num_experts)
         return routing, losses
+
+    def settle(self, logits: Tensor, serial: Tensor, valid_whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose, drop, and add up the losses; arguments as of `decide`.
+
+        -> expert, weight, kept: [groups, tokens, choices]; [2] losses, as of `forward`
+        """
+        probs, valid = self.probabilities(logits), serial >= 0
+        if self.training and self.look is not None:
+            self.look(probs, valid)
+        expert, weight, kept = self.decide(logits, probs, serial, valid_whole)
+        losses = torch.stack((self.balance_loss(expert, probs, valid), router_z_loss(logits, valid)))
+        return expert, weight, kept, losses
 
     def decide(
         self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
@@ -96,7 +103,8 @@ class Router(nn.Module, ABC):
         counted = expert[..., : self.balance_choices]
         choices = expert.new_zeros(len(expert), self.num_experts)
         choices.scatter_add_(1, counted.flatten(1), valid.unsqueeze(-1).expand_as(counted).flatten(1).long())
-        return load_balance_loss(probs, self.scope.total(choices, self.sequence), valid)
+        mass = (probs * valid.unsqueeze(-1).to(probs.dtype)).sum(1)
+        return load_balance_loss(mass, self.scope.total(choices, self.sequence))
 
     def dropped(self, routing: Routing, valid: Tensor) -> Tensor:
         """Count the choices that have no row. valid: [groups, tokens] bool, own. -> scalar int64"""

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from moescale.moe.capacity import place_left_behind
+from moescale.moe.losses import load_balance_loss
 from moescale.moe.routers.base import Router, normalise, top_k
+from moescale.ops.device import triton_runs
 from moescale.ops.random import uniform
 
 
@@ -18,6 +20,18 @@ class MixtralRouter(Router):
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         chosen, expert = top_k(logits, self.top_k)
         return expert, chosen.softmax(-1)
+
+    def settle(self, logits: Tensor, serial: Tensor, valid_whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not triton_runs(logits):
+            return super().settle(logits, serial, valid_whole)
+        from moescale.ops.router_triton import route  # the choice and all sums in one pass
+
+        valid = serial >= 0
+        if self.training and self.look is not None:
+            self.look(self.probabilities(logits.detach()), valid)
+        weight, mass, z, expert, choices = route(logits, valid, self.top_k, True)
+        balance = load_balance_loss(mass, self.scope.total(choices, self.sequence))
+        return expert, weight, valid.unsqueeze(-1).expand_as(expert), torch.stack((balance, z.sum()))
 
 
 class SwitchRouter(Router):

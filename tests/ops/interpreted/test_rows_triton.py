@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from unittest import mock
 
-import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -37,11 +36,3 @@ def test_losses_from_the_head(tokens: int, vocab: int, ignored: float, chunk: in
     with mock.patch.object(module, "triton_runs", lambda x: x.dtype != torch.float64):
         check(lambda x, w: head_losses(x, w, targets, logit_scale=0.7, chunk=chunk),
               lambda x, w: head_losses_reference(x, w, targets, 0.7), [x, weight], [torch.float32] * 2)
-
-
-@pytest.mark.parametrize("chunk", [3, 100])
-def test_losses_from_the_head_on_a_processor(chunk: int) -> None:
-    targets = torch.tensor([3, -100, 0, 36, 5, 5, 1])
-    x, weight = torch.randn(7, 16).double(), torch.randn(37, 16).double()
-    check(lambda x, w: head_losses(x, w, targets, chunk=chunk), lambda x, w: head_losses_reference(x, w, targets, 1.0),
-          [x, weight], [torch.float32] * 2)
