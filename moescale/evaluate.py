@@ -1,18 +1,23 @@
-"""Held-out text through the model: its loss, and which experts it gets."""
+"""Held-out text through the model: its loss, which experts it gets, and how far that moves."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
+import numpy as np
+
 from moescale.config import Config
-from moescale.data.batches import held_out_batches
+from moescale.data.batches import Batch, held_out_batches
 from moescale.data.token_file import TokenSplit
 from moescale.data.tokenizer import load_tokenizer
 from moescale.engine.base import Engine
-from moescale.monitor.held_out import HeldOutRouting
+from moescale.monitor.held_out import HeldOutRouting, moved
 from moescale.monitor.record import HeldOutRecorder
 from moescale.parallel.mesh import Mesh
+
+KEPT_TOKENS = 4096  # of an evaluation, whose routing is kept for the report
+FOLLOWED_TOKENS = 512  # whose experts are compared every so often
 
 
 class Evaluation:
@@ -21,35 +26,53 @@ class Evaluation:
     def __init__(self, config: Config, mesh: Mesh, split: TokenSplit, run_dir: Path) -> None:
         self.config, self.mesh, self.split, self.run_dir = config, mesh, split, run_dir
         self.layers = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
-        self.recorder = HeldOutRecorder(mesh.world_group, num_layers=config.model.num_layers, top_k=config.moe.top_k,
-                                        seq_len=config.data.seq_len)
+        self.kept, self.followed = (
+            HeldOutRecorder(mesh.world_group, num_layers=config.model.num_layers, top_k=config.moe.top_k,
+                            seq_len=config.data.seq_len, max_tokens=tokens)
+            for tokens in (KEPT_TOKENS, FOLLOWED_TOKENS))
+        self._before: np.ndarray | None = None  # the experts that `follow` saw last, on the first rank
 
     def run(self, engine: Engine) -> dict[str, float]:
-        """-> the figures of this moment, of all ranks; on the first one also how far the routing has moved"""
-        data, split = self.config.data, self.split
-        batches = held_out_batches(
-            split, seq_len=data.seq_len, num_sequences=self.config.monitor.eval_sequences,
-            rank=self.mesh.batch_rank, num_ranks=self.mesh.batch_size, micro_batch=data.micro_batch or 1,
-        )
-        with self.recorder.recording(engine.model):
-            loss = engine.evaluate([batch.to(self.mesh.device) for batch in batches])
-        bits = loss * split.num_tokens / split.text_bytes / math.log(2)
-        return {"eval_loss": loss, "eval_bits_per_byte": bits, **self._routing(engine.step_count)}
+        """Keep which experts the tokens get, for the report. -> the losses of this moment, of all ranks"""
+        with self.kept.recording(engine.model):
+            loss = engine.evaluate(self._batches(self.config.monitor.eval_sequences,
+                                                 self.config.data.micro_batch or 1))
+        found = self.kept.result(self.layers) if self.layers else None
+        if found is not None:
+            expert, weight = found
+            pieces = np.array(self._text())
+            shown = slice(0, len(pieces))
+            HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len, pieces,
+                           expert[:, shown], weight[:, shown]).save(self.run_dir)
+        bits = loss * self.split.num_tokens / self.split.text_bytes / math.log(2)
+        return {"eval_loss": loss, "eval_bits_per_byte": bits}
 
-    def _routing(self, step: int) -> dict[str, float]:
-        """Keep which experts the tokens got. -> how far that moved since the last time"""
-        now = self.recorder.result(step, self.layers, self._text) if self.layers else None
-        if now is None:
+    def follow(self, engine: Engine) -> dict[str, float]:
+        """Look at a few sequences. -> on the first rank, how far their routing has moved since the last look"""
+        if not self.layers:
             return {}
-        before = HeldOutRouting.load(self.run_dir)
-        now.save(self.run_dir)
-        return {} if before is None or before.step >= step else now.moved_since(before)
+        with self.followed.recording(engine.model):
+            engine.evaluate(self._batches(self.followed.num_sequences, 1))
+        found, before = self.followed.result(self.layers), self._before
+        if found is None:
+            return {}
+        self._before = found[0]
+        num_tokens = min(self.followed.tokens, self.split.num_tokens - 1)
+        return {} if before is None else moved(self._before, before, self.layers, num_tokens)
+
+    def _batches(self, num_sequences: int, micro_batch: int) -> list[Batch]:
+        """-> this rank's part, on its device"""
+        batches = held_out_batches(
+            self.split, seq_len=self.config.data.seq_len, num_sequences=num_sequences, rank=self.mesh.batch_rank,
+            num_ranks=self.mesh.batch_size, micro_batch=micro_batch,
+        )
+        return [batch.to(self.mesh.device) for batch in batches]
 
     def _text(self) -> list[str]:
         """-> the text of each token whose experts are kept"""
         data, tokenizer = self.config.data, load_tokenizer(self.config.data.tokenizer)
         batches = held_out_batches(self.split, seq_len=data.seq_len, num_sequences=self.config.monitor.eval_sequences,
-                                   rank=0, num_ranks=1, micro_batch=1)[: self.recorder.tokens // data.seq_len]
+                                   rank=0, num_ranks=1, micro_batch=1)[: self.kept.num_sequences]
         return ["" if serial < 0 else "\N{PILCROW SIGN}" if token == tokenizer.boundary else tokenizer.decode([token])
                 for batch in batches for token, serial in zip(batch.tokens[0].tolist(), batch.serial[0].tolist(),
                                                               strict=True)]

@@ -232,6 +232,7 @@ class MonitorConfig(Group):
     every: int = Field(10, ge=1)  # steps between two lines of metrics.jsonl
     eval_every: int | None = Field(None, ge=1)  # steps; none = after the last step only
     eval_sequences: int = Field(64, ge=1)  # held-out sequences a time
+    moved_every: int | None = Field(50, ge=1)  # steps between looks at how far routing moved; none = never
     alert_dropped: float = Field(0.5, ge=0, le=1)  # share of the choices that may have no row before an alert
     trace: str | None = None  # "steps:10-12" writes each token's experts and weights to Parquet files in these steps
     profile: str | None = None  # "steps:5-7" writes the time of each operation, for chrome://tracing or Perfetto

@@ -1,7 +1,8 @@
-"""Which experts the same held-out tokens get, from one evaluation to the next: `held_out_routing.npz`."""
+"""Which experts held-out tokens got in the last evaluation: `held_out_routing.npz`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,11 +44,13 @@ class HeldOutRouting:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def moved_since(self, before: HeldOutRouting) -> dict[str, float]:
-        """-> `moe/layer_NN/moved`, share of tokens of which not all experts are the same; `moe/moved`, the mean"""
-        if self.expert.shape != before.expert.shape or (self.pieces != before.pieces).any():
-            return {}
-        moved = (np.sort(self.expert, -1) != np.sort(before.expert, -1)).any(-1)[:, self.pieces != ""]
-        shares = {f"moe/layer_{layer:02d}/moved": float(share)
-                  for layer, share in zip(self.layers, moved.mean(1), strict=True)}
-        return {**shares, "moe/moved": float(moved.mean())}
+
+def moved(now: np.ndarray, before: np.ndarray, layers: Sequence[int], num_tokens: int) -> dict[str, float]:
+    """Compare the experts of the same tokens at two times, as sets.
+
+    now, before: [layers, tokens, top_k], -1 = none, padding after the first num_tokens. layers: their blocks' indices.
+    -> `moe/layer_NN/moved`, share of tokens of which not all experts are the same; `moe/moved`, the mean
+    """
+    other = (np.sort(now, -1) != np.sort(before, -1)).any(-1)[:, :num_tokens]
+    shares = {f"moe/layer_{layer:02d}/moved": float(share) for layer, share in zip(layers, other.mean(1), strict=True)}
+    return {**shares, "moe/moved": float(other.mean())}

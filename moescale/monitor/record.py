@@ -13,10 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moescale.moe.layer import MoELayer
-from moescale.monitor.held_out import HeldOutRouting
 from moescale.monitor.routing import layers
-
-MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -63,15 +60,18 @@ def _hook(index: int, layer: MoELayer, take: Callable[[Seen], None], training: b
 
 
 class HeldOutRecorder:
-    """Collects on every rank, and on the first one keeps what came before.
+    """Sees on every rank which experts the first tokens of an evaluation get.
 
-    group: all ranks. num_layers: of the whole model. seq_len: tokens of a sequence; as many whole sequences are kept as
-    come to MAX_TOKENS, one at least.
+    group: all ranks. num_layers: of the whole model. seq_len: tokens of a sequence. max_tokens: as many whole sequences
+    are kept as come to these, one at least.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, *, num_layers: int, top_k: int, seq_len: int) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, *, num_layers: int, top_k: int, seq_len: int, max_tokens: int
+    ) -> None:
         self.group, self.num_layers, self.top_k, self.seq_len = group, num_layers, top_k, seq_len
-        self.tokens = max(1, MAX_TOKENS // seq_len) * seq_len
+        self.num_sequences = max(1, max_tokens // seq_len)
+        self.tokens = self.num_sequences * seq_len
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
@@ -88,14 +88,16 @@ class HeldOutRecorder:
         kept = (seen.serial >= 0) & (seen.serial < self.tokens)
         self._found[seen.layer, seen.serial[kept]] = both[kept]
 
-    def result(self, step: int, layers: Sequence[int], pieces: Callable[[], list[str]]) -> HeldOutRouting | None:
-        """Bring the ranks' parts together, in one collective. pieces: () -> each token's text. -> on the first rank"""
+    def result(self, layers: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Bring the ranks' parts together, in one collective.
+
+        layers: those that are mixtures. -> on the first rank, [layers, tokens, top_k] each, padding in the end: experts
+        int16, -1 = none; weights float32
+        """
         found: Tensor = self._found
         if self.group is not None:
             dist.all_reduce(found, group=self.group)
             if dist.get_rank(self.group) != 0:
                 return None
-        texts = np.array(pieces())
-        expert, weight = found[list(layers), : len(texts)].cpu().split(self.top_k, -1)
-        return HeldOutRouting(step, np.array(layers), self.seq_len, texts, (expert - 1).short().numpy(),
-                              weight.float().numpy())
+        expert, weight = found[list(layers)].cpu().split(self.top_k, -1)
+        return (expert - 1).short().numpy(), weight.float().numpy()

@@ -97,7 +97,7 @@ def _repetition(run: History, routing: HeldOutRouting) -> str:
     return ('<h3>Consecutive tokens with the same expert, and tokens in random order</h3><div class="scroll"><table>'
             "<thead><tr><th></th><th>same first</th><th>at random</th><th>one in common</th><th>at random</th>"
             f"<th>moved</th></tr></thead><tbody>{rows}</tbody></table></div><p>Moved: the share of tokens with other "
-            "experts than in the evaluation before.</p>")
+            f"experts than {run.config.monitor.moved_every or 0:,} steps before, at the last look.</p>")
 
 
 def _moved(run: History, layer: int) -> str:

@@ -110,17 +110,6 @@ def test_kinds_of_text_and_repetition_against_loops(tmp_path: Path) -> None:
     assert found_pairs[~np.eye(4, dtype=bool)] == pytest.approx(expected_pairs[~np.eye(4, dtype=bool)])
 
 
-def test_how_far_routing_moved(tmp_path: Path) -> None:
-    before = make_text(tmp_path, layers=2, experts=4)
-    expert = before.expert[:, :, ::-1].copy()  # the same experts in another order
-    expert[1, 0] = [e for e in range(4) if e not in expert[1, 0]]
-    after = HeldOutRouting(60, before.layers, before.seq_len, before.pieces, expert, before.weight)
-    tokens = 3 * len(TEXT) + 4
-    moved = after.moved_since(HeldOutRouting.load(tmp_path))
-    assert moved == {"moe/layer_00/moved": 0, "moe/layer_01/moved": pytest.approx(1 / tokens),
-                     "moe/moved": pytest.approx(1 / 2 / tokens)}
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if CHROMIUM is None:
