@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from moescale.data.batches import held_out_batches
 from moescale.data.token_file import TokenSplit
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
@@ -19,7 +18,7 @@ from moescale.monitor.record import Seen, recording
 from moescale.monitor.routing import routing_metrics
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
-from tests.parallel.test_layouts import SEQ, VOCAB, make_batches, make_config
+from tests.parallel.test_layouts import VOCAB, make_batches, make_config
 
 TOKENS = 400  # fewer than are followed, so that the last sequence ends in padding
 

@@ -1,5 +1,7 @@
 """What watching the routing costs: steps with nothing counted, with the load alone, and logged ones, in alternation.
 
+After each logged step comes a look at how far the routing has moved.
+
     python tools/benchmark/monitor.py [CONFIG [KEY=VALUE ...]] [--threads 1] [--rounds 40]
 
 Two measures. *Inside* adds up the time that the statistics and the logging take within the steps, exact where the host
@@ -17,13 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from moescale.config import Config, load_config
 from moescale.data.batches import Batch
+from moescale.data.token_file import TokenSplit
 from moescale.engine.native import NativeEngine
+from moescale.evaluate import FOLLOWED_TOKENS, Evaluation
 from moescale.monitor.alerts import Alerts
 from moescale.monitor.metrics import JsonLines
 from moescale.monitor.routing import layers, routing_metrics, watch
@@ -39,7 +44,11 @@ class Bench:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.inside = config, 0.0
-        self.engine = NativeEngine(config, start_mesh(config))
+        mesh = start_mesh(config)
+        self.engine = NativeEngine(config, mesh)
+        tokens = np.random.default_rng(0).integers(0, min(256, config.model.vocab_size), 2 * FOLLOWED_TOKENS)
+        split = TokenSplit((tokens,), np.zeros(1, np.int64), len(tokens), config.model.vocab_size, "")
+        self.evaluation = Evaluation(config, mesh, split, folder)
         self.lines = JsonLines(folder / "metrics.jsonl", 0)
         self.alerts = Alerts(top_k=config.moe.top_k, every=config.monitor.every, dropped_limit=1.0)
         for _, layer in layers(self.engine.model):
@@ -58,6 +67,12 @@ class Bench:
         if kind == "logged":
             self._timed(partial(self._log, losses.cross_entropy.item()))
         return time.perf_counter() - started, self.inside
+
+    def look(self) -> float:
+        """-> seconds"""
+        started = time.perf_counter()
+        self.evaluation.follow(self.engine)
+        return time.perf_counter() - started
 
     def _log(self, loss: float) -> None:
         model = self.config.model
@@ -92,11 +107,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = load_config(arguments.config, arguments.overrides).for_world(1)
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    looks: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         bench, batches = Bench(config, Path(folder)), make_batches(config)
         for number in range(arguments.rounds + WARM_UP):
             for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
                 figures = bench.step(kind, batches)
+                if kind == "logged":
+                    looks.append(bench.look())
                 if number >= WARM_UP:
                     seconds[kind].append(figures)
     median = {kind: [statistics.median(column) for column in zip(*values, strict=True)]
@@ -109,6 +127,8 @@ def main() -> None:
     for name, column, free in (("inside", 1, idle), ("whole", 0, base)):
         load, logged = (median[kind][column] - free for kind in KINDS[1:])
         print(f"monitor.every={every}, {name}: {((every - 1) * load + logged) / every / base:.3%} of a step")
+    look, follow = statistics.median(looks[WARM_UP:]), config.monitor.moved_every or 1
+    print(f"monitor.moved_every={follow}: a look takes {1000 * look:.1f} ms, {look / follow / base:.3%} of a step")
 
 
 if __name__ == "__main__":
