@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moescale.config import Config
-from moescale.data.batches import Batch, held_out_batches
+from moescale.data.batches import Batch, held_out_batches, held_out_windows
 from moescale.data.token_file import TokenSplit
 from moescale.data.tokenizer import load_tokenizer
 from moescale.engine.base import Engine
@@ -26,10 +26,14 @@ class Evaluation:
     def __init__(self, config: Config, mesh: Mesh, split: TokenSplit, run_dir: Path) -> None:
         self.config, self.mesh, self.split, self.run_dir = config, mesh, split, run_dir
         self.layers = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
+        seq_len = config.data.seq_len
+        self.windows = held_out_windows(split, seq_len, config.monitor.eval_sequences)
+        kept, self.followed_sequences = (max(1, tokens // seq_len) for tokens in (KEPT_TOKENS, FOLLOWED_TOKENS))
+        every = max(1, len(self.windows) // kept)  # from all of the text, which may be sorted by kind
         self.kept, self.followed = (
             HeldOutRecorder(mesh.world_group, num_layers=config.model.num_layers, top_k=config.moe.top_k,
-                            seq_len=config.data.seq_len, max_tokens=tokens)
-            for tokens in (KEPT_TOKENS, FOLLOWED_TOKENS))
+                            seq_len=seq_len, sequences=sequences)
+            for sequences in (range(0, len(self.windows), every)[:kept], range(self.followed_sequences)))
         self._before: np.ndarray | None = None  # the experts that `follow` saw last, on the first rank
 
     def run(self, engine: Engine) -> dict[str, float]:
@@ -40,10 +44,9 @@ class Evaluation:
         found = self.kept.result(self.layers) if self.layers else None
         if found is not None:
             expert, weight = found
-            pieces = np.array(self._text())
-            shown = slice(0, len(pieces))
-            HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len, pieces,
-                           expert[:, shown], weight[:, shown]).save(self.run_dir)
+            pieces, kinds = self._text()
+            HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len, np.array(pieces),
+                           np.array(kinds), expert, weight).save(self.run_dir)
         bits = loss * self.split.num_tokens / self.split.text_bytes / math.log(2)
         return {"eval_loss": loss, "eval_bits_per_byte": bits}
 
@@ -52,12 +55,12 @@ class Evaluation:
         if not self.layers:
             return {}
         with self.followed.recording(engine.model):
-            engine.evaluate(self._batches(self.followed.num_sequences, 1))
+            engine.evaluate(self._batches(self.followed_sequences, 1))
         found, before = self.followed.result(self.layers), self._before
         if found is None:
             return {}
         self._before = found[0]
-        num_tokens = min(self.followed.tokens, self.split.num_tokens - 1)
+        num_tokens = min(self._before.shape[1], self.split.num_tokens - 1)
         return {} if before is None else moved(self._before, before, self.layers, num_tokens)
 
     def _batches(self, num_sequences: int, micro_batch: int) -> list[Batch]:
@@ -68,11 +71,16 @@ class Evaluation:
         )
         return [batch.to(self.mesh.device) for batch in batches]
 
-    def _text(self) -> list[str]:
-        """-> the text of each token whose experts are kept"""
-        data, tokenizer = self.config.data, load_tokenizer(self.config.data.tokenizer)
-        batches = held_out_batches(self.split, seq_len=data.seq_len, num_sequences=self.config.monitor.eval_sequences,
-                                   rank=0, num_ranks=1, micro_batch=1)[: self.kept.num_sequences]
-        return ["" if serial < 0 else "\N{PILCROW SIGN}" if token == tokenizer.boundary else tokenizer.decode([token])
-                for batch in batches for token, serial in zip(batch.tokens[0].tolist(), batch.serial[0].tolist(),
-                                                              strict=True)]
+    def _text(self) -> tuple[list[str], list[str]]:
+        """-> of each token whose experts are kept, its text and the kind of its file; both empty for padding"""
+        seq_len, tokenizer = self.config.data.seq_len, load_tokenizer(self.config.data.tokenizer)
+        pieces: list[str] = []
+        kinds: list[str] = []
+        for sequence in self.kept.sequences:
+            start = self.windows[sequence]
+            length = min(seq_len, self.split.num_tokens - 1 - start)
+            padding = [""] * (seq_len - length)
+            pieces += ["\N{PILCROW SIGN}" if token == tokenizer.boundary else tokenizer.decode([token])
+                       for token in self.split.window(start, length)[0].tolist()] + padding
+            kinds += self.split.kinds_of(start, length) + padding
+        return pieces, kinds

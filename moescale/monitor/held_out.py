@@ -16,14 +16,15 @@ class HeldOutRouting:
     """The experts of some held-out text.
 
     step: of the evaluation. layers: [layers] int64, the blocks that are mixtures. seq_len: tokens of each sequence.
-    pieces: [tokens] text of each token, empty = padding. expert: [layers, tokens, top_k] int16, the best first, -1 =
-    none. weight: [layers, tokens, top_k] float32.
+    pieces: [tokens] text of each token, empty = padding. kinds: [tokens] the kind of file that it is from, empty too.
+    expert: [layers, tokens, top_k] int16, the best first, -1 = none. weight: [layers, tokens, top_k] float32.
     """
 
     step: int
     layers: np.ndarray
     seq_len: int
     pieces: np.ndarray
+    kinds: np.ndarray
     expert: np.ndarray
     weight: np.ndarray
 

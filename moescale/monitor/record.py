@@ -60,24 +60,24 @@ def _hook(index: int, layer: MoELayer, take: Callable[[Seen], None], training: b
 
 
 class HeldOutRecorder:
-    """Sees on every rank which experts the first tokens of an evaluation get.
+    """Sees on every rank which experts some tokens of an evaluation get.
 
-    group: all ranks. num_layers: of the whole model. seq_len: tokens of a sequence. max_tokens: as many whole sequences
-    are kept as come to these, one at least.
+    group: all ranks. num_layers: of the whole model. seq_len: tokens of a sequence. sequences: the numbers of those
+    that are kept, evenly spaced from 0.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, *, num_layers: int, top_k: int, seq_len: int, max_tokens: int
+        self, group: dist.ProcessGroup | None, *, num_layers: int, top_k: int, seq_len: int, sequences: range
     ) -> None:
         self.group, self.num_layers, self.top_k, self.seq_len = group, num_layers, top_k, seq_len
-        self.num_sequences = max(1, max_tokens // seq_len)
-        self.tokens = self.num_sequences * seq_len
+        self.sequences = sequences
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """See an evaluation."""
         device = next(model.parameters()).device
-        self._found = torch.zeros(self.num_layers, self.tokens, 2 * self.top_k, dtype=torch.float64, device=device)
+        self._found = torch.zeros(self.num_layers, len(self.sequences) * self.seq_len, 2 * self.top_k,
+                                  dtype=torch.float64, device=device)
         with recording(model, self._take, training=False):
             yield
 
@@ -85,8 +85,10 @@ class HeldOutRecorder:
         """Write down those tokens that are kept, expert + 1 and weight; what is not here stays zero."""
         none_last = (seen.expert < 0).byte().argsort(dim=1, stable=True)[:, : self.top_k]
         both = torch.cat((seen.expert.gather(1, none_last) + 1, seen.weight.gather(1, none_last)), 1).double()
-        kept = (seen.serial >= 0) & (seen.serial < self.tokens)
-        self._found[seen.layer, seen.serial[kept]] = both[kept]
+        sequence, place = seen.serial.div(self.seq_len, rounding_mode="floor"), seen.serial % self.seq_len
+        step = self.sequences.step
+        kept = (sequence >= 0) & (sequence < self.sequences.stop) & (sequence % step == 0)
+        self._found[seen.layer, (sequence // step * self.seq_len + place)[kept]] = both[kept]
 
     def result(self, layers: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
         """Bring the ranks' parts together, in one collective.

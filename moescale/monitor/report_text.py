@@ -9,13 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from moescale.monitor.content import CLASSES, class_preference, content_classes, pair_preference, repetition
+from moescale.monitor.content import CLASSES, content_classes, file_kinds, pair_preference, preference, repetition
 from moescale.monitor.held_out import HeldOutRouting
 from moescale.monitor.history import History
 from moescale.monitor.svg import COLOURS, cell_map, load_classes
 
 SHOWN_TOKENS = 768
 ENOUGH_TOKENS = 20  # of a kind, to say who gets them
+MOST_KINDS = 24
+TABLES = {
+    "kinds": "who gets what: rows of each kind of text, over an even share",
+    "files": "by kind of file: rows of each, over an even share",
+    "pairs": "pairs of experts that share tokens, over what their loads alone would give",
+}
 MOST_PAIRS = 1_000_000  # layers x experts x experts
 
 
@@ -25,24 +31,19 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
     experts = run.config.moe.num_experts
     if routing is None or not routing.expert.size:
         return "", {}
-    classes = content_classes(routing)
-    kinds = class_preference(routing, classes, experts)
-    present = [kind for kind in range(len(CLASSES)) if (classes == kind).sum() >= ENOUGH_TOKENS]
-    kinds, names = kinds[:, present], [CLASSES[kind] for kind in present]
-    with_pairs = routing.expert.shape[2] > 1 and kinds.shape[0] * experts**2 <= MOST_PAIRS
-    pairs = pair_preference(routing, experts) if with_pairs else None
+    tables = {"kinds": _shares(routing, CLASSES, content_classes(routing), experts)}
+    files = _shares(routing, *file_kinds(routing), experts)
+    if len(files[0]) > 1:
+        tables["files"] = files
+    if routing.expert.shape[2] > 1 and len(routing.layers) * experts**2 <= MOST_PAIRS:
+        tables["pairs"] = [f"expert {expert}" for expert in range(experts)], pair_preference(routing, experts)
     options = "".join(f'<option value="{place}"{" selected" if place == len(routing.layers) - 1 else ""}>layer {layer}'
                       "</option>" for place, layer in enumerate(routing.layers))
     columns = ("expert 0", f"expert {experts - 1}")
-    maps = "<figure><figcaption>who gets what: rows of each kind of text, over an even share <span class=\"reading\">" \
-           "</span></figcaption>" + cell_map(
-               load_classes(kinds[-1]), names, columns, label="experts by kind of text", name=f"kinds{index}",
-               readings="kinds") + "</figure>"
-    if pairs is not None:
-        maps += "<figure><figcaption>pairs of experts that share tokens, over what their loads alone would give " \
-                "<span class=\"reading\"></span></figcaption>" + cell_map(
-                    load_classes(pairs[-1]), [f"expert {expert}" for expert in range(experts)], columns,
-                    label="pairs of experts", name=f"pairs{index}", readings="pairs") + "</figure>"
+    maps = "".join(
+        f'<figure><figcaption>{TABLES[key]} <span class="reading"></span></figcaption>'
+        + cell_map(load_classes(values[-1]), names, columns, label=TABLES[key], name=f"{key}{index}", readings=key)
+        + "</figure>" for key, (names, values) in tables.items())
     html = (
         f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2><p>'
         f"Held-out text at step {routing.step:,}; a colour is a token's first expert, here in layer "
@@ -56,9 +57,17 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
         "shown": {"layers": routing.layers.tolist(), "choices": routing.expert.shape[2],
                   "expert": _packed(routing.expert[:, shown].astype("<i2")),
                   "weight": _packed(np.rint(routing.weight[:, shown] * 100).astype("<i2"))},
-        "kinds": {"rows": names, "codes": _packed(load_codes(kinds))},
-        **({} if pairs is None else {"pairs": {"rows": list(range(experts)), "codes": _packed(load_codes(pairs))}}),
+        "tables": {key: {"rows": names, "codes": _packed(load_codes(values))}
+                   for key, (names, values) in tables.items()},
     }
+
+
+def _shares(
+    routing: HeldOutRouting, names: Sequence[str], kinds: np.ndarray, experts: int
+) -> tuple[list[str], np.ndarray]:
+    """-> of the kinds that enough tokens are of, the first MOST_KINDS: names, and [layers, kinds, experts]"""
+    present = [kind for kind in range(len(names)) if (kinds == kind).sum() >= ENOUGH_TOKENS][:MOST_KINDS]
+    return [names[kind] for kind in present], preference(routing, kinds, len(names), experts)[:, present]
 
 
 def load_codes(loads: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ TOKENS = 400  # fewer than are followed, so that the last sequence ends in paddi
 
 def make_split() -> TokenSplit:
     tokens = np.random.default_rng(7).integers(0, VOCAB, TOKENS).astype(np.uint16)
-    return TokenSplit((tokens,), np.array([0, 31, 200]), TOKENS, VOCAB, "nowhere")
+    return TokenSplit((tokens,), np.array([0, 31, 200]), TOKENS, VOCAB, "nowhere", np.zeros(3, np.uint8), (".txt",))
 
 
 def run(folder: Path, family: str, parallel: dict[str, Any], follow: bool) -> dict[str, Any]:

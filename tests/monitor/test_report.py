@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -14,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from moescale.cli import app
-from moescale.monitor.content import CLASSES, content_classes, pair_preference, repetition
+from moescale.monitor.content import CLASSES, content_classes, file_kinds, pair_preference, preference, repetition
 from moescale.monitor.held_out import HeldOutRouting
 from moescale.monitor.history import read_history
 from moescale.monitor.report_text import hue
@@ -49,7 +50,9 @@ def make_text(run: Path, layers: int, experts: int) -> HeldOutRouting:
     pieces = np.array([*TEXT, "\n", "x", *TEXT, "", "", *TEXT, "\n", "x"])
     expert = np.stack([[rng.permutation(experts)[:2] for _ in pieces] for _ in range(layers)]).astype(np.int16)
     expert[:, pieces == ""] = -1
-    routing = HeldOutRouting(50, np.arange(layers), len(TEXT) + 2, pieces, expert, rng.random(expert.shape, np.float32))
+    kinds = np.array(["", ".py", ".md"])[np.where(pieces == "", 0, 1 + (np.arange(len(pieces)) >= len(TEXT) + 2))]
+    routing = HeldOutRouting(50, np.arange(layers), len(TEXT) + 2, pieces, kinds, expert,
+                             rng.random(expert.shape, np.float32))
     routing.save(run)
     return routing
 
@@ -90,6 +93,13 @@ def test_kinds_of_text_and_repetition_against_loops(tmp_path: Path) -> None:
                 + ["white space", "punctuation", "white space", "number", "number", "white space", "white space"])
     assert kinds == expected
     assert (content_classes(routing)[2 * len(TEXT) + 2 : 2 * len(TEXT) + 4] == -1).all()
+    files, file_of = file_kinds(routing)
+    assert files == [".md", ".py"]
+    share = preference(routing, file_of, 2, 4)
+    for layer, kind, expert in itertools.product(range(2), range(2), range(4)):
+        rows = [number for token, experts in enumerate(routing.expert[layer].tolist())
+                if routing.kinds[token] == files[kind] for number in experts]
+        assert share[layer, kind, expert] == pytest.approx(rows.count(expert) * 4 / len(rows))
     for expert, found in zip(routing.expert, repetition(routing), strict=True):
         first, either, pairs = 0, 0, 0
         for token in range(1, len(expert)):

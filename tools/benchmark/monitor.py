@@ -47,7 +47,8 @@ class Bench:
         mesh = start_mesh(config)
         self.engine = NativeEngine(config, mesh)
         tokens = np.random.default_rng(0).integers(0, min(256, config.model.vocab_size), 2 * FOLLOWED_TOKENS)
-        split = TokenSplit((tokens,), np.zeros(1, np.int64), len(tokens), config.model.vocab_size, "")
+        split = TokenSplit((tokens,), np.zeros(1, np.int64), len(tokens), config.model.vocab_size, "",
+                           np.zeros(1, np.uint8), ("",))
         self.evaluation = Evaluation(config, mesh, split, folder)
         self.lines = JsonLines(folder / "metrics.jsonl", 0)
         self.alerts = Alerts(top_k=config.moe.top_k, every=config.monitor.every, dropped_limit=1.0)

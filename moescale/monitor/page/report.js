@@ -11,10 +11,9 @@ for (const run of runs) {
     run.layer = run.shown.layers.length - 1;
     for (const key of ["expert", "weight"]) run.shown[key] = new Int16Array(decode(run.shown[key]).buffer);
   }
-  for (const key of ["kinds", "pairs"]) {
-    if (!run[key]) continue;
-    const codes = decode(run[key].codes), rows = run[key].rows.length;
-    run[key].value = (row, column) => loadOf(codes[(run.layer * rows + row) * run.experts + column]);
+  for (const table of Object.values(run.tables || {})) {
+    const codes = decode(table.codes), rows = table.rows.length;
+    table.value = (row, column) => loadOf(codes[(run.layer * rows + row) * run.experts + column]);
   }
 }
 
@@ -63,11 +62,15 @@ const readings = {
     for (let expert = 0; expert < run.experts; expert++) most = Math.max(most, run.load(column, row, expert));
     return `step ${run.frames[column].toLocaleString("en")}, layer ${run.layers[row]}: ${most.toFixed(2)} times the mean`;
   },
-  kinds: (run, row, column) =>
-    `${run.kinds.rows[row]}, expert ${column}: ${run.kinds.value(row, column).toFixed(2)} times an even share`,
+  kinds: (run, row, column) => share(run.tables.kinds, row, column),
+  files: (run, row, column) => share(run.tables.files, row, column),
   pairs: (run, row, column) => row === column ? `expert ${row}` :
-    `experts ${row} and ${column}: ${run.pairs.value(row, column).toFixed(2)} times as often`,
+    `experts ${row} and ${column}: ${run.tables.pairs.value(row, column).toFixed(2)} times as often`,
 };
+
+function share(table, row, column) {
+  return `${table.rows[row]}, expert ${column}: ${table.value(row, column).toFixed(2)} times an even share`;
+}
 
 for (const map of document.querySelectorAll(".map")) {
   const svg = map.querySelector("svg"), { width, height } = svg.viewBox.baseVal;
@@ -113,9 +116,9 @@ for (const text of document.querySelectorAll(".text")) {
       if (best) span.style.setProperty("--hue", Math.round(best[0] * 137.508) % 360);
       span.title = say(token);
     });
-    for (const key of ["kinds", "pairs"]) {
+    for (const [key, table] of Object.entries(run.tables)) {
       const map = document.querySelector(`[data-map=${key}${text.dataset.run}] svg`);
-      if (map) drawCells(map, run[key].rows.length, run.experts, (row, column) => colour(run[key].value(row, column)));
+      drawCells(map, table.rows.length, run.experts, (row, column) => colour(table.value(row, column)));
     }
   });
 }
