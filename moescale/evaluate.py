@@ -12,7 +12,7 @@ from moescale.data.batches import Batch, held_out_batches, held_out_windows
 from moescale.data.token_file import TokenSplit
 from moescale.data.tokenizer import load_tokenizer
 from moescale.engine.base import Engine
-from moescale.monitor.held_out import HeldOutRouting, moved
+from moescale.monitor.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting, moved
 from moescale.monitor.record import HeldOutRecorder
 from moescale.parallel.mesh import Mesh
 
@@ -32,8 +32,10 @@ class Evaluation:
         every = max(1, len(self.windows) // kept)  # from all of the text, which may be sorted by kind
         self.kept, self.followed = (
             HeldOutRecorder(mesh.world_group, num_layers=config.model.num_layers, top_k=config.moe.top_k,
-                            seq_len=seq_len, sequences=sequences)
-            for sequences in (range(0, len(self.windows), every)[:kept], range(self.followed_sequences)))
+                            seq_len=seq_len, sequences=sequences, likely=likely)
+            for sequences, likely in (
+                (range(0, len(self.windows), every)[:kept], (SHOWN_TOKENS, min(LIKELY, config.moe.num_experts))),
+                (range(self.followed_sequences), (0, 0))))
         self._before: np.ndarray | None = None  # the experts that `follow` saw last, on the first rank
 
     def run(self, engine: Engine) -> dict[str, float]:
@@ -43,10 +45,9 @@ class Evaluation:
                                                  self.config.data.micro_batch or 1))
         found = self.kept.result(self.layers) if self.layers else None
         if found is not None:
-            expert, weight = found
             pieces, kinds = self._text()
             HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len, np.array(pieces),
-                           np.array(kinds), expert, weight).save(self.run_dir)
+                           np.array(kinds), **vars(found)).save(self.run_dir)
         bits = loss * self.split.num_tokens / self.split.text_bytes / math.log(2)
         return {"eval_loss": loss, "eval_bits_per_byte": bits}
 
@@ -59,7 +60,7 @@ class Evaluation:
         found, before = self.followed.result(self.layers), self._before
         if found is None:
             return {}
-        self._before = found[0]
+        self._before = found.expert
         num_tokens = min(self._before.shape[1], self.split.num_tokens - 1)
         return {} if before is None else moved(self._before, before, self.layers, num_tokens)
 

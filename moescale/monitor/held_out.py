@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 FILE = "held_out_routing.npz"
+SHOWN_TOKENS = 768  # of which a page shows the text
+LIKELY = 8  # experts of which it shows the probability
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class HeldOutRouting:
     step: of the evaluation. layers: [layers] int64, the blocks that are mixtures. seq_len: tokens of each sequence.
     pieces: [tokens] text of each token, empty = padding. kinds: [tokens] the kind of file that it is from, empty too.
     expert: [layers, tokens, top_k] int16, the best first, -1 = none. weight: [layers, tokens, top_k] float32.
+    likely, probability: [layers, SHOWN_TOKENS or less, LIKELY or less] int16 and float16, the experts of the largest
+    probabilities of the router.
     """
 
     step: int
@@ -27,6 +31,8 @@ class HeldOutRouting:
     kinds: np.ndarray
     expert: np.ndarray
     weight: np.ndarray
+    likely: np.ndarray
+    probability: np.ndarray
 
     def save(self, directory: Path) -> None:
         """Raises OSError."""

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from moescale.monitor.content import CLASSES, content_classes, file_kinds, pair_preference, preference, repetition
-from moescale.monitor.held_out import HeldOutRouting
+from moescale.monitor.held_out import SHOWN_TOKENS, HeldOutRouting
 from moescale.monitor.history import History
 from moescale.monitor.svg import COLOURS, cell_map, load_classes
 
-SHOWN_TOKENS = 768
 ENOUGH_TOKENS = 20  # of a kind, to say who gets them
 MOST_KINDS = 24
 TABLES = {
@@ -47,16 +46,20 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
     html = (
         f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2><p>'
         f"Held-out text at step {routing.step:,}; a colour is a token's first expert, here in layer "
-        f"<b>{routing.layers[-1]}</b>.</p>"
+        f"<b>{routing.layers[-1]}</b>. Pointing at a token names its experts, their weights, and the router's largest "
+        "probabilities.</p>"
         f'<label class="pick">layer <select data-run="{index}">{options}</select></label>'
-        f'<figure><figcaption><span class="reading"></span></figcaption>{_coloured(routing, index)}</figure>'
+        '<figure><figcaption class="said"><span class="reading"></span></figcaption>'
+        f"{_coloured(routing, index)}</figure>"
         f'<div class="pair">{maps}</div>{_repetition(run, routing)}</section>'
     )
     shown = slice(0, SHOWN_TOKENS)
     return html, {
-        "shown": {"layers": routing.layers.tolist(), "choices": routing.expert.shape[2],
+        "shown": {"layers": routing.layers.tolist(), "tokens": routing.likely.shape[1],
                   "expert": _packed(routing.expert[:, shown].astype("<i2")),
-                  "weight": _packed(np.rint(routing.weight[:, shown] * 100).astype("<i2"))},
+                  "weight": _packed(np.rint(routing.weight[:, shown] * 100).astype("<i2")),
+                  "likely": _packed(routing.likely.astype("<i2")),
+                  "probability": _packed(np.rint(routing.probability.astype(float) * 1000).astype("<i2"))},
         "tables": {key: {"rows": names, "codes": _packed(load_codes(values))}
                    for key, (names, values) in tables.items()},
     }
@@ -83,13 +86,16 @@ def _packed(numbers: np.ndarray) -> str:
 def _coloured(routing: HeldOutRouting, index: int) -> str:
     """Colour each token by its first expert in the last layer."""
     spans = []
-    for piece, experts, weights in zip(
-        routing.pieces[:SHOWN_TOKENS], routing.expert[-1].tolist(), routing.weight[-1].tolist(), strict=False
+    for piece, experts, weights, likely, probabilities in zip(
+        routing.pieces[:SHOWN_TOKENS], *(values[-1].tolist() for values in (
+            routing.expert, routing.weight, routing.likely, routing.probability)), strict=False
     ):
         title = ", ".join(f"expert {expert} {weight:.2f}"
                           for expert, weight in zip(experts, weights, strict=True) if expert >= 0)
+        best = ", ".join(f"{expert} {probability:.1%}"
+                         for expert, probability in zip(likely, probabilities, strict=True) if expert >= 0)
         look = f'style="--hue:{hue(experts[0])}"' if experts[0] >= 0 else 'class="none"'
-        spans.append(f'<span {look} title="{title or "no expert"}">{escape(piece)}</span>')
+        spans.append(f'<span {look} title="{title or "no expert"}; probabilities {best}">{escape(piece)}</span>')
     return f'<div class="text" data-run="{index}">{"".join(spans)}</div>'
 
 

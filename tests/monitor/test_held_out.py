@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from moescale.config import Config, parse_config
 from moescale.data.token_file import prepare_tokens
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
-from moescale.monitor.held_out import HeldOutRouting
+from moescale.monitor.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting
+from moescale.monitor.routing import layers
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 
@@ -47,18 +50,33 @@ def make_corpus(folder: Path) -> None:
     (text / "lines.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
 
 
-def evaluate(folder: Path, parallel: dict[str, Any]) -> None:
+def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
+    """-> each token's probabilities where this rank's router saw it, by serial number"""
     config = make_config(folder, parallel)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
-    Evaluation(config, mesh, prepare_tokens(config.data).held_out, folder).run(engine)
+    evaluation = Evaluation(config, mesh, prepare_tokens(config.data).held_out, folder)
+    evaluation.run(engine)
+    latest: list[torch.Tensor] = []
+    found: dict[int, Any] = {}
+
+    def see(router: Any, inputs: Any, output: Any) -> None:
+        serial = router.sequence.own(inputs[1])
+        found.update(zip(serial.flatten().tolist(), latest.pop().flatten(0, 1).tolist(), strict=True))
+
+    for _, layer in layers(engine.model):  # one, which some stage of a pipeline holds
+        assert layer.router.look == layer.statistics.look, "as it was"
+        layer.router.look = lambda probs, valid: latest.append(probs)
+        layer.router.register_forward_hook(see)
+    engine.evaluate(evaluation._batches(1000, 2))
     stop_mesh()
+    return found
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, {}), (4, {"pp": 2, "cp": 2, "ep": 2})], ids=str)
 def test_tokens_know_their_kind_of_file(tmp_path: Path, ranks: int, parallel: dict[str, Any]) -> None:
     make_corpus(tmp_path)
-    run_ranks(ranks, evaluate, tmp_path, parallel)
+    results = run_ranks(ranks, evaluate, tmp_path, parallel)
     routing = HeldOutRouting.load(tmp_path)
     assert routing is not None
     assert routing.expert.shape == (1, len(routing.pieces), 2)
@@ -67,3 +85,12 @@ def test_tokens_know_their_kind_of_file(tmp_path: Path, ranks: int, parallel: di
     starts = {("\N{PILCROW SIGN}", kind) for kind in LETTER}
     assert found - starts == {(letter, kind) for kind, letter in LETTER.items()}, "of all kinds, none mistaken"
     assert len(routing.pieces) <= 4096
+    probabilities = {serial: probs for result in results for serial, probs in result.items() if serial >= 0}
+    numbers = sorted({serial // SEQ for serial in probabilities})
+    every = len(numbers) // (4096 // SEQ)
+    assert every > 1, "sequences from all of the text"
+    assert routing.likely.shape == routing.probability.shape == (1, SHOWN_TOKENS, LIKELY)
+    for token in range(SHOWN_TOKENS):
+        probs = np.array(probabilities[token // SEQ * every * SEQ + token % SEQ])
+        assert routing.likely[0, token].tolist() == np.argsort(-probs, kind="stable")[:LIKELY].tolist()
+        assert routing.probability[0, token] == pytest.approx(np.sort(probs)[::-1][:LIKELY], rel=1e-3)

@@ -9,7 +9,7 @@ for (const run of runs) {
   run.frame = run.frames.length - 1;
   if (run.shown) {
     run.layer = run.shown.layers.length - 1;
-    for (const key of ["expert", "weight"]) run.shown[key] = new Int16Array(decode(run.shown[key]).buffer);
+    for (const key of ["expert", "weight", "likely", "probability"]) run.shown[key] = new Int16Array(decode(run.shown[key]).buffer);
   }
   for (const table of Object.values(run.tables || {})) {
     const codes = decode(table.codes), rows = table.rows.length;
@@ -91,27 +91,31 @@ for (const slider of document.querySelectorAll("input[type=range]")) {
   });
 }
 
-// The experts of a shown token in the chosen layer, the best first, with their weights.
-function expertsOf(run, token) {
-  const { choices, expert, weight } = run.shown, all = expert.length / run.shown.layers.length;
-  const begin = run.layer * all + token * choices;
-  return [...expert.slice(begin, begin + choices)].map((number, place) => [number, weight[begin + place] / 100])
+// Experts of a shown token in the chosen layer, each with a number: those that it got, or those that are likely.
+function expertsOf(run, token, expert, value) {
+  const numbers = run.shown[expert], all = numbers.length / run.shown.layers.length;
+  const each = all / run.shown.tokens, begin = run.layer * all + token * each;
+  return [...numbers.slice(begin, begin + each)].map((number, place) => [number, run.shown[value][begin + place]])
     .filter(([number]) => number >= 0);
 }
 
 for (const text of document.querySelectorAll(".text")) {
   const run = runs[text.dataset.run], spans = [...text.children];
-  const say = (token) => expertsOf(run, token).map(([number, weight]) => `expert ${number} ${weight.toFixed(2)}`).join(", ");
+  const say = (token) => {
+    const got = expertsOf(run, token, "expert", "weight").map(([number, weight]) => `expert ${number} ${(weight / 100).toFixed(2)}`);
+    const likely = expertsOf(run, token, "likely", "probability").map(([number, share]) => `${number} ${(share / 10).toFixed(1)}%`);
+    return `${got.join(", ") || "no expert"}; probabilities ${likely.join(", ")}`;
+  };
   text.addEventListener("pointerover", (event) => {
     const token = spans.indexOf(event.target);
-    if (token >= 0) read(text, `${JSON.stringify(event.target.textContent)}: ${say(token) || "no expert"}`);
+    if (token >= 0) read(text, `${JSON.stringify(event.target.textContent)}: ${say(token)}`);
   });
   const select = document.querySelector(`select[data-run="${text.dataset.run}"]`);
   select.addEventListener("change", () => {
     run.layer = Number(select.value);
     text.closest("section").querySelector("b").textContent = run.shown.layers[run.layer];
     spans.forEach((span, token) => {
-      const [best] = expertsOf(run, token);
+      const [best] = expertsOf(run, token, "expert", "weight");
       span.className = best ? "" : "none";
       if (best) span.style.setProperty("--hue", Math.round(best[0] * 137.508) % 360);
       span.title = say(token);
