@@ -114,7 +114,7 @@ class _Run:
         if checkpoint is not None:
             self.engine.load(checkpoint)
         self.terminal = Terminal(self.engine.step_count, config.run.steps) if mesh.rank == 0 else None
-        self.sinks: list[Sink] = self._open_sinks() if mesh.rank == 0 else []
+        self.sinks: list[Sink] = self._open_sinks(checkpoint) if mesh.rank == 0 else []
         moe, monitor = config.moe, config.monitor
         self.alerts = Alerts(top_k=moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
         self.tracer = Tracer(run_dir, mesh.rank, trace=monitor.trace_steps, profile=monitor.profile_steps)
@@ -171,7 +171,9 @@ class _Run:
                 evaluated = self.evaluation.run(engine) if evaluate else {}
                 self._write({**metrics, **routing, **moved, **evaluated})
         if save:
-            engine.save(self.run_dir, self._files())
+            checkpoint = engine.save(self.run_dir, self._files())
+            for sink in self.sinks:
+                sink.saved(engine.step_count, checkpoint)
 
     def _follows(self, step: int) -> bool:
         """Whether it is time to see how far the routing has moved."""
@@ -233,7 +235,7 @@ class _Run:
             files["tokenizer.json"] = Path(tokenizer).expanduser().read_text(encoding="utf-8")
         return files
 
-    def _open_sinks(self) -> list[Sink]:
+    def _open_sinks(self, checkpoint: Path | None) -> list[Sink]:
         assert self.terminal is not None
         config = self.config
         try:
@@ -244,7 +246,8 @@ class _Run:
         sinks: list[Sink] = [self.terminal, lines]
         mode, project = config.monitor.wandb, config.monitor.wandb_project
         if mode != "off":
-            sinks.append(Wandb(self.run_dir, project, mode, config.model_dump(mode="json")))
+            sinks.append(Wandb(self.run_dir, project, mode, config.model_dump(mode="json"), resumed_from=checkpoint,
+                               artifacts=config.monitor.wandb_artifacts))
         return sinks
 
     def _greet(self, checkpoint: Path | None) -> None:

@@ -238,6 +238,7 @@ class MonitorConfig(Group):
     profile: str | None = None  # "steps:5-7" writes the time of each operation, for chrome://tracing or Perfetto
     wandb: Literal["off", "auto", "offline", "online"] = "off"  # auto = online where there is a key
     wandb_project: str = "moescale"
+    wandb_artifacts: bool = False  # configuration, code, and where each checkpoint lies
 
     @property
     def trace_steps(self) -> range:
@@ -257,6 +258,8 @@ class MonitorConfig(Group):
     def _check(self) -> Self:
         _steps("trace", self.trace)
         _steps("profile", self.profile)
+        refuse(self.wandb_artifacts and self.wandb == "off",
+               "monitor.wandb_artifacts=true needs wandb: write monitor.wandb=auto, offline or online too")
         return self
 
 

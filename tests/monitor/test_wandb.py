@@ -65,3 +65,44 @@ def test_an_offline_run_holds_all_that_was_promised(tmp_path: Path, monkeypatch:
     again = Wandb(tmp_path, "test", "offline", {})
     again.close()
     assert {folder.name.rpartition("-")[2] for folder in tmp_path.glob("wandb/offline-run-*")} == {identity}
+
+
+def test_artifacts_hold_what_a_run_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that saves, and one that goes on from there and saves again."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "config.yaml").write_text("run: {steps: 20}\n")
+    checkpoints = [tmp_path / f"checkpoints/step_{step:08d}" for step in (10, 20)]
+    before: Path | None = None
+    found: list[dict[str, Any]] = []
+    for step, checkpoint in zip((10, 20), checkpoints, strict=True):
+        sink = Wandb(tmp_path, "test", "offline", {"parallel": {"ep": 4}}, artifacts=True, resumed_from=before)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights.bin").write_bytes(bytes(1000))
+        sink.saved(step, checkpoint)
+        sink.close()
+        (file,) = tmp_path.glob("wandb/offline-run-*")
+        records = read_back(tmp_path)
+        found.append({f"{a['name'].partition('-')[0]}{' used' * a.get('use_after_commit', False)}": a
+                      for a in (record["artifact"] for record in records if record["type"] == "artifact")})
+        file.rename(tmp_path / "wandb" / file.name.replace("offline-", f"{step}-"))
+        before = checkpoint
+    first, second = found
+    assert first.keys() == {"config", "code", "checkpoint"}
+    assert second.keys() == {*first, "checkpoint used"}
+    assert paths(first["config"]) == {"config.yaml", "layout.json"}
+    assert {"trainer.py", "monitor/page/report.js"} <= paths(first["code"])
+    (layout,) = (each for each in first["config"]["manifest"]["contents"] if each["path"] == "layout.json")
+    assert json.loads(Path(layout["local_path"]).read_text()) == {"ep": 4}
+    (weights,) = first["checkpoint"]["manifest"]["contents"]
+    assert weights["ref"] == (checkpoints[0] / "weights.bin").as_uri()
+    assert not weights.get("local_path"), "no weights are sent"
+    used = second["checkpoint used"]
+    assert [used[key] for key in ("name", "digest", "type")] == [
+        first["checkpoint"][key] for key in ("name", "digest", "type")], "what the first run saved"
+    assert second["checkpoint"]["name"] == used["name"]
+    assert second["checkpoint"]["digest"] != used["digest"]
+    assert "step_00000020" in second["checkpoint"]["aliases"]
+
+
+def paths(artifact: dict[str, Any]) -> set[str]:
+    return {each["path"] for each in artifact["manifest"]["contents"]}
