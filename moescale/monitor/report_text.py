@@ -86,16 +86,17 @@ def _packed(numbers: np.ndarray) -> str:
 def _coloured(routing: HeldOutRouting, index: int) -> str:
     """Colour each token by its first expert in the last layer."""
     spans = []
-    for piece, experts, weights, likely, probabilities in zip(
+    for token, (piece, experts, weights, likely, probabilities) in enumerate(zip(
         routing.pieces[:SHOWN_TOKENS], *(values[-1].tolist() for values in (
             routing.expert, routing.weight, routing.likely, routing.probability)), strict=False
-    ):
+    )):
         title = ", ".join(f"expert {expert} {weight:.2f}"
                           for expert, weight in zip(experts, weights, strict=True) if expert >= 0)
         best = ", ".join(f"{expert} {probability:.1%}"
                          for expert, probability in zip(likely, probabilities, strict=True) if expert >= 0)
         look = f'style="--hue:{hue(experts[0])}"' if experts[0] >= 0 else 'class="none"'
-        spans.append(f'<span {look} title="{title or "no expert"}; probabilities {best}">{escape(piece)}</span>')
+        begins = "data-begins " if token and token % routing.seq_len == 0 else ""
+        spans.append(f'<span {begins}{look} title="{title or "no expert"}; probabilities {best}">{escape(piece)}</span>')
     return f'<div class="text" data-run="{index}">{"".join(spans)}</div>'
 
 
