@@ -96,7 +96,8 @@ def _coloured(routing: HeldOutRouting, index: int) -> str:
                          for expert, probability in zip(likely, probabilities, strict=True) if expert >= 0)
         look = f'style="--hue:{hue(experts[0])}"' if experts[0] >= 0 else 'class="none"'
         begins = "data-begins " if token and token % routing.seq_len == 0 else ""
-        spans.append(f'<span {begins}{look} title="{title or "no expert"}; probabilities {best}">{escape(piece)}</span>')
+        title = f"{title or 'no expert'}; probabilities {best}"
+        spans.append(f'<span {begins}{look} title="{title}">{escape(piece)}</span>')
     return f'<div class="text" data-run="{index}">{"".join(spans)}</div>'
 
 

@@ -34,7 +34,7 @@ class Wandb:
                              "or write monitor.wandb=off") from None
         self._wandb = wandb
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if knows_key() else "offline"
         before = sorted((run_dir / "wandb").glob("*run-*-*"))
         self._run = wandb.init(
             project=project, name=run_dir.name, dir=str(run_dir), mode=mode, config=config, resume="allow",
@@ -109,6 +109,13 @@ class Wandb:
         if biases.size:
             pictures["moe/expert_bias_histogram"] = self._wandb.Histogram(biases.flatten().tolist())
         return pictures
+
+
+def knows_key() -> bool:
+    """Whether wandb could send anything from here."""
+    import wandb
+
+    return bool(wandb.api.api_key)
 
 
 def _picture(load: np.ndarray) -> np.ndarray:

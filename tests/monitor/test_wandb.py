@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from moescale.cli import app
+from moescale.config import parse_config
 from moescale.moe.statistics import COUNTS, SUMS
 from moescale.monitor.routing import FACTS, _layer_metrics, _summary
 from moescale.monitor.wandb import Wandb
+from moescale.monitor.wandb_workspaces import make_workspace
+from moescale.trainer import train
 
 wandb = pytest.importorskip("wandb")
 LAYERS, EXPERTS = 48, 128
@@ -106,3 +112,38 @@ def test_artifacts_hold_what_a_run_is_made_of(tmp_path: Path, monkeypatch: pytes
 
 def paths(artifact: dict[str, Any]) -> set[str]:
     return {each["path"] for each in artifact["manifest"]["contents"]}
+
+
+def test_the_dashboard_shows_what_a_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train a few steps, and hold the panels of the saved view to the keys and pictures of that run."""
+    pytest.importorskip("wandb_workspaces")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(parse_config({
+        "run": {"dir": str(tmp_path), "steps": 2}, "optim": {"warmup_steps": 0},
+        "data": {"files": [str(Path(__file__).parent / "*.py")], "cache_dir": str(tmp_path / "cache"), "seq_len": 32,
+                 "global_batch": 2},
+        "model": {"vocab_size": 264, "d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+        "moe": {"num_experts": 4, "d_ff": 16},
+        "monitor": {"every": 1, "moved_every": 1, "wandb": "offline", "wandb_artifacts": True},
+    }, "test"))
+    records = read_back(tmp_path)
+    keys = {key.partition(".")[0] for record in records if record["type"] == "history"
+            for key in record["history"]["item"]}
+    sections = make_workspace("someone", "test")._to_model().model_dump(by_alias=True)["spec"]["section"][
+        "panelBankConfig"]["sections"]
+    assert [section["name"] for section in sections] == ["Training", "Load of the experts", "Heat maps", "Router"]
+    panels = [panel["config"] for section in sections for panel in section["panels"]]
+    shown = {key for panel in panels for key in (panel.get("metrics") or panel.get("mediaKeys") or ())}
+    assert len(shown) > 15
+    assert shown <= keys
+    patterns = [panel["metricRegex"] for panel in panels if panel.get("metricRegex")]
+    assert [sum(bool(re.fullmatch(pattern, key)) for key in keys) for pattern in patterns] == [2, 2], "each layer's"
+    assert all(panel["xAxis"] in keys for panel in panels if "xAxis" in panel)
+    (saved,) = (record["artifact"] for record in records if record["type"] == "artifact"
+                and record["artifact"]["type"] == "model")
+    assert "step_00000002" in saved["aliases"]
+    monkeypatch.setattr("moescale.monitor.wandb_workspaces.knows_key", lambda: False)
+    result = CliRunner().invoke(app, ["dashboard", str(tmp_path), "--entity", "someone"])
+    assert result.exit_code == 2
+    assert result.output.splitlines() == [
+        "moescale: moescale dashboard needs a key of wandb, and there is none here: run wandb login first"]
