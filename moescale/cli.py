@@ -1,4 +1,4 @@
-"""The command line: `moescale train | generate | verify | convert | report`, or `python -m moescale`."""
+"""The command line: `moescale train | generate | verify | convert | report | dashboard`, or `python -m moescale`."""
 
 from __future__ import annotations
 
@@ -143,6 +143,23 @@ def report(
         path = output or runs[0] / "report.html"
         write_report(histories, path)
         typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command(no_args_is_help=True)
+def dashboard(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as in run.dir, of a run with wandb.")],
+    entity: Annotated[str, typer.Option(help="The user or team in wandb to which the project belongs.")],
+) -> None:
+    """Save a view of the run's project in Weights & Biases, with panels for loss, load, heat maps and router.
+
+    It needs the key that `wandb login` keeps.
+
+    moescale dashboard runs/quickstart --entity my-team
+    """
+    with _one_line_errors(stopped="stopped"):
+        from moescale.monitor.wandb_workspaces import save_workspace
+
+        typer.echo(save_workspace(entity, load_config(run / "config.yaml").monitor.wandb_project))
 
 
 @app.command(no_args_is_help=True)

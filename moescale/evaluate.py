@@ -1,18 +1,23 @@
-"""Held-out text through the model: its loss, and which experts it gets."""
+"""Held-out text through the model: its loss, which experts it gets, and how far that moves."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
+import numpy as np
+
 from moescale.config import Config
-from moescale.data.batches import held_out_batches
+from moescale.data.batches import Batch, held_out_batches, held_out_windows
 from moescale.data.token_file import TokenSplit
 from moescale.data.tokenizer import load_tokenizer
 from moescale.engine.base import Engine
-from moescale.monitor.held_out import HeldOutRouting
+from moescale.monitor.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting, moved
 from moescale.monitor.record import HeldOutRecorder
 from moescale.parallel.mesh import Mesh
+
+KEPT_TOKENS = 4096  # of an evaluation, whose routing is kept for the report
+FOLLOWED_TOKENS = 512  # whose experts are compared every so often
 
 
 class Evaluation:
@@ -21,35 +26,62 @@ class Evaluation:
     def __init__(self, config: Config, mesh: Mesh, split: TokenSplit, run_dir: Path) -> None:
         self.config, self.mesh, self.split, self.run_dir = config, mesh, split, run_dir
         self.layers = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
-        self.recorder = HeldOutRecorder(mesh.world_group, num_layers=config.model.num_layers, top_k=config.moe.top_k,
-                                        seq_len=config.data.seq_len)
+        seq_len = config.data.seq_len
+        self.windows = held_out_windows(split, seq_len, config.monitor.eval_sequences)
+        kept, self.followed_sequences = (max(1, tokens // seq_len) for tokens in (KEPT_TOKENS, FOLLOWED_TOKENS))
+        every = max(1, len(self.windows) // kept)  # from all of the text, which may be sorted by kind
+        self.kept, self.followed = (
+            HeldOutRecorder(mesh.world_group, num_layers=config.model.num_layers, top_k=config.moe.top_k,
+                            seq_len=seq_len, sequences=sequences, likely=likely)
+            for sequences, likely in (
+                (range(0, len(self.windows), every)[:kept], (SHOWN_TOKENS, min(LIKELY, config.moe.num_experts))),
+                (range(self.followed_sequences), (0, 0))))
+        self._before: np.ndarray | None = None  # the experts that `follow` saw last, on the first rank
 
     def run(self, engine: Engine) -> dict[str, float]:
-        """-> the figures of this moment, of all ranks; on the first one also how far the routing has moved"""
-        data, split = self.config.data, self.split
-        batches = held_out_batches(
-            split, seq_len=data.seq_len, num_sequences=self.config.monitor.eval_sequences,
-            rank=self.mesh.batch_rank, num_ranks=self.mesh.batch_size, micro_batch=data.micro_batch or 1,
-        )
-        with self.recorder.recording(engine.model):
-            loss = engine.evaluate([batch.to(self.mesh.device) for batch in batches])
-        bits = loss * split.num_tokens / split.text_bytes / math.log(2)
-        return {"eval_loss": loss, "eval_bits_per_byte": bits, **self._routing(engine.step_count)}
+        """Keep which experts the tokens get, for the report. -> the losses of this moment, of all ranks"""
+        with self.kept.recording(engine.model):
+            loss = engine.evaluate(self._batches(self.config.monitor.eval_sequences,
+                                                 self.config.data.micro_batch or 1))
+        found = self.kept.result(self.layers) if self.layers else None
+        if found is not None:
+            pieces, kinds = self._text()
+            HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len, np.array(pieces),
+                           np.array(kinds), **vars(found)).save(self.run_dir)
+        bits = loss * self.split.num_tokens / self.split.text_bytes / math.log(2)
+        return {"eval_loss": loss, "eval_bits_per_byte": bits}
 
-    def _routing(self, step: int) -> dict[str, float]:
-        """Keep which experts the tokens got. -> how far that moved since the last time"""
-        now = self.recorder.result(step, self.layers, self._text) if self.layers else None
-        if now is None:
+    def follow(self, engine: Engine) -> dict[str, float]:
+        """Look at a few sequences. -> on the first rank, how far their routing has moved since the last look"""
+        if not self.layers:
             return {}
-        before = HeldOutRouting.load(self.run_dir)
-        now.save(self.run_dir)
-        return {} if before is None or before.step >= step else now.moved_since(before)
+        with self.followed.recording(engine.model):
+            engine.evaluate(self._batches(self.followed_sequences, 1))
+        found, before = self.followed.result(self.layers), self._before
+        if found is None:
+            return {}
+        self._before = found.expert
+        num_tokens = min(self._before.shape[1], self.split.num_tokens - 1)
+        return {} if before is None else moved(self._before, before, self.layers, num_tokens)
 
-    def _text(self) -> list[str]:
-        """-> the text of each token whose experts are kept"""
-        data, tokenizer = self.config.data, load_tokenizer(self.config.data.tokenizer)
-        batches = held_out_batches(self.split, seq_len=data.seq_len, num_sequences=self.config.monitor.eval_sequences,
-                                   rank=0, num_ranks=1, micro_batch=1)[: self.recorder.tokens // data.seq_len]
-        return ["" if serial < 0 else "\N{PILCROW SIGN}" if token == tokenizer.boundary else tokenizer.decode([token])
-                for batch in batches for token, serial in zip(batch.tokens[0].tolist(), batch.serial[0].tolist(),
-                                                              strict=True)]
+    def _batches(self, num_sequences: int, micro_batch: int) -> list[Batch]:
+        """-> this rank's part, on its device"""
+        batches = held_out_batches(
+            self.split, seq_len=self.config.data.seq_len, num_sequences=num_sequences, rank=self.mesh.batch_rank,
+            num_ranks=self.mesh.batch_size, micro_batch=micro_batch,
+        )
+        return [batch.to(self.mesh.device) for batch in batches]
+
+    def _text(self) -> tuple[list[str], list[str]]:
+        """-> of each token whose experts are kept, its text and the kind of its file; both empty for padding"""
+        seq_len, tokenizer = self.config.data.seq_len, load_tokenizer(self.config.data.tokenizer)
+        pieces: list[str] = []
+        kinds: list[str] = []
+        for sequence in self.kept.sequences:
+            start = self.windows[sequence]
+            length = min(seq_len, self.split.num_tokens - 1 - start)
+            padding = [""] * (seq_len - length)
+            pieces += ["\N{PILCROW SIGN}" if token == tokenizer.boundary else tokenizer.decode([token])
+                       for token in self.split.window(start, length)[0].tolist()] + padding
+            kinds += self.split.kinds_of(start, length) + padding
+        return pieces, kinds

@@ -114,7 +114,7 @@ class _Run:
         if checkpoint is not None:
             self.engine.load(checkpoint)
         self.terminal = Terminal(self.engine.step_count, config.run.steps) if mesh.rank == 0 else None
-        self.sinks: list[Sink] = self._open_sinks() if mesh.rank == 0 else []
+        self.sinks: list[Sink] = self._open_sinks(checkpoint) if mesh.rank == 0 else []
         moe, monitor = config.moe, config.monitor
         self.alerts = Alerts(top_k=moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
         self.tracer = Tracer(run_dir, mesh.rank, trace=monitor.trace_steps, profile=monitor.profile_steps)
@@ -125,6 +125,8 @@ class _Run:
     def loop(self) -> None:
         """Train to the last step, then leave."""
         try:
+            if self._follows(self.engine.step_count) and self.engine.step_count < self.config.run.steps:
+                self.evaluation.follow(self.engine)  # with what the first look to come is compared, resumed or not
             while self.engine.step_count < self.config.run.steps:
                 self._stretch()
             if self.terminal is not None:
@@ -145,8 +147,9 @@ class _Run:
             log = last or step % config.monitor.every == 0
             evaluate = last or (config.monitor.eval_every is not None and step % config.monitor.eval_every == 0)
             save = last or step % config.checkpoint.every == 0
+            write = log or evaluate or self._follows(step)
             lr = engine.learning_rate
-            watch(engine.model, log or evaluate)
+            watch(engine.model, write)
             micro_batches = self.batches.micro_batches(
                 engine.step_count, self.mesh.batch_rank, self.mesh.batch_size, config.data.micro_batch or 1
             )
@@ -156,18 +159,26 @@ class _Run:
             self.highest_loss.copy_(torch.maximum(self.highest_loss, losses.cross_entropy))
             if self.terminal is not None:
                 self.terminal.advance(step)
-            if log or evaluate or save:
+            if write or save:
                 break
         self._refuse_divergence(losses, grad_norm)
-        if log or evaluate:
+        if write:
             metrics = self._figures(losses, grad_norm, lr, first, started)
             routing = routing_metrics(engine.model, self.mesh.world_group, num_layers=config.model.num_layers,
                                       num_experts=config.moe.num_experts)
             with self._readable_errors():
+                moved = self.evaluation.follow(engine) if self._follows(step) else {}
                 evaluated = self.evaluation.run(engine) if evaluate else {}
-                self._write({**metrics, **routing, **evaluated})
+                self._write({**metrics, **routing, **moved, **evaluated})
         if save:
-            engine.save(self.run_dir, self._files())
+            checkpoint = engine.save(self.run_dir, self._files())
+            for sink in self.sinks:
+                sink.saved(engine.step_count, checkpoint)
+
+    def _follows(self, step: int) -> bool:
+        """Whether it is time to see how far the routing has moved."""
+        every = self.config.monitor.moved_every
+        return every is not None and step % every == 0
 
     def _refuse_divergence(self, losses: StepLosses, grad_norm: Tensor) -> None:
         """Stop before figures that are no numbers are logged or saved."""
@@ -224,7 +235,7 @@ class _Run:
             files["tokenizer.json"] = Path(tokenizer).expanduser().read_text(encoding="utf-8")
         return files
 
-    def _open_sinks(self) -> list[Sink]:
+    def _open_sinks(self, checkpoint: Path | None) -> list[Sink]:
         assert self.terminal is not None
         config = self.config
         try:
@@ -235,7 +246,8 @@ class _Run:
         sinks: list[Sink] = [self.terminal, lines]
         mode, project = config.monitor.wandb, config.monitor.wandb_project
         if mode != "off":
-            sinks.append(Wandb(self.run_dir, project, mode, config.model_dump(mode="json")))
+            sinks.append(Wandb(self.run_dir, project, mode, config.model_dump(mode="json"), resumed_from=checkpoint,
+                               artifacts=config.monitor.wandb_artifacts))
         return sinks
 
     def _greet(self, checkpoint: Path | None) -> None:

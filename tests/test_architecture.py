@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "engine": {"config", "data", "model", "ops", "parallel", "optim", "checkpoint"},
 }
 FREE = {"cli", "trainer", "evaluate", "generate", "__init__", "__main__"}
-FOREIGN = {"deepspeed", "megatron", "wandb", "transformers", "triton"}
+FOREIGN = {"deepspeed", "megatron", "wandb", "wandb_workspaces", "transformers", "triton"}
 ENVIRONMENT = {"parallel/mesh.py", "parallel/ranks.py", "cli.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

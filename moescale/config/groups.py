@@ -232,11 +232,13 @@ class MonitorConfig(Group):
     every: int = Field(10, ge=1)  # steps between two lines of metrics.jsonl
     eval_every: int | None = Field(None, ge=1)  # steps; none = after the last step only
     eval_sequences: int = Field(64, ge=1)  # held-out sequences a time
+    moved_every: int | None = Field(50, ge=1)  # steps between looks at how far routing moved; none = never
     alert_dropped: float = Field(0.5, ge=0, le=1)  # share of the choices that may have no row before an alert
     trace: str | None = None  # "steps:10-12" writes each token's experts and weights to Parquet files in these steps
     profile: str | None = None  # "steps:5-7" writes the time of each operation, for chrome://tracing or Perfetto
     wandb: Literal["off", "auto", "offline", "online"] = "off"  # auto = online where there is a key
     wandb_project: str = "moescale"
+    wandb_artifacts: bool = False  # configuration, code, and where each checkpoint lies
 
     @property
     def trace_steps(self) -> range:
@@ -256,6 +258,8 @@ class MonitorConfig(Group):
     def _check(self) -> Self:
         _steps("trace", self.trace)
         _steps("profile", self.profile)
+        refuse(self.wandb_artifacts and self.wandb == "off",
+               "monitor.wandb_artifacts=true needs wandb: write monitor.wandb=auto, offline or online too")
         return self
 
 

@@ -89,14 +89,20 @@ def held_out_batches(
     if tokens.num_tokens < 2:
         raise ConfigError(f"the held-out documents hold {tokens.num_tokens} tokens, too few to evaluate on: "
                           "name more text in data.files")
+    windows = held_out_windows(tokens, seq_len, num_sequences)
+    passes = -(-len(windows) // (num_ranks * micro_batch))
+    first = rank * passes * micro_batch
+    return [_stack([_read(tokens, windows[number], seq_len, number) if number < len(windows)
+                    else _padding(seq_len) for number in range(begin, begin + micro_batch)])
+            for begin in range(first, first + passes * micro_batch, micro_batch)]
+
+
+def held_out_windows(tokens: TokenSplit, seq_len: int, num_sequences: int) -> list[int]:
+    """-> each held-out sequence's first token in the stream"""
     whole, rest = divmod(tokens.num_tokens - 1, seq_len)
     windows = whole if whole >= num_sequences else whole + (rest > 0)  # the partial last one only when needed
     count = min(num_sequences, windows)
-    passes = -(-count // (num_ranks * micro_batch))
-    first = rank * passes * micro_batch
-    return [_stack([_read(tokens, number * windows // count * seq_len, seq_len, number) if number < count
-                    else _padding(seq_len) for number in range(begin, begin + micro_batch)])
-            for begin in range(first, first + passes * micro_batch, micro_batch)]
+    return [number * windows // count * seq_len for number in range(count)]
 
 
 def _read(tokens: TokenSplit, start: int, seq_len: int, number: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import stat
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, cast
 
@@ -18,7 +18,9 @@ from moescale.config import ConfigError
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")  # a document a file
 LINE_SUFFIXES = (".jsonl",)  # a document a line
+KIND_FIELDS = ("language", "lang", "source")  # of a line: what kind of document it is, the first that is there
 SPLITS = ("train", "held_out")
+MAX_KIND_LETTERS = 40
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}  # below the library's folder, but not part of it
 
 
@@ -32,13 +34,21 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class Document:
+    """A text, and what kind of file it is: the name's ending, or what its line says it is."""
+
+    text: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Corpus:
     """The files of a corpus in reading order. is_default: they are the running Python's library."""
 
     files: tuple[SourceFile, ...]
     is_default: bool = False
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """Yield every document that is not blank, in order, holding one file or line at a time.
 
         Raises ConfigError with the file (and line) that cannot be read as text, or when nothing is left.
@@ -46,10 +56,10 @@ class Corpus:
         found = False
         for file in self.files:
             try:
-                for text in _read_documents(file.path):
-                    if text and not text.isspace():
+                for document in _read_documents(file.path):
+                    if document.text and not document.text.isspace():
                         found = True
-                        yield text
+                        yield document
             except _NotTextError as error:
                 if not self.is_default:  # the library keeps a few files in other encodings, for its own tests
                     raise ConfigError(str(error)) from None
@@ -114,28 +124,29 @@ def _describe(path: str) -> SourceFile:
     return SourceFile(path, status.st_size, status.st_mtime_ns)
 
 
-def split_documents(texts: Iterable[str], held_out: float) -> Iterator[tuple[str, str]]:
+def split_documents(documents: Iterable[Document], held_out: float) -> Iterator[tuple[str, Document]]:
     """Say for each document whether it is trained on or held out, by its number alone.
 
     The last document goes to the split that is still empty, if one is; an only document is cut in two.
-    held_out: share of the documents. -> pairs of a split's name and a text
+    held_out: share of the documents. -> pairs of a split's name and a document
     """
     used: set[str] = set()
-    last: str | None = None
+    last: Document | None = None
     index = -1
-    for index, text in enumerate(texts):
+    for index, document in enumerate(documents):
         if last is not None:
             name = _split_of(index - 1, held_out)
             used.add(name)
             yield name, last
-        last = text
+        last = document
     if last is None:
         return
     if index == 0:
-        cut = max(1, min(len(last) - 1, len(last) - round(len(last) * held_out)))
-        yield "train", last[:cut]
-        if last[cut:]:
-            yield "held_out", last[cut:]
+        text = last.text
+        cut = max(1, min(len(text) - 1, len(text) - round(len(text) * held_out)))
+        yield "train", replace(last, text=text[:cut])
+        if text[cut:]:
+            yield "held_out", replace(last, text=text[cut:])
         return
     missing = [name for name in SPLITS if name not in used]
     yield missing[0] if missing else _split_of(index, held_out), last
@@ -152,13 +163,13 @@ class _NotTextError(Exception):
     """The file holds something other than UTF-8 text."""
 
 
-def _read_documents(path: str) -> Iterator[str]:
+def _read_documents(path: str) -> Iterator[Document]:
     try:
         with _open(path) as file:
             if _suffix(path) in LINE_SUFFIXES:
                 yield from _read_lines(file, path)
             else:
-                yield _decode(file.read(), path)
+                yield Document(_decode(file.read(), path), _suffix(path))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:  # the first is an OSError too
         raise ConfigError(f"data.files: {path} is not a whole gzip file ({error}): copy or compress it again") from None
     except PermissionError:
@@ -173,7 +184,7 @@ def _open(path: str) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _read_lines(file: IO[bytes], path: str) -> Iterator[str]:
+def _read_lines(file: IO[bytes], path: str) -> Iterator[Document]:
     for number, line in enumerate(file, start=1):
         where = f"{path} line {number}"
         decoded = _decode(line, where)
@@ -189,7 +200,9 @@ def _read_lines(file: IO[bytes], path: str) -> Iterator[str]:
         if not isinstance(text, str):
             raise ConfigError(f"data.files: {where} has no string `text`: "
                               'write one object a line, e.g. {"text": "..."}')
-        yield _without_lone_surrogates(text)
+        named = (record[field] for field in KIND_FIELDS if isinstance(record.get(field), str))
+        kind = next((" ".join(name.split())[:MAX_KIND_LETTERS] for name in named if name.strip()), _suffix(path))
+        yield Document(_without_lone_surrogates(text), _without_lone_surrogates(kind))
 
 
 def _decode(content: bytes, where: str) -> str:

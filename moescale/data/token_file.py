@@ -2,7 +2,8 @@
 
 A cache is a folder named by the hash of everything its tokens depend on. It is written beside its place and renamed
 into it, so it is whole or absent, whoever is killed. `<split>-00000.bin` and following hold the tokens, one after the
-other, `<split>-starts.bin` the documents' first tokens, `meta.json` the counts.
+other, `<split>-starts.bin` the documents' first tokens, `<split>-kinds.bin` a byte for each document's kind,
+`meta.json` the counts and the names of the kinds.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moescale.config import ConfigError, DataConfig
-from moescale.data.corpus import SPLITS, Corpus, open_corpus, split_documents
+from moescale.data.corpus import SPLITS, Corpus, Document, open_corpus, split_documents
 from moescale.data.publish import lock, publish, remove_leftovers, temporary_beside
 from moescale.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1  # of the folder and of the split; a change renews every cache
+FORMAT = 2  # of the folder and of the split; a change renews every cache
 SHARD_TOKENS = 2**28
+MAX_KINDS, OTHER_KIND = 255, "other"  # all that come later are one kind, so that a byte holds their number
 CHUNK_CHARACTERS = 2**22  # handed to the tokenizer at a time
 
 
@@ -34,6 +36,7 @@ class TokenSplit:
     """A stream of tokens, document after document.
 
     shards: [tokens] each, in order. starts: [documents] int64, each document's boundary token.
+    kinds: [documents] uint8, numbers in kind_names.
     text_bytes: of the UTF-8 text that the tokens stand for. vocab_size: of the tokenizer. directory: for errors.
     """
 
@@ -42,6 +45,8 @@ class TokenSplit:
     text_bytes: int
     vocab_size: int
     directory: str
+    kinds: np.ndarray
+    kind_names: tuple[str, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -65,13 +70,22 @@ class TokenSplit:
             if begin < end:
                 tokens[begin - start : end - start] = shard[begin - first : end - first]
             first += len(shard)
-        if tokens.max() >= self.vocab_size:
-            raise ConfigError(f"data.cache_dir: {self.directory} holds the token {tokens.max()} of a vocabulary of "
-                              f"{self.vocab_size}: the disk damaged it, so delete this folder and start again")
+        self._refuse_damage("token", tokens, self.vocab_size)
         inside = self.starts[slice(*np.searchsorted(self.starts, (start, start + length)))] - start
         origin = np.zeros(length, dtype=np.int64)
         origin[inside] = inside
         return tokens, np.arange(length) - np.maximum.accumulate(origin)
+
+    def kinds_of(self, start: int, length: int) -> list[str]:
+        """-> which kind of document each of these tokens is from"""
+        kinds = self.kinds[np.searchsorted(self.starts, np.arange(start, start + length), side="right") - 1]
+        self._refuse_damage("kind", kinds, len(self.kind_names))
+        return [self.kind_names[kind] for kind in kinds.tolist()]
+
+    def _refuse_damage(self, what: str, numbers: np.ndarray, limit: int) -> None:
+        if numbers.max() >= limit:
+            raise ConfigError(f"data.cache_dir: {self.directory} holds the {what} {numbers.max()}, where {limit - 1} "
+                              "is the last: the disk damaged it, so delete this folder and start again")
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,9 @@ def _load_split(directory: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
     shards = tuple(_map(directory / f"{name}-{index:05d}.bin", meta["dtype"], length)
                    for index, length in enumerate(counts["shard_tokens"]))
     starts = _map(directory / f"{name}-starts.bin", "int64", counts["documents"])
-    return TokenSplit(shards, starts, counts["text_bytes"], meta["vocab_size"], str(directory))
+    kinds = _map(directory / f"{name}-kinds.bin", "uint8", counts["documents"])
+    return TokenSplit(shards, starts, counts["text_bytes"], meta["vocab_size"], str(directory), kinds,
+                      tuple(meta["kinds"]))
 
 
 def _map(path: Path, dtype: str, length: int) -> np.ndarray:
@@ -155,15 +171,16 @@ class _SplitWriter:
     def __init__(self, directory: Path, name: str, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self.directory, self.name, self.tokenizer, self.dtype = directory, name, tokenizer, dtype
         self.shard_tokens: list[int] = []
-        self.starts = array.array("q")
+        self.starts, self.kinds = array.array("q"), array.array("B")
         self.num_tokens = self.text_bytes = 0
         self._shard: BinaryIO | None = None
 
-    def append(self, ids: np.ndarray, text_bytes: int) -> None:
+    def append(self, ids: np.ndarray, text_bytes: int, kind: int) -> None:
         assert len(ids) == 0 or 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size
         document = np.empty(len(ids) + 1, dtype=self.dtype)
         document[0], document[1:] = self.tokenizer.boundary, ids
         self.starts.append(self.num_tokens)
+        self.kinds.append(kind)
         self.num_tokens += len(document)
         self.text_bytes += text_bytes
         while len(document):
@@ -180,8 +197,9 @@ class _SplitWriter:
         self.shard_tokens.append(0)
 
     def finish(self) -> dict[str, Any]:
-        """Write the documents' starts. -> the counts for meta.json"""
+        """Write the documents' starts and kinds. -> the counts for meta.json"""
         (self.directory / f"{self.name}-starts.bin").write_bytes(self.starts.tobytes())
+        (self.directory / f"{self.name}-kinds.bin").write_bytes(self.kinds.tobytes())
         return {"shard_tokens": self.shard_tokens, "documents": len(self.starts), "text_bytes": self.text_bytes}
 
     def close(self) -> None:
@@ -202,24 +220,27 @@ def _write_cache(place: Path, corpus: Corpus, tokenizer: Tokenizer, held_out: fl
 def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, held_out: float) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     writers = {name: _SplitWriter(directory, name, tokenizer, dtype) for name in SPLITS}
+    kinds: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.close)
         for chunk in _chunks(split_documents(corpus.documents(), held_out)):
-            for (name, text), ids in zip(chunk, tokenizer.encode_batch([text for _, text in chunk]), strict=True):
-                writers[name].append(ids, len(text.encode()))
+            texts = [document.text for _, document in chunk]
+            for (name, document), ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
+                kind = document.kind if document.kind in kinds or len(kinds) < MAX_KINDS else OTHER_KIND
+                writers[name].append(ids, len(document.text.encode()), kinds.setdefault(kind, len(kinds)))
     meta = {"format": FORMAT, "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "files": len(corpus.files),
+            "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "files": len(corpus.files), "kinds": list(kinds),
             "splits": {name: writer.finish() for name, writer in writers.items()}}
     (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def _chunks(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    chunk: list[tuple[str, str]] = []
+def _chunks(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    chunk: list[tuple[str, Document]] = []
     characters = 0
-    for name, text in documents:
-        chunk.append((name, text))
-        characters += len(text)
+    for each in documents:
+        chunk.append(each)
+        characters += len(each[1].text)
         if characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0

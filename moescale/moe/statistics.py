@@ -59,7 +59,7 @@ class Statistics(nn.Module):
     @torch.no_grad()
     def look(self, probs: Tensor, valid: Tensor) -> None:
         """See how sure the router is. probs: [groups, tokens, experts]. valid: [groups, tokens] bool"""
-        if self.counting and self.watching:
+        if self.training and self.counting and self.watching:
             best, entropy = probs.amax(-1), torch.special.entr(probs).sum(-1)
             self.sums[:2] += (torch.stack((entropy, best)) * valid).sum((1, 2))
 

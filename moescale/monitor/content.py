@@ -40,11 +40,20 @@ def _kind(match: re.Match[str]) -> int:
     return 2 if match.lastgroup == "number" else 3
 
 
-def class_preference(routing: HeldOutRouting, classes: np.ndarray, num_experts: int) -> np.ndarray:
-    """-> [layers, classes, experts], each expert's share of a class's rows, over an even share"""
-    result = np.zeros((len(routing.layers), len(CLASSES), num_experts))
-    for kind in range(len(CLASSES)):
-        counts = _counts(routing.expert[:, classes == kind], num_experts)
+def file_kinds(routing: HeldOutRouting) -> tuple[list[str], np.ndarray]:
+    """-> the kinds of file, those of most tokens first, and of which each token is, [tokens] int, -1 = padding"""
+    names, tokens = np.unique(routing.kinds[routing.pieces != ""], return_counts=True)
+    ordered = names[np.argsort(-tokens, kind="stable")].tolist()
+    place = {name: number for number, name in enumerate(ordered)}
+    return ordered, np.array([place[kind] if piece else -1 for piece, kind in
+                              zip(routing.pieces.tolist(), routing.kinds.tolist(), strict=True)])
+
+
+def preference(routing: HeldOutRouting, kinds: np.ndarray, num_kinds: int, num_experts: int) -> np.ndarray:
+    """-> [layers, kinds, experts], each expert's share of the rows of a kind of token, over an even share"""
+    result = np.zeros((len(routing.layers), num_kinds, num_experts))
+    for kind in range(num_kinds):
+        counts = _counts(routing.expert[:, kinds == kind], num_experts)
         result[:, kind] = counts * num_experts / np.maximum(counts.sum(1, keepdims=True), 1)
     return result
 

@@ -14,6 +14,9 @@ class Sink(Protocol):
     def write(self, step: int, metrics: Metrics) -> None:
         """Take the figures of one step: numbers, and lists of numbers."""
 
+    def saved(self, step: int, checkpoint: Path) -> None:
+        """A checkpoint is on disk."""
+
     def close(self) -> None:
         """Nothing follows."""
 
@@ -33,6 +36,9 @@ class JsonLines:
     def write(self, step: int, metrics: Metrics) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -13,10 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moescale.moe.layer import MoELayer
-from moescale.monitor.held_out import HeldOutRouting
+from moescale.moe.routers.base import top_k
 from moescale.monitor.routing import layers
-
-MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -24,13 +22,14 @@ class Seen:
     """What one layer's router decided about own tokens in one pass.
 
     layer: the block's index. serial: [tokens] int64, -1 = padding. expert: [tokens, choices] int64, -1 = none.
-    weight: [tokens, choices] float32.
+    weight: [tokens, choices] float32. probs: [tokens, experts] float32, the router's probabilities.
     """
 
     layer: int
     serial: Tensor
     expert: Tensor
     weight: Tensor
+    probs: Tensor
 
 
 @contextmanager
@@ -39,15 +38,24 @@ def recording(model: nn.Module, take: Callable[[Seen], None], *, training: bool)
 
     training: passes that have a backward; otherwise those of evaluation.
     """
-    hooks = [layer.router.register_forward_hook(_hook(index, layer, take, training)) for index, layer in layers(model)]
+    watched = layers(model)
+    hooks = [layer.router.register_forward_hook(_hook(index, layer, take, training)) for index, layer in watched]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for _, layer in watched:
+            layer.router.look = layer.statistics.look
 
 
 def _hook(index: int, layer: MoELayer, take: Callable[[Seen], None], training: bool) -> Callable[..., None]:
+    latest: list[Tensor] = []
+
+    def look(probs: Tensor, valid: Tensor) -> None:
+        latest[:] = [probs.detach().flatten(0, 1)]
+        layer.statistics.look(probs, valid)
+
     def see(router: nn.Module, inputs: tuple[Tensor, Tensor], outputs: Any) -> None:
         if layer.statistics.counting and router.training == training == torch.is_grad_enabled():
             routing = outputs[0]
@@ -57,27 +65,48 @@ def _hook(index: int, layer: MoELayer, take: Callable[[Seen], None], training: b
             if not len(expert):  # no token here has any
                 expert, weight = expert.new_zeros(1), weight.new_zeros(1)
             serial = layer.router.sequence.own(inputs[1]).flatten()
-            take(Seen(index, serial, expert[row].masked_fill(none, -1), weight[row].masked_fill(none, 0)))
+            take(Seen(index, serial, expert[row].masked_fill(none, -1), weight[row].masked_fill(none, 0), latest.pop()))
 
+    layer.router.look = look
     return see
 
 
-class HeldOutRecorder:
-    """Collects on every rank, and on the first one keeps what came before.
+@dataclass(frozen=True)
+class Found:
+    """What some tokens got, layer by layer, padding in the end.
 
-    group: all ranks. num_layers: of the whole model. seq_len: tokens of a sequence; as many whole sequences are kept as
-    come to MAX_TOKENS, one at least.
+    expert, weight: [layers, tokens, top_k], int16 with -1 = none, and float32, the best first. likely, probability:
+    [layers, the first of the tokens, some experts], int16 and float16, those of the largest probabilities.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, *, num_layers: int, top_k: int, seq_len: int) -> None:
+    expert: np.ndarray
+    weight: np.ndarray
+    likely: np.ndarray
+    probability: np.ndarray
+
+
+class HeldOutRecorder:
+    """Sees on every rank which experts some tokens of an evaluation get.
+
+    group: all ranks. num_layers: of the whole model. seq_len: tokens of a sequence. sequences: the numbers of those
+    that are kept, evenly spaced from 0. likely: tokens, and how many experts of each are kept by probability.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, *, num_layers: int, top_k: int, seq_len: int, sequences: range,
+        likely: tuple[int, int] = (0, 0),
+    ) -> None:
         self.group, self.num_layers, self.top_k, self.seq_len = group, num_layers, top_k, seq_len
-        self.tokens = max(1, MAX_TOKENS // seq_len) * seq_len
+        self.sequences, self.likely = sequences, likely
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """See an evaluation."""
         device = next(model.parameters()).device
-        self._found = torch.zeros(self.num_layers, self.tokens, 2 * self.top_k, dtype=torch.float64, device=device)
+        tokens = len(self.sequences) * self.seq_len
+        self._found, self._likely = (
+            torch.zeros(self.num_layers, number, 2 * experts, dtype=torch.float64, device=device)
+            for number, experts in ((tokens, self.top_k), (min(tokens, self.likely[0]), self.likely[1])))
         with recording(model, self._take, training=False):
             yield
 
@@ -85,17 +114,24 @@ class HeldOutRecorder:
         """Write down those tokens that are kept, expert + 1 and weight; what is not here stays zero."""
         none_last = (seen.expert < 0).byte().argsort(dim=1, stable=True)[:, : self.top_k]
         both = torch.cat((seen.expert.gather(1, none_last) + 1, seen.weight.gather(1, none_last)), 1).double()
-        kept = (seen.serial >= 0) & (seen.serial < self.tokens)
-        self._found[seen.layer, seen.serial[kept]] = both[kept]
+        sequence, place = seen.serial.div(self.seq_len, rounding_mode="floor"), seen.serial % self.seq_len
+        step = self.sequences.step
+        kept = (sequence >= 0) & (sequence < self.sequences.stop) & (sequence % step == 0)
+        place += sequence // step * self.seq_len
+        self._found[seen.layer, place[kept]] = both[kept]
+        probability, expert = top_k(seen.probs, self.likely[1])
+        kept &= place < self._likely.shape[1]
+        self._likely[seen.layer, place[kept]] = torch.cat((expert + 1, probability), 1).double()[kept]
 
-    def result(self, step: int, layers: Sequence[int], pieces: Callable[[], list[str]]) -> HeldOutRouting | None:
-        """Bring the ranks' parts together, in one collective. pieces: () -> each token's text. -> on the first rank"""
-        found: Tensor = self._found
+    def result(self, layers: Sequence[int]) -> Found | None:
+        """Bring the ranks' parts together, in one collective. layers: those that are mixtures. -> on the first rank"""
+        both = torch.cat((self._found.flatten(), self._likely.flatten()))
         if self.group is not None:
-            dist.all_reduce(found, group=self.group)
+            dist.all_reduce(both, group=self.group)
             if dist.get_rank(self.group) != 0:
                 return None
-        texts = np.array(pieces())
-        expert, weight = found[list(layers), : len(texts)].cpu().split(self.top_k, -1)
-        return HeldOutRouting(step, np.array(layers), self.seq_len, texts, (expert - 1).short().numpy(),
-                              weight.float().numpy())
+        found, likely = both.cpu().split((self._found.numel(), self._likely.numel()))
+        expert, weight = found.view(self._found.shape)[list(layers)].chunk(2, -1)
+        best, probability = likely.view(self._likely.shape)[list(layers)].chunk(2, -1)
+        return Found((expert - 1).short().numpy(), weight.float().numpy(), (best - 1).short().numpy(),
+                     probability.half().numpy())

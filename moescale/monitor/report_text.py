@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from moescale.monitor.content import CLASSES, class_preference, content_classes, pair_preference, repetition
-from moescale.monitor.held_out import HeldOutRouting
+from moescale.monitor.content import CLASSES, content_classes, file_kinds, pair_preference, preference, repetition
+from moescale.monitor.held_out import SHOWN_TOKENS, HeldOutRouting
 from moescale.monitor.history import History
 from moescale.monitor.svg import COLOURS, cell_map, load_classes
 
-SHOWN_TOKENS = 768
 ENOUGH_TOKENS = 20  # of a kind, to say who gets them
+MOST_KINDS = 24
+TABLES = {
+    "kinds": "who gets what: rows of each kind of text, over an even share",
+    "files": "by kind of file: rows of each, over an even share",
+    "pairs": "pairs of experts that share tokens, over what their loads alone would give",
+}
 MOST_PAIRS = 1_000_000  # layers x experts x experts
 
 
@@ -25,40 +30,47 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
     experts = run.config.moe.num_experts
     if routing is None or not routing.expert.size:
         return "", {}
-    classes = content_classes(routing)
-    kinds = class_preference(routing, classes, experts)
-    present = [kind for kind in range(len(CLASSES)) if (classes == kind).sum() >= ENOUGH_TOKENS]
-    kinds, names = kinds[:, present], [CLASSES[kind] for kind in present]
-    with_pairs = routing.expert.shape[2] > 1 and kinds.shape[0] * experts**2 <= MOST_PAIRS
-    pairs = pair_preference(routing, experts) if with_pairs else None
+    tables = {"kinds": _shares(routing, CLASSES, content_classes(routing), experts)}
+    files = _shares(routing, *file_kinds(routing), experts)
+    if len(files[0]) > 1:
+        tables["files"] = files
+    if routing.expert.shape[2] > 1 and len(routing.layers) * experts**2 <= MOST_PAIRS:
+        tables["pairs"] = [f"expert {expert}" for expert in range(experts)], pair_preference(routing, experts)
     options = "".join(f'<option value="{place}"{" selected" if place == len(routing.layers) - 1 else ""}>layer {layer}'
                       "</option>" for place, layer in enumerate(routing.layers))
     columns = ("expert 0", f"expert {experts - 1}")
-    maps = "<figure><figcaption>who gets what: rows of each kind of text, over an even share <span class=\"reading\">" \
-           "</span></figcaption>" + cell_map(
-               load_classes(kinds[-1]), names, columns, label="experts by kind of text", name=f"kinds{index}",
-               readings="kinds") + "</figure>"
-    if pairs is not None:
-        maps += "<figure><figcaption>pairs of experts that share tokens, over what their loads alone would give " \
-                "<span class=\"reading\"></span></figcaption>" + cell_map(
-                    load_classes(pairs[-1]), [f"expert {expert}" for expert in range(experts)], columns,
-                    label="pairs of experts", name=f"pairs{index}", readings="pairs") + "</figure>"
+    maps = "".join(
+        f'<figure><figcaption>{TABLES[key]} <span class="reading"></span></figcaption>'
+        + cell_map(load_classes(values[-1]), names, columns, label=TABLES[key], name=f"{key}{index}", readings=key)
+        + "</figure>" for key, (names, values) in tables.items())
     html = (
         f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2><p>'
         f"Held-out text at step {routing.step:,}; a colour is a token's first expert, here in layer "
-        f"<b>{routing.layers[-1]}</b>.</p>"
+        f"<b>{routing.layers[-1]}</b>. Pointing at a token names its experts, their weights, and the router's largest "
+        "probabilities.</p>"
         f'<label class="pick">layer <select data-run="{index}">{options}</select></label>'
-        f'<figure><figcaption><span class="reading"></span></figcaption>{_coloured(routing, index)}</figure>'
+        '<figure><figcaption class="said"><span class="reading"></span></figcaption>'
+        f"{_coloured(routing, index)}</figure>"
         f'<div class="pair">{maps}</div>{_repetition(run, routing)}</section>'
     )
     shown = slice(0, SHOWN_TOKENS)
     return html, {
-        "shown": {"layers": routing.layers.tolist(), "choices": routing.expert.shape[2],
+        "shown": {"layers": routing.layers.tolist(), "tokens": routing.likely.shape[1],
                   "expert": _packed(routing.expert[:, shown].astype("<i2")),
-                  "weight": _packed(np.rint(routing.weight[:, shown] * 100).astype("<i2"))},
-        "kinds": {"rows": names, "codes": _packed(load_codes(kinds))},
-        **({} if pairs is None else {"pairs": {"rows": list(range(experts)), "codes": _packed(load_codes(pairs))}}),
+                  "weight": _packed(np.rint(routing.weight[:, shown] * 100).astype("<i2")),
+                  "likely": _packed(routing.likely.astype("<i2")),
+                  "probability": _packed(np.rint(routing.probability.astype(float) * 1000).astype("<i2"))},
+        "tables": {key: {"rows": names, "codes": _packed(load_codes(values))}
+                   for key, (names, values) in tables.items()},
     }
+
+
+def _shares(
+    routing: HeldOutRouting, names: Sequence[str], kinds: np.ndarray, experts: int
+) -> tuple[list[str], np.ndarray]:
+    """-> of the kinds that enough tokens are of, the first MOST_KINDS: names, and [layers, kinds, experts]"""
+    present = [kind for kind in range(len(names)) if (kinds == kind).sum() >= ENOUGH_TOKENS][:MOST_KINDS]
+    return [names[kind] for kind in present], preference(routing, kinds, len(names), experts)[:, present]
 
 
 def load_codes(loads: np.ndarray) -> np.ndarray:
@@ -74,13 +86,18 @@ def _packed(numbers: np.ndarray) -> str:
 def _coloured(routing: HeldOutRouting, index: int) -> str:
     """Colour each token by its first expert in the last layer."""
     spans = []
-    for piece, experts, weights in zip(
-        routing.pieces[:SHOWN_TOKENS], routing.expert[-1].tolist(), routing.weight[-1].tolist(), strict=False
-    ):
+    for token, (piece, experts, weights, likely, probabilities) in enumerate(zip(
+        routing.pieces[:SHOWN_TOKENS], *(values[-1].tolist() for values in (
+            routing.expert, routing.weight, routing.likely, routing.probability)), strict=False
+    )):
         title = ", ".join(f"expert {expert} {weight:.2f}"
                           for expert, weight in zip(experts, weights, strict=True) if expert >= 0)
+        best = ", ".join(f"{expert} {probability:.1%}"
+                         for expert, probability in zip(likely, probabilities, strict=True) if expert >= 0)
         look = f'style="--hue:{hue(experts[0])}"' if experts[0] >= 0 else 'class="none"'
-        spans.append(f'<span {look} title="{title or "no expert"}">{escape(piece)}</span>')
+        begins = "data-begins " if token and token % routing.seq_len == 0 else ""
+        title = f"{title or 'no expert'}; probabilities {best}"
+        spans.append(f'<span {begins}{look} title="{title}">{escape(piece)}</span>')
     return f'<div class="text" data-run="{index}">{"".join(spans)}</div>'
 
 
@@ -97,7 +114,7 @@ def _repetition(run: History, routing: HeldOutRouting) -> str:
     return ('<h3>Consecutive tokens with the same expert, and tokens in random order</h3><div class="scroll"><table>'
             "<thead><tr><th></th><th>same first</th><th>at random</th><th>one in common</th><th>at random</th>"
             f"<th>moved</th></tr></thead><tbody>{rows}</tbody></table></div><p>Moved: the share of tokens with other "
-            "experts than in the evaluation before.</p>")
+            f"experts than {run.config.monitor.moved_every or 0:,} steps before, at the last look.</p>")
 
 
 def _moved(run: History, layer: int) -> str:

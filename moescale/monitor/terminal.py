@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
@@ -53,6 +55,9 @@ class Terminal:
         if "eval_loss" in metrics:
             self.say(f"step {step}: held-out loss {metrics['eval_loss']:.4f} nats a token, "
                      f"{metrics['eval_bits_per_byte']:.4f} bits a byte")
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        pass
 
     def summarize(self) -> None:
         """Show the loss curve and how the experts were used at the end."""

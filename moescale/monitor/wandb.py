@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,14 @@ class Wandb:
     """A sink that opens one run of wandb in the run directory, the same one when a run goes on."""
 
     def __init__(
-        self, run_dir: Path, project: str, mode: Literal["auto", "offline", "online"], config: dict[str, Any]
+        self, run_dir: Path, project: str, mode: Literal["auto", "offline", "online"], config: dict[str, Any], *,
+        artifacts: bool = False, resumed_from: Path | None = None,
     ) -> None:
-        """mode: auto = online where wandb knows a key, otherwise offline. config: shown beside the run."""
+        """mode: auto = online where wandb knows a key, otherwise offline. config: shown beside the run.
+
+        artifacts: also keep the configuration, the layout, this package's code, and where each checkpoint lies.
+        resumed_from: the checkpoint that the run goes on from.
+        """
         try:
             import wandb
         except ImportError:
@@ -28,13 +34,16 @@ class Wandb:
                              "or write monitor.wandb=off") from None
         self._wandb = wandb
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if knows_key() else "offline"
         before = sorted((run_dir / "wandb").glob("*run-*-*"))
         self._run = wandb.init(
             project=project, name=run_dir.name, dir=str(run_dir), mode=mode, config=config, resume="allow",
             id=before[-1].name.rpartition("-")[2] if before else None,
         )
         self._run.define_metric("*", step_metric="step")
+        self._artifacts = artifacts
+        if artifacts:
+            self._log_origin(run_dir / "config.yaml", config, resumed_from)
         self._history: list[np.ndarray] = []  # [layers], the load of each layer's busiest expert, step by step
 
     def write(self, step: int, metrics: Metrics) -> None:
@@ -49,6 +58,30 @@ class Wandb:
         self._run.log({"step": step, **shown})
         for text in metrics.get("alerts", []):
             self._run.alert(title=text.partition(":")[0], text=f"step {step}: {text}", level="WARN")
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        if self._artifacts:
+            self._run.log_artifact(self._checkpoint(checkpoint), aliases=[checkpoint.name])
+
+    def _log_origin(self, config_file: Path, config: dict[str, Any], resumed_from: Path | None) -> None:
+        """Say what the run is made of; wandb by itself notes the git commit of the working directory."""
+        artifact = self._wandb.Artifact(f"config-{self._run.id}", "config")
+        artifact.add_file(str(config_file))
+        with artifact.new_file("layout.json") as file:
+            json.dump(config.get("parallel", {}), file, indent=2)
+        self._run.log_artifact(artifact)
+        self._run.log_code(str(Path(__file__).parent.parent), name=f"code-{self._run.id}",
+                           include_fn=lambda path: not path.endswith(".pyc"))
+        if resumed_from is not None:
+            # What `use_artifact` does. It refuses to offline, though a run file can hold it for `wandb sync`.
+            self._run._log_artifact(self._checkpoint(resumed_from), aliases=[resumed_from.name], is_user_created=True,
+                                    use_after_commit=True)
+
+    def _checkpoint(self, checkpoint: Path) -> Any:
+        """-> an artifact that holds where each file lies, and no weights; the same one each time for the same folder"""
+        artifact = self._wandb.Artifact(f"checkpoint-{self._run.id}", "model")
+        artifact.add_reference(checkpoint.resolve().as_uri(), checksum=False)  # which would read all the weights
+        return artifact
 
     def close(self) -> None:
         self._run.finish()
@@ -76,6 +109,13 @@ class Wandb:
         if biases.size:
             pictures["moe/expert_bias_histogram"] = self._wandb.Histogram(biases.flatten().tolist())
         return pictures
+
+
+def knows_key() -> bool:
+    """Whether wandb could send anything from here."""
+    import wandb
+
+    return bool(wandb.api.api_key)
 
 
 def _picture(load: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ def make_split(num_tokens: int, seed: int = 0) -> TokenSplit:
     tokens = generator.integers(256, size=num_tokens).astype(np.uint16)
     tokens[starts] = BOUNDARY
     middle = num_tokens // 3
-    return TokenSplit((tokens[:middle], tokens[middle:]), starts, num_tokens - len(starts), 257, "nowhere")
+    return TokenSplit((tokens[:middle], tokens[middle:]), starts, num_tokens - len(starts), 257, "nowhere",
+                      np.zeros(len(starts), np.uint8), (".txt",))
 
 
 def join(batches: list[Batch]) -> dict[str, torch.Tensor]:
@@ -135,7 +136,8 @@ def test_held_out_is_the_same_on_every_layout(
 
 def test_held_out_windows_are_spread_evenly() -> None:
     numbers = np.arange(1001, dtype=np.uint16)
-    tokens = TokenSplit((numbers,), np.zeros(1, dtype=np.int64), 1000, 2000, "nowhere")
+    tokens = TokenSplit((numbers,), np.zeros(1, dtype=np.int64), 1000, 2000, "nowhere",
+                        np.zeros(1, np.uint8), (".txt",))
     (batch,) = held_out_batches(tokens, seq_len=10, num_sequences=4, rank=0, num_ranks=1, micro_batch=4)
     assert batch.tokens[:, 0].tolist() == [0, 250, 500, 750]
     assert batch.positions[3].tolist() == list(range(10))

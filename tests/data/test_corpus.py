@@ -10,11 +10,16 @@ import pytest
 
 from moescale.config import ConfigError
 from moescale.data import corpus as corpus_module
-from moescale.data.corpus import SPLITS, open_corpus, split_documents
+from moescale.data.corpus import SPLITS, Document, open_corpus, split_documents
 
 
 def read(*files: object) -> list[str]:
-    return list(open_corpus([str(file) for file in files]).documents())
+    return [document.text for document in open_corpus([str(file) for file in files]).documents()]
+
+
+def split_texts(texts: list[str], held_out: float) -> list[tuple[str, str]]:
+    return [(name, document.text) for name, document in split_documents((Document(text, "") for text in texts),
+                                                                        held_out)]
 
 
 def test_reads_every_kind_sorted_and_once(tmp_path: Path) -> None:
@@ -30,6 +35,16 @@ def test_reads_every_kind_sorted_and_once(tmp_path: Path) -> None:
     (deep / "g.txt").write_text("")
     expected = ["first\r\n", "zweites äöü", "print()", "one", "half \ufffd", "two", "brackets"]
     assert read(tmp_path / "**" / "*.*", tmp_path / "a.txt", deep / "f[1].txt") == expected
+
+
+def test_every_document_has_a_kind(tmp_path: Path) -> None:
+    lines = [{"text": "a"}, {"text": "b", "lang": "Rust"}, {"text": "c", "source": "x", "language": " Go \n  2 "},
+             {"text": "d", "source": "s" * 99}, {"text": "e", "lang": "", "source": 7}]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    (tmp_path / "b.MD").write_text("f")
+    (tmp_path / "c.py.gz").write_bytes(gzip.compress(b"g"))
+    kinds = [document.kind for document in open_corpus([str(tmp_path / "*.*")]).documents()]
+    assert kinds == [".jsonl", "Rust", "Go 2", "s" * 40, ".jsonl", ".md", ".py"]
 
 
 def test_expands_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,27 +120,27 @@ def check_refused(path: Path, message: str) -> None:
 
 def test_split_is_by_number_and_leaves_no_split_empty() -> None:
     texts = [str(number) for number in range(20_000)]
-    split = list(split_documents(texts, 0.1))
+    split = list(split_texts(texts, 0.1))
     assert [text for _, text in split] == texts
-    assert list(split_documents(texts[:5_000], 0.1))[:-1] == split[:4_999]  # what follows changes nothing
+    assert list(split_texts(texts[:5_000], 0.1))[:-1] == split[:4_999]  # what follows changes nothing
     assert 0.09 < sum(name == "held_out" for name, _ in split) / len(split) < 0.11
     for share in (1e-9, 0.5, 1 - 1e-9):
         for count in range(2, 12):
-            assert {name for name, _ in split_documents(texts[:count], share)} == set(SPLITS)
+            assert {name for name, _ in split_texts(texts[:count], share)} == set(SPLITS)
         for length in range(2, 12):
-            (train, kept), (held_out, cut) = split_documents(["x" * length], share)
+            (train, kept), (held_out, cut) = split_texts(["x" * length], share)
             assert (train, held_out) == SPLITS
             assert kept
             assert cut
             assert len(kept + cut) == length
-    assert list(split_documents(["x"], 0.5)) == [("train", "x")]
-    assert list(split_documents(["0123456789"], 0.2)) == [("train", "01234567"), ("held_out", "89")]
-    assert list(split_documents([], 0.5)) == []
+    assert list(split_texts(["x"], 0.5)) == [("train", "x")]
+    assert list(split_texts(["0123456789"], 0.2)) == [("train", "01234567"), ("held_out", "89")]
+    assert list(split_texts([], 0.5)) == []
 
 
 def test_holds_one_document_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": str(n)}) + "\n" for n in range(9)) + "broken")
     documents = open_corpus([str(tmp_path / "a.jsonl")]).documents()
-    assert [next(documents) for _ in range(9)] == [str(n) for n in range(9)]  # the tenth line is not looked at yet
+    assert [next(documents).text for _ in range(9)] == [str(n) for n in range(9)]  # the tenth line is not looked at yet
     with pytest.raises(ConfigError, match="line 10"):
         next(documents)

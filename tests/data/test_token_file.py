@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -27,8 +28,9 @@ def config(tmp_path: Path) -> DataConfig:
     """A corpus of sixty files, some with characters of many bytes, and a cache."""
     (tmp_path / "text").mkdir()
     for number in range(60):
-        (tmp_path / "text" / f"{number:02}.txt").write_text(f"document {number} äö🙂 " * (number % 7 + 1))
-    return DataConfig(files=(f"{tmp_path}/text/*.txt",), cache_dir=str(tmp_path / "cache"), held_out=0.1)
+        ending = ("txt", "py", "md")[number % 3]
+        (tmp_path / "text" / f"{number:02}.{ending}").write_text(f"document {number} äö🙂 " * (number % 7 + 1))
+    return DataConfig(files=(f"{tmp_path}/text/*.*",), cache_dir=str(tmp_path / "cache"), held_out=0.1)
 
 
 def all_tokens(split: TokenSplit) -> list[int]:
@@ -40,10 +42,13 @@ def check_whole(config: DataConfig) -> None:
     tokens, tokenizer = prepare_tokens(config), load_tokenizer(config.tokenizer)
     documents = list(split_documents(open_corpus(config.files).documents(), config.held_out))
     for name, split in (("train", tokens.train), ("held_out", tokens.held_out)):
-        texts = [text for part, text in documents if part == name]
+        texts = [document.text for part, document in documents if part == name]
+        kinds = [document.kind for part, document in documents if part == name]
         expected = [[tokenizer.boundary, *ids.tolist()] for ids in tokenizer.encode_batch(texts)]
         assert all_tokens(split) == [index for document in expected for index in document]
         assert split.starts.tolist() == np.cumsum([0, *map(len, expected)])[:-1].tolist()
+        assert split.kinds_of(0, split.num_tokens) == [kind for kind, document in zip(kinds, expected, strict=True)
+                                                       for _ in document]
         assert split.text_bytes == len("".join(texts).encode())
         assert split.num_documents == len(texts) > 0
 
@@ -99,7 +104,7 @@ def test_cache_is_reused_and_renewed(config: DataConfig, tmp_path: Path) -> None
     before = snapshot(first.directory.parent)
     assert prepare_tokens(config).directory == first.directory
     assert snapshot(first.directory.parent) == before
-    file = tmp_path / "text" / "07.txt"
+    file = tmp_path / "text" / "06.txt"
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
     assert prepare_tokens(config).directory != first.directory
     file.write_text("changed")
@@ -108,7 +113,7 @@ def test_cache_is_reused_and_renewed(config: DataConfig, tmp_path: Path) -> None
     assert len(directories) == 3
 
 
-@pytest.mark.parametrize("name", ["train-00000.bin", "held_out-starts.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["train-00000.bin", "held_out-starts.bin", "train-kinds.bin", "meta.json"])
 def test_damaged_cache_is_rewritten(config: DataConfig, name: str) -> None:
     directory = prepare_tokens(config).directory
     with open(directory / name, "r+b") as file:
@@ -121,12 +126,23 @@ def test_damaged_cache_is_rewritten(config: DataConfig, name: str) -> None:
     check_whole(config)
 
 
+def test_more_kinds_than_a_byte_holds_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_file, "CHUNK_CHARACTERS", 50)
+    lines = [json.dumps({"text": f"{number:05}", "source": f"s{number}"}) for number in range(400)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    tokens = prepare_tokens(DataConfig(files=(f"{tmp_path}/a.jsonl",), cache_dir=str(tmp_path / "cache"), held_out=0.3))
+    for split in (tokens.train, tokens.held_out):
+        numbers = [int(bytes(split.window(start + 1, 5)[0].tolist())) for start in split.starts.tolist()]
+        assert split.kinds_of(0, split.num_tokens)[::6] == [f"s{n}" if n < 255 else "other" for n in numbers]
+        assert split.kinds.dtype == np.uint8
+
+
 def test_token_beyond_the_vocabulary_is_refused(config: DataConfig) -> None:
     tokens = prepare_tokens(config)
     shard = np.memmap(tokens.directory / "train-00000.bin", dtype=np.uint16, mode="r+")
     shard[5] = 257
     shard.flush()
-    with pytest.raises(ConfigError, match=r"holds the token 257 of a vocabulary of 257: .*delete this folder"):
+    with pytest.raises(ConfigError, match=r"holds the token 257, where 256 is the last: .*delete this folder"):
         tokens.train.window(0, 10)
 
 
@@ -212,8 +228,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(config: DataConfig, monkeypatc
 
 
 def test_refused_corpus_leaves_nothing(config: DataConfig, tmp_path: Path) -> None:
-    (tmp_path / "text" / "59.txt").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match=r"59\.txt is not UTF-8"):
+    (tmp_path / "text" / "57.txt").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"57\.txt is not UTF-8"):
         prepare_tokens(config)
     assert [path.suffix for path in Path(config.cache_dir).iterdir()] == [".lock"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -14,8 +15,8 @@ import yaml
 from typer.testing import CliRunner
 
 from moescale.cli import app
-from moescale.monitor.content import CLASSES, content_classes, pair_preference, repetition
-from moescale.monitor.held_out import HeldOutRouting
+from moescale.monitor.content import CLASSES, content_classes, file_kinds, pair_preference, preference, repetition
+from moescale.monitor.held_out import SHOWN_TOKENS, HeldOutRouting
 from moescale.monitor.history import read_history
 from moescale.monitor.report_text import hue
 from tests.monitor.browser import CHROMIUM, Browser
@@ -44,12 +45,19 @@ def make_run(run: Path, *, layers: int, experts: int, steps: int, dead: int = 1)
     return run
 
 
-def make_text(run: Path, layers: int, experts: int) -> HeldOutRouting:
+def make_text(run: Path, layers: int, experts: int, times: int = 1) -> HeldOutRouting:
     rng = np.random.default_rng(1)
-    pieces = np.array([*TEXT, "\n", "x", *TEXT, "", "", *TEXT, "\n", "x"])
+    pieces = np.array([*TEXT, "\n", "x", *TEXT, "", "", *TEXT, "\n", "x"] * times)
     expert = np.stack([[rng.permutation(experts)[:2] for _ in pieces] for _ in range(layers)]).astype(np.int16)
     expert[:, pieces == ""] = -1
-    routing = HeldOutRouting(50, np.arange(layers), len(TEXT) + 2, pieces, expert, rng.random(expert.shape, np.float32))
+    kinds = np.array(["", ".py", ".md"])[np.where(pieces == "", 0, 1 + (np.arange(len(pieces)) >= len(TEXT) + 2))]
+    probabilities = rng.dirichlet(np.ones(experts), (layers, len(pieces))).astype(np.float16)
+    likely = (-probabilities).argsort(-1)[..., :8].astype(np.int16)
+    likely[:, pieces == ""] = -1
+    likely = likely[:, :SHOWN_TOKENS]
+    routing = HeldOutRouting(50, np.arange(layers), len(TEXT) + 2, pieces, kinds, expert,
+                             rng.random(expert.shape, np.float32), likely,
+                             np.take_along_axis(probabilities[:, :SHOWN_TOKENS], likely, -1))
     routing.save(run)
     return routing
 
@@ -90,6 +98,13 @@ def test_kinds_of_text_and_repetition_against_loops(tmp_path: Path) -> None:
                 + ["white space", "punctuation", "white space", "number", "number", "white space", "white space"])
     assert kinds == expected
     assert (content_classes(routing)[2 * len(TEXT) + 2 : 2 * len(TEXT) + 4] == -1).all()
+    files, file_of = file_kinds(routing)
+    assert files == [".md", ".py"]
+    share = preference(routing, file_of, 2, 4)
+    for layer, kind, expert in itertools.product(range(2), range(2), range(4)):
+        rows = [number for token, experts in enumerate(routing.expert[layer].tolist())
+                if routing.kinds[token] == files[kind] for number in experts]
+        assert share[layer, kind, expert] == pytest.approx(rows.count(expert) * 4 / len(rows))
     for expert, found in zip(routing.expert, repetition(routing), strict=True):
         first, either, pairs = 0, 0, 0
         for token in range(1, len(expert)):
@@ -108,17 +123,6 @@ def test_kinds_of_text_and_repetition_against_loops(tmp_path: Path) -> None:
     expected_pairs = count / count.sum() / np.where(by_load, by_load / by_load.sum(), 1)
     found_pairs = pair_preference(routing, 4)[0]
     assert found_pairs[~np.eye(4, dtype=bool)] == pytest.approx(expected_pairs[~np.eye(4, dtype=bool)])
-
-
-def test_how_far_routing_moved(tmp_path: Path) -> None:
-    before = make_text(tmp_path, layers=2, experts=4)
-    expert = before.expert[:, :, ::-1].copy()  # the same experts in another order
-    expert[1, 0] = [e for e in range(4) if e not in expert[1, 0]]
-    after = HeldOutRouting(60, before.layers, before.seq_len, before.pieces, expert, before.weight)
-    tokens = 3 * len(TEXT) + 4
-    moved = after.moved_since(HeldOutRouting.load(tmp_path))
-    assert moved == {"moe/layer_00/moved": 0, "moe/layer_01/moved": pytest.approx(1 / tokens),
-                     "moe/moved": pytest.approx(1 / 2 / tokens)}
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +168,25 @@ def test_the_page_answers_in_a_browser(browser: Browser, tmp_path: Path, width: 
     browser.point_at(".text span")
     weights = [f"{weight:.2f}" for weight in routing.weight[1, 0]]
     assert browser.value("document.querySelector('.text').closest('figure').querySelector('.reading').textContent") == (
-        f'"d": expert {best} {weights[0]}, expert {second} {weights[1]}')
+        f'"d": expert {best} {weights[0]}, expert {second} {weights[1]}; probabilities ' + ", ".join(
+            f"{expert} {np.rint(probability * 1000) / 10:.1f}%" for expert, probability in zip(
+                routing.likely[1, 0], routing.probability[1, 0].astype(float), strict=True)))
+    map_of_files = "[data-map=files0]"
+    browser.point_at(f"{map_of_files} svg", 0.5 / 8, 0.5 / 2)
+    kind, share = browser.value(f"document.querySelector('{map_of_files}').closest('figure')"
+                                ".querySelector('.reading').textContent").split(", expert 0: ")
+    rows = [number for kind_of, experts in zip(routing.kinds, routing.expert[1].tolist(), strict=True)
+            if kind_of == ".md" for number in experts if number >= 0]
+    assert kind == ".md"
+    assert float(share.split()[0]) == pytest.approx(rows.count(0) * 8 / len(rows), rel=0.02, abs=0.01)
+    assert share.endswith(" times an even share")
     assert browser.complaints() == []
 
 
 def test_a_long_run_opens_at_once(browser: Browser, tmp_path: Path) -> None:
     """10,000 logged steps of 32 layers of 64 experts: the same two hundred lines over and over."""
     run = make_run(tmp_path / "run", layers=32, experts=64, steps=200)
+    make_text(run, layers=32, experts=64, times=40)
     lines = (run / "metrics.jsonl").read_text().splitlines()[:200]
     with (run / "metrics.jsonl").open("w") as file:
         for step in range(10_000):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from moescale.cli import app
+from moescale.config import parse_config
 from moescale.moe.statistics import COUNTS, SUMS
 from moescale.monitor.routing import FACTS, _layer_metrics, _summary
 from moescale.monitor.wandb import Wandb
+from moescale.monitor.wandb_workspaces import make_workspace
+from moescale.trainer import train
 
 wandb = pytest.importorskip("wandb")
 LAYERS, EXPERTS = 48, 128
@@ -65,3 +71,79 @@ def test_an_offline_run_holds_all_that_was_promised(tmp_path: Path, monkeypatch:
     again = Wandb(tmp_path, "test", "offline", {})
     again.close()
     assert {folder.name.rpartition("-")[2] for folder in tmp_path.glob("wandb/offline-run-*")} == {identity}
+
+
+def test_artifacts_hold_what_a_run_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that saves, and one that goes on from there and saves again."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "config.yaml").write_text("run: {steps: 20}\n")
+    checkpoints = [tmp_path / f"checkpoints/step_{step:08d}" for step in (10, 20)]
+    before: Path | None = None
+    found: list[dict[str, Any]] = []
+    for step, checkpoint in zip((10, 20), checkpoints, strict=True):
+        sink = Wandb(tmp_path, "test", "offline", {"parallel": {"ep": 4}}, artifacts=True, resumed_from=before)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights.bin").write_bytes(bytes(1000))
+        sink.saved(step, checkpoint)
+        sink.close()
+        (file,) = tmp_path.glob("wandb/offline-run-*")
+        records = read_back(tmp_path)
+        found.append({f"{a['name'].partition('-')[0]}{' used' * a.get('use_after_commit', False)}": a
+                      for a in (record["artifact"] for record in records if record["type"] == "artifact")})
+        file.rename(tmp_path / "wandb" / file.name.replace("offline-", f"{step}-"))
+        before = checkpoint
+    first, second = found
+    assert first.keys() == {"config", "code", "checkpoint"}
+    assert second.keys() == {*first, "checkpoint used"}
+    assert paths(first["config"]) == {"config.yaml", "layout.json"}
+    assert {"trainer.py", "monitor/page/report.js"} <= paths(first["code"])
+    (layout,) = (each for each in first["config"]["manifest"]["contents"] if each["path"] == "layout.json")
+    assert json.loads(Path(layout["local_path"]).read_text()) == {"ep": 4}
+    (weights,) = first["checkpoint"]["manifest"]["contents"]
+    assert weights["ref"] == (checkpoints[0] / "weights.bin").as_uri()
+    assert not weights.get("local_path"), "no weights are sent"
+    used = second["checkpoint used"]
+    assert [used[key] for key in ("name", "digest", "type")] == [
+        first["checkpoint"][key] for key in ("name", "digest", "type")], "what the first run saved"
+    assert second["checkpoint"]["name"] == used["name"]
+    assert second["checkpoint"]["digest"] != used["digest"]
+    assert "step_00000020" in second["checkpoint"]["aliases"]
+
+
+def paths(artifact: dict[str, Any]) -> set[str]:
+    return {each["path"] for each in artifact["manifest"]["contents"]}
+
+
+def test_the_dashboard_shows_what_a_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train a few steps, and hold the panels of the saved view to the keys and pictures of that run."""
+    pytest.importorskip("wandb_workspaces")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(parse_config({
+        "run": {"dir": str(tmp_path), "steps": 2}, "optim": {"warmup_steps": 0},
+        "data": {"files": [str(Path(__file__).parent / "*.py")], "cache_dir": str(tmp_path / "cache"), "seq_len": 32,
+                 "global_batch": 2},
+        "model": {"vocab_size": 264, "d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+        "moe": {"num_experts": 4, "d_ff": 16},
+        "monitor": {"every": 1, "moved_every": 1, "wandb": "offline", "wandb_artifacts": True},
+    }, "test"))
+    records = read_back(tmp_path)
+    keys = {key.partition(".")[0] for record in records if record["type"] == "history"
+            for key in record["history"]["item"]}
+    sections = make_workspace("someone", "test")._to_model().model_dump(by_alias=True)["spec"]["section"][
+        "panelBankConfig"]["sections"]
+    assert [section["name"] for section in sections] == ["Training", "Load of the experts", "Heat maps", "Router"]
+    panels = [panel["config"] for section in sections for panel in section["panels"]]
+    shown = {key for panel in panels for key in (panel.get("metrics") or panel.get("mediaKeys") or ())}
+    assert len(shown) > 15
+    assert shown <= keys
+    patterns = [panel["metricRegex"] for panel in panels if panel.get("metricRegex")]
+    assert [sum(bool(re.fullmatch(pattern, key)) for key in keys) for pattern in patterns] == [2, 2], "each layer's"
+    assert all(panel["xAxis"] in keys for panel in panels if "xAxis" in panel)
+    (saved,) = (record["artifact"] for record in records if record["type"] == "artifact"
+                and record["artifact"]["type"] == "model")
+    assert "step_00000002" in saved["aliases"]
+    monkeypatch.setattr("moescale.monitor.wandb_workspaces.knows_key", lambda: False)
+    result = CliRunner().invoke(app, ["dashboard", str(tmp_path), "--entity", "someone"])
+    assert result.exit_code == 2
+    assert result.output.splitlines() == [
+        "moescale: moescale dashboard needs a key of wandb, and there is none here: run wandb login first"]

@@ -48,7 +48,7 @@ class Router(nn.Module, ABC):
         self.jitter, self.salt = jitter, salt
         self.num_choices = top_k  # that `choose` gives, of which a token may get fewer
         self.dropless = False  # True while decoding
-        self.look: Callable[[Tensor, Tensor], None] | None = None  # sees the probabilities in training
+        self.look: Callable[[Tensor, Tensor], None] | None = None  # sees the probabilities
         self.sequence = Sequence()
         self.scope = SCOPES[balance_over]()
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
@@ -77,7 +77,7 @@ class Router(nn.Module, ABC):
         -> expert, weight, kept: [groups, tokens, choices]; [2] losses, as of `forward`
         """
         probs, valid = self.probabilities(logits), serial >= 0
-        if self.training and self.look is not None:
+        if self.look is not None:
             self.look(probs, valid)
         expert, weight, kept = self.decide(logits, probs, serial, valid_whole)
         losses = torch.stack((self.balance_loss(expert, probs, valid), router_z_loss(logits, valid)))

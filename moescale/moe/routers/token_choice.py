@@ -27,7 +27,7 @@ class MixtralRouter(Router):
         from moescale.ops.router_triton import route  # the choice and all sums in one pass
 
         valid = serial >= 0
-        if self.training and self.look is not None:
+        if self.look is not None:
             self.look(self.probabilities(logits.detach()), valid)
         weight, mass, z, expert, choices = route(logits, valid, self.top_k, True)
         balance = load_balance_loss(mass, self.scope.total(choices, self.sequence))

@@ -9,12 +9,11 @@ for (const run of runs) {
   run.frame = run.frames.length - 1;
   if (run.shown) {
     run.layer = run.shown.layers.length - 1;
-    for (const key of ["expert", "weight"]) run.shown[key] = new Int16Array(decode(run.shown[key]).buffer);
+    for (const key of ["expert", "weight", "likely", "probability"]) run.shown[key] = new Int16Array(decode(run.shown[key]).buffer);
   }
-  for (const key of ["kinds", "pairs"]) {
-    if (!run[key]) continue;
-    const codes = decode(run[key].codes), rows = run[key].rows.length;
-    run[key].value = (row, column) => loadOf(codes[(run.layer * rows + row) * run.experts + column]);
+  for (const table of Object.values(run.tables || {})) {
+    const codes = decode(table.codes), rows = table.rows.length;
+    table.value = (row, column) => loadOf(codes[(run.layer * rows + row) * run.experts + column]);
   }
 }
 
@@ -63,11 +62,15 @@ const readings = {
     for (let expert = 0; expert < run.experts; expert++) most = Math.max(most, run.load(column, row, expert));
     return `step ${run.frames[column].toLocaleString("en")}, layer ${run.layers[row]}: ${most.toFixed(2)} times the mean`;
   },
-  kinds: (run, row, column) =>
-    `${run.kinds.rows[row]}, expert ${column}: ${run.kinds.value(row, column).toFixed(2)} times an even share`,
+  kinds: (run, row, column) => share(run.tables.kinds, row, column),
+  files: (run, row, column) => share(run.tables.files, row, column),
   pairs: (run, row, column) => row === column ? `expert ${row}` :
-    `experts ${row} and ${column}: ${run.pairs.value(row, column).toFixed(2)} times as often`,
+    `experts ${row} and ${column}: ${run.tables.pairs.value(row, column).toFixed(2)} times as often`,
 };
+
+function share(table, row, column) {
+  return `${table.rows[row]}, expert ${column}: ${table.value(row, column).toFixed(2)} times an even share`;
+}
 
 for (const map of document.querySelectorAll(".map")) {
   const svg = map.querySelector("svg"), { width, height } = svg.viewBox.baseVal;
@@ -88,34 +91,38 @@ for (const slider of document.querySelectorAll("input[type=range]")) {
   });
 }
 
-// The experts of a shown token in the chosen layer, the best first, with their weights.
-function expertsOf(run, token) {
-  const { choices, expert, weight } = run.shown, all = expert.length / run.shown.layers.length;
-  const begin = run.layer * all + token * choices;
-  return [...expert.slice(begin, begin + choices)].map((number, place) => [number, weight[begin + place] / 100])
+// Experts of a shown token in the chosen layer, each with a number: those that it got, or those that are likely.
+function expertsOf(run, token, expert, value) {
+  const numbers = run.shown[expert], all = numbers.length / run.shown.layers.length;
+  const each = all / run.shown.tokens, begin = run.layer * all + token * each;
+  return [...numbers.slice(begin, begin + each)].map((number, place) => [number, run.shown[value][begin + place]])
     .filter(([number]) => number >= 0);
 }
 
 for (const text of document.querySelectorAll(".text")) {
   const run = runs[text.dataset.run], spans = [...text.children];
-  const say = (token) => expertsOf(run, token).map(([number, weight]) => `expert ${number} ${weight.toFixed(2)}`).join(", ");
+  const say = (token) => {
+    const got = expertsOf(run, token, "expert", "weight").map(([number, weight]) => `expert ${number} ${(weight / 100).toFixed(2)}`);
+    const likely = expertsOf(run, token, "likely", "probability").map(([number, share]) => `${number} ${(share / 10).toFixed(1)}%`);
+    return `${got.join(", ") || "no expert"}; probabilities ${likely.join(", ")}`;
+  };
   text.addEventListener("pointerover", (event) => {
     const token = spans.indexOf(event.target);
-    if (token >= 0) read(text, `${JSON.stringify(event.target.textContent)}: ${say(token) || "no expert"}`);
+    if (token >= 0) read(text, `${JSON.stringify(event.target.textContent)}: ${say(token)}`);
   });
   const select = document.querySelector(`select[data-run="${text.dataset.run}"]`);
   select.addEventListener("change", () => {
     run.layer = Number(select.value);
     text.closest("section").querySelector("b").textContent = run.shown.layers[run.layer];
     spans.forEach((span, token) => {
-      const [best] = expertsOf(run, token);
+      const [best] = expertsOf(run, token, "expert", "weight");
       span.className = best ? "" : "none";
       if (best) span.style.setProperty("--hue", Math.round(best[0] * 137.508) % 360);
       span.title = say(token);
     });
-    for (const key of ["kinds", "pairs"]) {
+    for (const [key, table] of Object.entries(run.tables)) {
       const map = document.querySelector(`[data-map=${key}${text.dataset.run}] svg`);
-      if (map) drawCells(map, run[key].rows.length, run.experts, (row, column) => colour(run[key].value(row, column)));
+      drawCells(map, table.rows.length, run.experts, (row, column) => colour(table.value(row, column)));
     }
   });
 }

@@ -1,0 +1,58 @@
+"""`moescale dashboard`: a saved view of a project in Weights & Biases, its panels in order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moescale.config import ConfigError
+from moescale.monitor.wandb import knows_key
+
+NAME = "MoEScale"
+SECTIONS: dict[str, dict[str, list[str] | str]] = {  # panels by title: keys that a run writes, or a pattern of them
+    "Training": {
+        "loss": ["loss", "eval_loss"], "throughput": ["tokens_per_second"], "gradient norm": ["grad_norm"],
+        "learning rate": ["lr"],
+    },
+    "Load of the experts": {
+        "busiest and idlest over the mean": ["moe/max_load", "moe/min_load"],
+        "coefficient of variation": ["moe/load_cv"], "share dropped": ["moe/dropped"],
+        "experts without a row": ["moe/dead_experts"], "busiest expert of each layer": "moe/layer_[0-9]+/max_load",
+    },
+    "Router": {
+        "entropy": ["moe/entropy"], "largest probability of a token": ["moe/confidence"],
+        "balance loss": ["load_balance_loss"], "z-loss": ["router_z_loss"],
+        "held-out tokens that changed experts": ["moe/moved"], "entropy of each layer": "moe/layer_[0-9]+/entropy",
+    },
+}
+PICTURES = {"load of each layer and expert": "moe/load_map", "busiest expert over time": "moe/load_history"}
+
+
+def make_workspace(entity: str, project: str) -> Any:
+    """-> the view, a `Workspace`. Needs no network. Raises ConfigError where wandb_workspaces is not installed."""
+    try:
+        import wandb_workspaces.reports.v2 as reports
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError:
+        raise ConfigError("moescale dashboard needs the package wandb-workspaces: "
+                          "pip install 'moescale[wandb]'") from None
+    sections = [
+        workspaces.Section(name=name, is_open=True, panels=[
+            reports.LinePlot(title=title, x="step", metric_regex=keys) if isinstance(keys, str)
+            else reports.LinePlot(title=title, x="step", y=keys) for title, keys in panels.items()])
+        for name, panels in SECTIONS.items()
+    ]
+    pictures = [reports.MediaBrowser(title=title, media_keys=[key]) for title, key in PICTURES.items()]
+    sections.insert(2, workspaces.Section(name="Heat maps", is_open=True, panels=pictures))
+    return workspaces.Workspace(entity=entity, project=project, name=NAME, sections=sections)
+
+
+def save_workspace(entity: str, project: str) -> str:
+    """Save the view in the project, a new one each time. -> its address. Raises ConfigError where there is no key.
+
+    The call that saves needs a key and a network, and no test of ours has either: what is saved is tested, that it
+    arrives is not.
+    """
+    workspace = make_workspace(entity, project)
+    if not knows_key():
+        raise ConfigError("moescale dashboard needs a key of wandb, and there is none here: run wandb login first")
+    return str(workspace.save().url)

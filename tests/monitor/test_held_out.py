@@ -1,0 +1,96 @@
+"""What an evaluation keeps of held-out text: each token's kind of file and its experts, in every layout."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moescale.config import Config, parse_config
+from moescale.data.token_file import prepare_tokens
+from moescale.engine.native import NativeEngine
+from moescale.evaluate import Evaluation
+from moescale.monitor.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting
+from moescale.monitor.routing import layers
+from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
+from moescale.parallel.ranks import run_ranks
+
+SEQ, EXPERTS = 32, 12
+LETTER = {".py": "p", ".md": "m", ".txt": "t", ".jsonl": "j", "Rust": "r"}  # all that a file of a kind holds
+
+
+def make_config(folder: Path, parallel: dict[str, Any]) -> Config:
+    return parse_config({
+        "run": {"dir": str(folder), "steps": 20, "seed": 3},
+        "data": {"files": [str(folder / "text/*.*")], "cache_dir": str(folder / "cache"), "held_out": 0.3,
+                 "seq_len": SEQ, "global_batch": 8, "micro_batch": 2},
+        "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+                  "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+        "moe": {"num_experts": EXPERTS, "top_k": 2, "d_ff": 16, "router": "sigmoid_bias"},
+        "parallel": parallel, "monitor": {"eval_sequences": 1000},
+    }, "test").for_world(world_size())
+
+
+def make_corpus(folder: Path) -> None:
+    """Much of each kind, one after the other in the corpus, compressed or not."""
+    text = folder / "text"
+    text.mkdir()
+    for number in range(20):
+        for ending in (".py", ".md", ".txt"):
+            content = (LETTER[ending] * (60 + 41 * number)).encode()
+            packed = number % 2
+            (text / f"{ending[1:]}{number}{ending}{'.gz' if packed else ''}").write_bytes(
+                gzip.compress(content) if packed else content)
+    lines = [{"text": "j" * 500}] * 15 + [{"text": "r" * 500, "lang": "Rust"}] * 15
+    (text / "lines.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+
+
+def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
+    """-> each token's probabilities where this rank's router saw it, by serial number"""
+    config = make_config(folder, parallel)
+    mesh = start_mesh(config)
+    engine = NativeEngine(config, mesh)
+    evaluation = Evaluation(config, mesh, prepare_tokens(config.data).held_out, folder)
+    evaluation.run(engine)
+    latest: list[torch.Tensor] = []
+    found: dict[int, Any] = {}
+
+    def see(router: Any, inputs: Any, output: Any) -> None:
+        serial = router.sequence.own(inputs[1])
+        found.update(zip(serial.flatten().tolist(), latest.pop().flatten(0, 1).tolist(), strict=True))
+
+    for _, layer in layers(engine.model):  # one, which some stage of a pipeline holds
+        assert layer.router.look == layer.statistics.look, "as it was"
+        layer.router.look = lambda probs, valid: latest.append(probs)
+        layer.router.register_forward_hook(see)
+    engine.evaluate(evaluation._batches(1000, 2))
+    stop_mesh()
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, {}), (4, {"pp": 2, "cp": 2, "ep": 2})], ids=str)
+def test_tokens_know_their_kind_of_file(tmp_path: Path, ranks: int, parallel: dict[str, Any]) -> None:
+    make_corpus(tmp_path)
+    results = run_ranks(ranks, evaluate, tmp_path, parallel)
+    routing = HeldOutRouting.load(tmp_path)
+    assert routing is not None
+    assert routing.expert.shape == (1, len(routing.pieces), 2)
+    assert (routing.expert >= 0).all(-1).tolist() == [(routing.pieces != "").tolist()]
+    found = set(zip(routing.pieces.tolist(), routing.kinds.tolist(), strict=True)) - {("", "")}
+    starts = {("\N{PILCROW SIGN}", kind) for kind in LETTER}
+    assert found - starts == {(letter, kind) for kind, letter in LETTER.items()}, "of all kinds, none mistaken"
+    assert len(routing.pieces) <= 4096
+    probabilities = {serial: probs for result in results for serial, probs in result.items() if serial >= 0}
+    numbers = sorted({serial // SEQ for serial in probabilities})
+    every = len(numbers) // (4096 // SEQ)
+    assert every > 1, "sequences from all of the text"
+    assert routing.likely.shape == routing.probability.shape == (1, SHOWN_TOKENS, LIKELY)
+    for token in range(SHOWN_TOKENS):
+        probs = np.array(probabilities[token // SEQ * every * SEQ + token % SEQ])
+        assert routing.likely[0, token].tolist() == np.argsort(-probs, kind="stable")[:LIKELY].tolist()
+        assert routing.probability[0, token] == pytest.approx(np.sort(probs)[::-1][:LIKELY], rel=1e-3)
