@@ -82,14 +82,14 @@ def _has_documents(positions: Tensor | None) -> bool:
 
 
 def _fits_triton(q: Tensor) -> bool:
-    return q.dtype != torch.float64 and 16 <= q.shape[3] <= (128 if q.dtype == torch.float32 else 256)
+    return q.dtype != torch.float64 and 16 <= q.shape[3] <= 256
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     if not TRITON:
         raise ValueError("backend=triton needs the package triton: pip install triton, or use backend=auto")
     if not _fits_triton(q):
-        raise ValueError("backend=triton takes head_dim 16 to 256, in float32 to 128, no float64: use backend=auto")
+        raise ValueError("backend=triton takes head_dim 16 to 256, no float64: use backend=auto")
     from moescale.ops.attention_triton import flash_attention
 
     return flash_attention(q, k, v, pattern)

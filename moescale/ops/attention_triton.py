@@ -82,6 +82,8 @@ def tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
     if q.device.type == "cpu":
         return (Tile(32, 32, 4, 1),) * 3  # small, so that short sequences have many
     if q.dtype == torch.float32:
+        if q.shape[3] > 128:
+            return (Tile(32, 16, 8, 1),) * 3
         if q.shape[3] > 64:
             return Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)
         return Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)
@@ -116,8 +118,10 @@ def _numbers(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pattern) ->
 
 def _options(q: Tensor, k: Tensor, pattern: Pattern, tile: Tile) -> dict[str, Any]:
     """-> what kernels are compiled for"""
+    block_d = max(16, triton.next_power_of_2(q.shape[3]))
     return {
-        "GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "BLOCK_D": max(16, triton.next_power_of_2(q.shape[3])),
+        "GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "BLOCK_D": block_d,
+        "SLICE": 64 if q.dtype == torch.float32 and block_d > 128 else block_d,
         "BLOCK_M": tile.queries, "BLOCK_N": tile.keys, "CAUSAL": pattern.causal,
         "WINDOW": pattern.window is not None, "DOCUMENTS": pattern.positions is not None,
         "ALIBI": pattern.slopes is not None, "WIDEN": q.device.type == "cpu",
@@ -153,6 +157,22 @@ def _product(a, b):
 
 
 @triton.jit
+def _product_in_parts(A, a_start, a_stride, a_length, B, b_start, b_stride, b_length, BLOCK_A: tl.constexpr,
+                      BLOCK_B: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, WIDEN: tl.constexpr):
+    """-> the products of rows of A with rows of B, loaded SLICE features at a time: whole, they fill the registers"""
+    row_a, row_b, column = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B), tl.arange(0, SLICE)
+    A += tl.cast(a_start, tl.int64) * a_stride + row_a[:, None] * a_stride
+    B += tl.cast(b_start, tl.int64) * b_stride + row_b[:, None] * b_stride
+    product = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for first in range(0, D, SLICE):
+        at = first + column[None, :]
+        a = tl.load(A + at, mask=(a_start + row_a < a_length)[:, None] & (at < D), other=0.0)
+        b = tl.load(B + at, mask=(b_start + row_b < b_length)[:, None] & (at < D), other=0.0)
+        product += _product(a.to(tl.float32) if WIDEN else a, tl.trans(b.to(tl.float32) if WIDEN else b))
+    return product
+
+
+@triton.jit
 def _seen_by(position, First, Last, seq_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
              DOCUMENTS: tl.constexpr):
     """-> the first and the last key that a query at this position sees"""
@@ -181,12 +201,12 @@ def _seeing(position, First, Last, seq_k, window, CAUSAL: tl.constexpr, WINDOW: 
 
 
 @triton.jit
-def _scores(q, k, query, key, first, last, slope, scale, MASK: tl.constexpr, ALIBI: tl.constexpr):
-    """-> in base 2, -inf where nothing is seen. q: [A, D], k: [D, B]; positions and what each sees: [A, 1] or [1, B]
+def _scores(product, query, key, first, last, slope, scale, MASK: tl.constexpr, ALIBI: tl.constexpr):
+    """-> in base 2, -inf where nothing is seen. product: [A, B]; positions and what each sees: [A, 1] or [1, B]
 
-    For the gradient of keys, these are the queries.
+    For the gradient of keys, A are the keys.
     """
-    s = _product(q, k) * (scale * 1.4426950408889634)
+    s = product * (scale * 1.4426950408889634)
     if ALIBI:
         s -= slope * tl.abs(query - key).to(tl.float32)
     if MASK:
@@ -217,7 +237,7 @@ def _forward(
     Q, K, V, Out, LogSum, First, Last, Slopes, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
     g_batch, g_seq, g_head, seq_q, seq_k, window, scale, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
-    ALIBI: tl.constexpr, WIDEN: tl.constexpr,
+    ALIBI: tl.constexpr, SLICE: tl.constexpr, WIDEN: tl.constexpr,
 ):
     """The output of one tile of queries, and their scores' log-sum-exp."""
     start, head = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M, tl.program_id(1)  # the longest ones first
@@ -236,7 +256,8 @@ def _forward(
     whole, end = _seen_by(tl.minimum(start + BLOCK_M, seq_q) - 1 + shift, First, Last, seq_k, window, CAUSAL, WINDOW,
                           DOCUMENTS)
     slope = tl.load(Slopes + head) * 1.4426950408889634 if ALIBI else 0.0
-    q = _load(Q, start, q_seq, seq_q, True, BLOCK_M, D, BLOCK_D, WIDEN)
+    if SLICE == BLOCK_D:
+        q = _load(Q, start, q_seq, seq_q, True, BLOCK_M, D, BLOCK_D, WIDEN)
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), -1e30, tl.float32)  # not -inf, whose difference to itself is no number
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -244,9 +265,14 @@ def _forward(
         if part > 0 or WINDOW or DOCUMENTS:
             left, right = _span(part, begin, whole, ragged + 1, end + 1, BLOCK_N)
             for at in range(left, right, BLOCK_N):
-                k = _load(K, at, k_seq, seq_k, part != 1, BLOCK_N, D, BLOCK_D, WIDEN)
+                if SLICE == BLOCK_D:
+                    k = _load(K, at, k_seq, seq_k, part != 1, BLOCK_N, D, BLOCK_D, WIDEN)
+                    product = _product(q, tl.trans(k))
+                else:
+                    product = _product_in_parts(Q, start, q_seq, seq_q, K, at, k_seq, seq_k, BLOCK_M, BLOCK_N, D, SLICE,
+                                                WIDEN)
                 key = at + tl.arange(0, BLOCK_N)
-                s = _scores(q, tl.trans(k), position[:, None], key[None, :], first[:, None], last[:, None], slope,
+                s = _scores(product, position[:, None], key[None, :], first[:, None], last[:, None], slope,
                             scale, part != 1, ALIBI)
                 higher = tl.maximum(top, tl.max(s, 1))
                 p = tl.exp2(s - higher[:, None])
@@ -266,7 +292,7 @@ def _grad_queries(
     Q, K, V, Grad, Out, LogSum, Delta, GradQ, First, Last, Slopes, q_batch, q_seq, q_head, k_batch, k_seq, k_head,
     v_batch, v_seq, v_head, g_batch, g_seq, g_head, seq_q, seq_k, window, scale, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr, ALIBI: tl.constexpr, WIDEN: tl.constexpr,
+    DOCUMENTS: tl.constexpr, ALIBI: tl.constexpr, SLICE: tl.constexpr, WIDEN: tl.constexpr,
 ):
     """The gradient of one tile of queries, and each one's delta: the product of its output and that one's gradient."""
     start, head = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M, tl.program_id(1)
@@ -286,7 +312,8 @@ def _grad_queries(
     whole, end = _seen_by(tl.minimum(start + BLOCK_M, seq_q) - 1 + shift, First, Last, seq_k, window, CAUSAL, WINDOW,
                           DOCUMENTS)
     slope = tl.load(Slopes + head) * 1.4426950408889634 if ALIBI else 0.0
-    q = _load(Q, start, q_seq, seq_q, True, BLOCK_M, D, BLOCK_D, WIDEN)
+    if SLICE == BLOCK_D:
+        q = _load(Q, start, q_seq, seq_q, True, BLOCK_M, D, BLOCK_D, WIDEN)
     grad = _load(Grad, start, g_seq, seq_q, True, BLOCK_M, D, BLOCK_D, WIDEN)
     of_head = (batch * seq_q * heads + head) * D
     out = _load(Out + of_head, start, heads * D, seq_q, True, BLOCK_M, D, BLOCK_D, WIDEN)
@@ -300,11 +327,17 @@ def _grad_queries(
             left, right = _span(part, begin, whole, ragged + 1, end + 1, BLOCK_N)
             for at in range(left, right, BLOCK_N):
                 k = _load(K, at, k_seq, seq_k, part != 1, BLOCK_N, D, BLOCK_D, WIDEN)
-                v = _load(V, at, v_seq, seq_k, part != 1, BLOCK_N, D, BLOCK_D, WIDEN)
+                if SLICE == BLOCK_D:
+                    v = _load(V, at, v_seq, seq_k, part != 1, BLOCK_N, D, BLOCK_D, WIDEN)
+                    product, grad_p = _product(q, tl.trans(k)), _product(grad, tl.trans(v))
+                else:
+                    product = _product_in_parts(Q, start, q_seq, seq_q, K, at, k_seq, seq_k, BLOCK_M, BLOCK_N, D, SLICE,
+                                                WIDEN)
+                    grad_p = _product_in_parts(Grad, start, g_seq, seq_q, V, at, v_seq, seq_k, BLOCK_M, BLOCK_N, D,
+                                               SLICE, WIDEN)
                 key = at + tl.arange(0, BLOCK_N)
-                s = _scores(q, tl.trans(k), position[:, None], key[None, :], first[:, None], last[:, None], slope,
+                s = _scores(product, position[:, None], key[None, :], first[:, None], last[:, None], slope,
                             scale, part != 1, ALIBI)
-                grad_p = _product(grad, tl.trans(v))
                 grad_s = tl.exp2(s - log_sum[:, None]) * (grad_p - delta[:, None])
                 grad_q += _product(grad_s.to(k.dtype), k)
     _store(GradQ + of_head, grad_q * scale, start, heads * D, seq_q, BLOCK_M, D, BLOCK_D)
@@ -315,7 +348,7 @@ def _grad_keys(
     Q, K, V, Grad, LogSum, Delta, GradK, GradV, First, Last, Slopes, q_batch, q_seq, q_head, k_batch, k_seq, k_head,
     v_batch, v_seq, v_head, g_batch, g_seq, g_head, seq_q, seq_k, window, scale, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr, ALIBI: tl.constexpr, WIDEN: tl.constexpr,
+    DOCUMENTS: tl.constexpr, ALIBI: tl.constexpr, SLICE: tl.constexpr, WIDEN: tl.constexpr,
 ):
     """The gradients of one tile of keys and values, from all query heads of their group, one after another."""
     start, kv_head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
@@ -333,8 +366,9 @@ def _grad_keys(
     _, end = _seeing(tl.minimum(start + BLOCK_N, seq_k) - 1, First, Last, seq_k, window, CAUSAL, WINDOW, DOCUMENTS)
     begin = tl.maximum(begin - shift, 0) // BLOCK_M * BLOCK_M  # queries from here on, not positions
     end = tl.maximum(end + 1 - shift, 0)
-    k = _load(K, start, k_seq, seq_k, True, BLOCK_N, D, BLOCK_D, WIDEN)
-    v = _load(V, start, v_seq, seq_k, True, BLOCK_N, D, BLOCK_D, WIDEN)
+    if SLICE == BLOCK_D:
+        k = _load(K, start, k_seq, seq_k, True, BLOCK_N, D, BLOCK_D, WIDEN)
+        v = _load(V, start, v_seq, seq_k, True, BLOCK_N, D, BLOCK_D, WIDEN)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     # All tiles are masked: a loop without a mask between two with one would spill registers.
@@ -345,15 +379,24 @@ def _grad_keys(
         slope = tl.load(Slopes + head) * 1.4426950408889634 if ALIBI else 0.0
         for at in range(begin, end, BLOCK_M):
             q = _load(OfHeadQ, at, q_seq, seq_q, True, BLOCK_M, D, BLOCK_D, WIDEN)
+            if SLICE == BLOCK_D:
+                product = _product(k, tl.trans(q))
+            else:
+                product = _product_in_parts(K, start, k_seq, seq_k, OfHeadQ, at, q_seq, seq_q, BLOCK_N, BLOCK_M, D,
+                                            SLICE, WIDEN)
             row = at + tl.arange(0, BLOCK_M)
             log_sum = tl.load(LogSum + of_head + row, mask=row < seq_q, other=0.0) * 1.4426950408889634
             position = row + shift
-            s = _scores(k, tl.trans(q), key[:, None], position[None, :], first[:, None], last[:, None], slope,
+            s = _scores(product, key[:, None], position[None, :], first[:, None], last[:, None], slope,
                         scale, True, ALIBI)  # [N, M]
             p = tl.exp2(s - log_sum[None, :])
             grad = _load(OfHeadGrad, at, g_seq, seq_q, True, BLOCK_M, D, BLOCK_D, WIDEN)
             grad_v += _product(p.to(grad.dtype), grad)
-            grad_p = _product(v, tl.trans(grad))
+            if SLICE == BLOCK_D:
+                grad_p = _product(v, tl.trans(grad))
+            else:
+                grad_p = _product_in_parts(V, start, v_seq, seq_k, OfHeadGrad, at, g_seq, seq_q, BLOCK_N, BLOCK_M, D,
+                                           SLICE, WIDEN)
             delta = tl.load(Delta + of_head + row, mask=row < seq_q, other=0.0)
             grad_s = p * (grad_p - delta[None, :])
             grad_k += _product(grad_s.to(q.dtype), q)

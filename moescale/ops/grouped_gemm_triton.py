@@ -2,7 +2,8 @@
 
 As many programs run as the device has processors, and each takes tile after tile; tiles of a few groups of rows and all
 columns follow each other, so that weights and rows stay in the L2 cache. Where tiles lie is counted on the device: the
-host never waits for the sizes of groups.
+host never waits for the sizes of groups. Weights are loaded through descriptors, by TMA where the device has it; rows,
+which are gathered or begin anywhere, through pointers.
 
 Letters: M rows, N columns of the output, K what is summed over.
 """
@@ -115,12 +116,26 @@ def _launch(
     tile, (experts, d_out, d_in) = tile_of(rows, form), weight.shape
     tile_ends = _ends((tokens_per_expert + tile.m - 1) // tile.m)
     most = (triton.cdiv(len(outs[0]), tile.m) + experts) * triton.cdiv(d_out, tile.n)
+    triton.set_allocator(_room_for_descriptors)  # of this thread, and backward has another
     _multiply[(min(_processors(rows), most),)](
         rows, rows2, weight, weight2, *outs, _ends(tokens_per_expert), tile_ends, token, scale, *weight.stride(),
         experts, d_out, d_in, EXPERTS=triton.next_power_of_2(experts), FORM=form, GATHER=token is not None,
-        SCALE=scale is not None, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
-        WIDEN=rows.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
+        SCALE=scale is not None, TMA=_last_dim(weight, weight2), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        GROUP=8, WIDEN=rows.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
     )
+
+
+def _last_dim(weight: Tensor, weight2: Tensor) -> str:
+    """-> K or N, whichever the weights' numbers lie along; "" where 16 does not divide the bytes of their rows"""
+    start = weight.data_ptr() | weight2.data_ptr()
+    for name, view in (("K", weight), ("N", weight.mT)):
+        if view.is_contiguous() and (start | view.shape[-1] * view.element_size()) % 16 == 0:
+            return name
+    return ""
+
+
+def _room_for_descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _ends(counts: Tensor) -> Tensor:
@@ -146,15 +161,34 @@ def _load(at, mask, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _load_weight(W, expert, tile_n, start, of_w, w_k, mask, N, K, TMA: tl.constexpr, BLOCK_N: tl.constexpr,
+                 WIDEN: tl.constexpr):
+    """-> [BLOCK_K, BLOCK_N]. TMA reads the next expert beyond N, where none is stored, or beyond K, where x is zero."""
+    if TMA == "K":
+        w = tl.trans(W.load([expert * N + tile_n * BLOCK_N, start]))
+    elif TMA == "N":
+        w = W.load([expert * K + start, tile_n * BLOCK_N])
+    else:
+        w = tl.load(W + of_w + start * w_k, mask=mask, other=0.0)
+    return w.to(tl.float32) if WIDEN else w
+
+
+@triton.jit
 def _multiply(
     X, X2, W, W2, Out, Out1, Out2, RowEnds, TileEnds, Token, Scale, w_expert, w_n, w_k, experts, N, K,
-    EXPERTS: tl.constexpr, FORM: tl.constexpr, GATHER: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDEN: tl.constexpr,
+    EXPERTS: tl.constexpr, FORM: tl.constexpr, GATHER: tl.constexpr, SCALE: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WIDEN: tl.constexpr,
 ):
     """FORM: ONE = x w; SUM = x w + x2 w2; SWIGLU = silu(x w) * (x w2), x w to Out1 and x w2 to Out2."""
     expert_index = tl.arange(0, EXPERTS)
     ends = tl.load(TileEnds + 1 + expert_index, mask=expert_index < experts, other=2147483647)
     tiles_m, tiles_n = tl.load(TileEnds + experts), tl.cdiv(N, BLOCK_N)
+    if TMA == "K":
+        W = tl.make_tensor_descriptor(W, [experts * N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        W2 = tl.make_tensor_descriptor(W2, [experts * N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    if TMA == "N":
+        W = tl.make_tensor_descriptor(W, [experts * K, N], [N, 1], [BLOCK_K, BLOCK_N])
+        W2 = tl.make_tensor_descriptor(W2, [experts * K, N], [N, 1], [BLOCK_K, BLOCK_N])
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         first_m = tile // (GROUP * tiles_n) * GROUP
         height = tl.minimum(tiles_m - first_m, GROUP)
@@ -172,12 +206,15 @@ def _multiply(
             rest = K - start
             mask_x, mask_w = here[:, None] & (k < rest)[None, :], (n < N)[None, :] & (k < rest)[:, None]
             x = _load(X + of_x + start, mask_x, WIDEN)
-            one = _product(x, _load(W + of_w + start * w_k, mask_w, WIDEN), one)
+            w = _load_weight(W, expert, tile_n, start, of_w, w_k, mask_w, N, K, TMA, BLOCK_N, WIDEN)
+            one = _product(x, w, one)
             if FORM == "SWIGLU":
-                two = _product(x, _load(W2 + of_w + start * w_k, mask_w, WIDEN), two)
+                w = _load_weight(W2, expert, tile_n, start, of_w, w_k, mask_w, N, K, TMA, BLOCK_N, WIDEN)
+                two = _product(x, w, two)
             if FORM == "SUM":
                 x2 = _load(X2 + of_x + start, mask_x, WIDEN)
-                one = _product(x2, _load(W2 + of_w + start * w_k, mask_w, WIDEN), one)
+                w = _load_weight(W2, expert, tile_n, start, of_w, w_k, mask_w, N, K, TMA, BLOCK_N, WIDEN)
+                one = _product(x2, w, one)
         of_out = row.to(tl.int64)[:, None] * N + n[None, :]
         mask = here[:, None] & (n < N)[None, :]
         if FORM == "SWIGLU":

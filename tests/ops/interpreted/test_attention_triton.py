@@ -53,6 +53,12 @@ def test_edges(seq_q: int, seq_k: int, window: int | None) -> None:
     run(seq_q, seq_k, (2, 1), 16, torch.float32, window=window, restarts=[[], [33, 34, 64]])
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(200, torch.float32), (256, torch.float32), (136, torch.bfloat16)])
+def test_large_heads(head_dim: int, dtype: torch.dtype) -> None:
+    """In float32 they are multiplied a part at a time."""
+    run(35, 50, (2, 1), head_dim, dtype, window=20, restarts=[[11]], alibi=True)
+
+
 def test_other_strides_and_equal_gradients_again() -> None:
     torch.manual_seed(0)
     results = []
