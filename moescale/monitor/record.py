@@ -39,22 +39,25 @@ def recording(model: nn.Module, take: Callable[[Seen], None], *, training: bool)
     training: passes that have a backward; otherwise those of evaluation.
     """
     watched = layers(model)
+    looks = [layer.router.look for _, layer in watched]  # the statistics', or those of another recording
     hooks = [layer.router.register_forward_hook(_hook(index, layer, take, training)) for index, layer in watched]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for _, layer in watched:
-            layer.router.look = layer.statistics.look
+        for (_, layer), look in zip(watched, looks, strict=True):
+            layer.router.look = look
 
 
 def _hook(index: int, layer: MoELayer, take: Callable[[Seen], None], training: bool) -> Callable[..., None]:
     latest: list[Tensor] = []
+    others = layer.router.look
 
     def look(probs: Tensor, valid: Tensor) -> None:
         latest[:] = [probs.detach().flatten(0, 1)]
-        layer.statistics.look(probs, valid)
+        if others is not None:
+            others(probs, valid)
 
     def see(router: nn.Module, inputs: tuple[Tensor, Tensor], outputs: Any) -> None:
         if layer.statistics.counting and router.training == training == torch.is_grad_enabled():

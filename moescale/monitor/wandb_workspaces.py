@@ -35,13 +35,12 @@ def make_workspace(entity: str, project: str) -> Any:
     except ImportError:
         raise ConfigError("moescale dashboard needs the package wandb-workspaces: "
                           "pip install 'moescale[wandb]'") from None
-    sections = [
-        workspaces.Section(name=name, is_open=True, panels=[
-            reports.LinePlot(title=title, x="step", metric_regex=keys) if isinstance(keys, str)
-            else reports.LinePlot(title=title, x="step", y=keys) for title, keys in panels.items()])
-        for name, panels in SECTIONS.items()
-    ]
-    pictures = [reports.MediaBrowser(title=title, media_keys=[key]) for title, key in PICTURES.items()]
+    def lines(title: str, keys: Any) -> Any:
+        return reports.LinePlot(title=title, x="step", **{"metric_regex" if isinstance(keys, str) else "y": keys})
+
+    sections = [workspaces.Section(name=name, is_open=True, panels=[lines(*panel) for panel in panels.items()])
+                for name, panels in SECTIONS.items()]
+    pictures: list[Any] = [reports.MediaBrowser(title=title, media_keys=[key]) for title, key in PICTURES.items()]
     sections.insert(2, workspaces.Section(name="Heat maps", is_open=True, panels=pictures))
     return workspaces.Workspace(entity=entity, project=project, name=NAME, sections=sections)
 
