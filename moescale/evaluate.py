@@ -41,8 +41,7 @@ class Evaluation:
     def run(self, engine: Engine) -> dict[str, float]:
         """Keep which experts the tokens get, for the report. -> the losses of this moment, of all ranks"""
         with self.kept.recording(engine.model):
-            loss = engine.evaluate(self._batches(self.config.monitor.eval_sequences,
-                                                 self.config.data.micro_batch or 1))
+            loss = engine.evaluate(self._batches(self.config.monitor.eval_sequences))
         found = self.kept.result(self.layers) if self.layers else None
         if found is not None:
             pieces, kinds = self._text()
@@ -56,7 +55,7 @@ class Evaluation:
         if not self.layers:
             return {}
         with self.followed.recording(engine.model):
-            engine.evaluate(self._batches(self.followed_sequences, 1))
+            engine.evaluate(self._batches(self.followed_sequences))
         found, before = self.followed.result(self.layers), self._before
         if found is None:
             return {}
@@ -64,11 +63,11 @@ class Evaluation:
         num_tokens = min(self._before.shape[1], self.split.num_tokens - 1)
         return {} if before is None else moved(self._before, before, self.layers, num_tokens)
 
-    def _batches(self, num_sequences: int, micro_batch: int) -> list[Batch]:
+    def _batches(self, num_sequences: int) -> list[Batch]:
         """-> this rank's part, on its device"""
         batches = held_out_batches(
             self.split, seq_len=self.config.data.seq_len, num_sequences=num_sequences, rank=self.mesh.batch_rank,
-            num_ranks=self.mesh.batch_size, micro_batch=micro_batch,
+            num_ranks=self.mesh.batch_size, micro_batch=self.config.data.micro_batch or 1,
         )
         return [batch.to(self.mesh.device) for batch in batches]
 

@@ -16,10 +16,12 @@ from moescale.generate import load_model
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 
+STEPS = 10
+
 
 def make_config(folder: Path, parallel: dict[str, int]) -> Config:
     return parse_config({
-        "run": {"dir": str(folder), "steps": 20, "seed": 3},
+        "run": {"dir": str(folder), "steps": STEPS, "seed": 3},
         "data": {"files": [str(Path(__file__).parent.parent / "**/*.py")], "cache_dir": str(folder / "cache"),
                  "seq_len": 32, "global_batch": 8, "micro_batch": 2},
         "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
@@ -30,7 +32,7 @@ def make_config(folder: Path, parallel: dict[str, int]) -> Config:
 
 
 def run_steps(folder: Path, parallel: dict[str, int], resume: bool, save_at: int | None) -> dict:
-    """Train to step 20, or to where it saves. -> the losses, and every weight and moment at the end"""
+    """Train to the last step, or to where it saves. -> the losses, and every weight and moment at the end"""
     config = make_config(folder, parallel)
     tokens = prepare_tokens(config.data).train
     batches = Batches(tokens, seq_len=32, global_batch=8, seed=3)
@@ -41,7 +43,7 @@ def run_steps(folder: Path, parallel: dict[str, int], resume: bool, save_at: int
         assert checkpoint is not None
         engine.load(checkpoint)
     losses = []
-    while engine.step_count < (save_at or 20):
+    while engine.step_count < (save_at or STEPS):
         part = batches.micro_batches(engine.step_count, mesh.batch_rank, mesh.batch_size, 2)
         losses.append(float(engine.forward_backward(part).cross_entropy))
         engine.step()
@@ -69,14 +71,14 @@ def run_joined(layout: tuple[int, dict], folder: Path, resume: bool, save_at: in
 @pytest.mark.parametrize(("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=str)
 def test_resume_in_another_layout(tmp_path: Path, before: tuple, after: tuple) -> None:
     unbroken = run_joined(before, tmp_path, False, None)
-    saved = run_joined(before, tmp_path, False, 10)
+    saved = run_joined(before, tmp_path, False, STEPS // 2)
     again = run_joined(before, tmp_path, True, None)
     assert saved["losses"] + again["losses"] == unbroken["losses"], "the same layout goes on bit for bit"
     for name, tensor in unbroken["state"].items():
         assert torch.equal(again["state"][name], tensor), name
     other = run_joined(after, tmp_path, True, None)
-    assert other["losses"] == pytest.approx(unbroken["losses"][10:], rel=1e-5)
-    loaded = run_joined(after, tmp_path, True, 10)
+    assert other["losses"] == pytest.approx(unbroken["losses"][STEPS // 2 :], rel=1e-5)
+    loaded = run_joined(after, tmp_path, True, STEPS // 2)
     assert loaded["state"].keys() == saved["state"].keys()
     for name, tensor in saved["state"].items():
         assert torch.equal(loaded["state"][name], tensor), f"{name} came back different in another layout"

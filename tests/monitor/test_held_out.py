@@ -68,7 +68,7 @@ def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
         assert layer.router.look == layer.statistics.look, "as it was"
         layer.router.look = lambda probs, valid: latest.append(probs)
         layer.router.register_forward_hook(see)
-    engine.evaluate(evaluation._batches(1000, 2))
+    engine.evaluate(evaluation._batches(1000))
     stop_mesh()
     return found
 

@@ -29,17 +29,17 @@ def make_split() -> TokenSplit:
 
 
 def run(folder: Path, family: str, parallel: dict[str, Any], follow: bool) -> dict[str, Any]:
-    """Six steps. -> losses, figures of routing before and after each look, what the looks gave"""
+    """Four steps. -> losses, figures of routing before and after each look, what the looks gave"""
     config = make_config(family, parallel)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
     evaluation = Evaluation(config, mesh, make_split(), folder)
     losses, counts, looks = [], [], [evaluation.follow(engine)] if follow else []
-    for step in range(6):
+    for step in range(4):
         losses.append(float(engine.forward_backward(make_batches(step, mesh.batch_rank, mesh.batch_size))
                             .cross_entropy))
         engine.step()
-        if follow and step % 3 == 2:
+        if follow and step % 2 == 1:
             for look in (False, True):
                 if look:
                     looks.append(evaluation.follow(engine))

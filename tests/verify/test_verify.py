@@ -56,7 +56,7 @@ def test_sample_of_the_day() -> None:
     recompute = ("none", "selective", "full")[TODAY // 3 % 3]
     parallel = RUN.parallel.model_copy(update={"recompute": recompute})
     config = RUN.model_copy(update={"moe": moe, "parallel": parallel})
-    layouts = sample_layouts(config, TODAY, count=4)
+    layouts = sample_layouts(config, TODAY, count=3)
     print(f"seed {TODAY}: {moe.router}, recompute {recompute}, {', '.join(map(str, layouts))}")
     for row in try_layouts(prepare(shrink(config, layouts), TODAY), layouts, 120):
         assert not row.diagnosis, f"{row.layout}: {row.diagnosis}"
