@@ -1,4 +1,4 @@
-# `make train` trains a small mixture of experts in two minutes; `make test` and `make check` are what CI runs.
+# `make train` trains a small mixture of experts in minutes; `make test` and `make check` are what CI runs.
 PYTHON ?= python3
 RANKS ?= 2
 BIN := .venv/bin
