@@ -50,6 +50,8 @@ class Routing:
 
     def split(self, parts: int) -> list[Routing]:
         """Cut the tokens into consecutive parts, as `tensor_split` does, each with a routing of its own."""
+        if parts == 1:
+            return [self]
         starts = [0, *accumulate(len(part) for part in self.row.tensor_split(parts))]
         part = torch.bucketize(self.token, torch.tensor(starts[1:], device=self.token.device), right=True)
         return [_from_token(self.select(part == index), *starts[index : index + 2]) for index in range(parts)]

@@ -49,5 +49,5 @@ def clip_gradients(
     if max_norm is not None:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         grads = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(grads, scale)
+        torch._foreach_mul_(grads, scale.to(grads[0].dtype))  # of another dtype, each would be scaled on its own
     return norm
