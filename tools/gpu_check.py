@@ -34,6 +34,7 @@ from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from moescale.ops.head_losses import head_losses, head_losses_reference
 from moescale.ops.permute import permute, unpermute
 from moescale.ops.rms_norm import rms_norm, rms_norm_reference
+from moescale.ops.rotary import rotate, rotate_reference
 from moescale.ops.router import route_reference
 from moescale.ops.scan import selective_scan, selective_scan_reference
 from moescale.parallel.mesh import start_mesh
@@ -62,6 +63,16 @@ def both_ms(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tupl
         out.backward(torch.ones_like(out))
 
     return median_ms(lambda: function(*inputs)), median_ms(step, inputs)
+
+
+def peak_mb(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
+    """-> the most that forward and backward hold beside the inputs"""
+    for x in inputs:
+        x.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function(*inputs).sum().backward()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def randn(*shape: int, dtype: torch.dtype = BFLOAT16, scale: float = 1.0) -> Tensor:
@@ -103,14 +114,17 @@ def exact_cases(dtype: torch.dtype) -> list[tuple[str, Callable[..., Any], Calla
     positions = (torch.arange(700, device="cuda") % 300).expand(2, -1)
     slopes, qkv = alibi_slopes(8).cuda(), tuple(randn(2, 700, heads, 64, dtype=dtype) for heads in (8, 2, 2))
     hidden: dict[str, Any] = {"positions": positions, "window": 200, "alibi_slopes": slopes}
-    routing = routing_of(500, 8, 2)
+    routing = routing_of(500, 8, 2, idle=2)
     counts, weights = routing.tokens_per_expert, [randn(8, 192, 128, dtype=dtype, scale=0.1) for _ in range(2)]
     experts = (randn(500, 128, dtype=dtype), *weights, randn(8, 128, 192, dtype=dtype, scale=0.1),
                routing.weight.requires_grad_())
+    odd = (randn(500, 60, dtype=dtype), *(randn(8, 100, 60, dtype=dtype, scale=0.1) for _ in range(2)),
+           randn(8, 60, 100, dtype=dtype, scale=0.1), routing.weight.clone().requires_grad_())
     valid, targets = torch.rand(4, 250, device="cuda") < 0.9, torch.randint(3000, (500,), device="cuda")
     scan = (randn(2, 200, 64, dtype=dtype), torch.rand(2, 200, 64, device="cuda").requires_grad_(),
             (-torch.rand(64, 16, device="cuda")).requires_grad_(), *(randn(2, 200, 16, dtype=dtype) for _ in range(2)),
             randn(64, dtype=torch.float32))
+    cosine, sine = (f(torch.rand(2, 350, 1, 32, device="cuda")).to(dtype) for f in (torch.cos, torch.sin))
     return [
         ("attention", lambda *x: attention(*x, backend="triton"), lambda *x: attention(*x, backend="reference"), qkv),
         ("attention, all", lambda *x: attention(*x, **hidden, backend="triton"),
@@ -119,10 +133,13 @@ def exact_cases(dtype: torch.dtype) -> list[tuple[str, Callable[..., Any], Calla
          lambda r, w: grouped_gemm_reference(r, w, counts),
          (randn(1000, 128, dtype=dtype), weights[0])),
         ("experts", partial(fused, routing), partial(apart, grouped_gemm_reference, routing), experts),
+        ("experts, odd sizes", partial(fused, routing), partial(apart, grouped_gemm_reference, routing), odd),
         ("router", lambda x: route(x, valid, 2, True)[:3], lambda x: route_reference(x, valid, 2, True)[:3],
          (randn(4, 250, 64, dtype=torch.float32),)),
         ("norm", lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5),
          (randn(300, 1000, dtype=dtype), randn(1000, dtype=dtype))),
+        ("rotary", lambda x: rotate(x, cosine, sine), lambda x: rotate_reference(x, cosine.double(), sine.double()),
+         (randn(2, 350, 8, 64, dtype=dtype),)),
         ("losses", lambda x, w: head_losses(x, w, targets, chunk=128),
          lambda x, w: head_losses_reference(x, w, targets, 1.0),
          (randn(500, 64, dtype=dtype, scale=0.3), randn(3000, 64, dtype=dtype, scale=0.3))),
@@ -130,8 +147,9 @@ def exact_cases(dtype: torch.dtype) -> list[tuple[str, Callable[..., Any], Calla
     ]
 
 
-def routing_of(tokens: int, experts: int, top_k: int) -> Routing:
-    expert = torch.rand(tokens, experts, device="cuda").topk(top_k).indices
+def routing_of(tokens: int, experts: int, top_k: int, idle: int = 0) -> Routing:
+    """idle: so many of the experts, the first ones, get no token."""
+    expert = torch.rand(tokens, experts - idle, device="cuda").topk(top_k).indices + idle
     return sort_by_expert(expert, torch.rand(tokens, top_k, device="cuda"), torch.ones_like(expert, dtype=torch.bool),
                           experts)
 
@@ -159,7 +177,8 @@ def attention_part() -> list[Row]:
                 return attention(q, k, v, backend="sdpa")
         return call
 
-    plain = {"triton": ours("triton"), "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    torch._dynamo.config.recompile_limit = 64  # FlexAttention is compiled for each shape
+    plain = {"triton": ours("triton"), "sdpa": ours("sdpa"), "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
              "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "flex": ours("flex")}
     slopes = alibi_slopes(32).cuda()
     hidden: dict[str, dict[str, Any]] = {"window 4096": {"window": 4096}, "alibi": {"alibi_slopes": slopes}}
@@ -177,7 +196,7 @@ def attention_part() -> list[Row]:
                 row = {"seq": seq, "head_dim": head_dim, "backend": name, "forward, ms": forward, "both, ms": both}
                 if isinstance(forward, float) and isinstance(both, float) and "," not in name:
                     row |= {"forward, TFLOP/s": flops / forward / 1e9, "both, TFLOP/s": 3.5 * flops / both / 1e9}
-                rows.append(row)
+                rows.append(row | ({"peak, MB": peak_mb(call, inputs)} if isinstance(both, float) else {}))
     return rows
 
 

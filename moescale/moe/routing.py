@@ -63,11 +63,22 @@ def _from_token(routing: Routing, first: int, last: int) -> Routing:
     return Routing(routing.token - first, routing.weight, routing.tokens_per_expert, routing.row[first:last], serial)
 
 
-def sort_by_expert(expert: Tensor, weight: Tensor, kept: Tensor, num_experts: int) -> Routing:
+def sort_by_expert(
+    expert: Tensor, weight: Tensor, kept: Tensor, num_experts: int, num_kept: int | None = None
+) -> Routing:
     """Make a Routing of each token's choices.
 
-    expert: [tokens, choices] int64. weight: [tokens, choices] float32. kept: [tokens, choices] bool.
+    expert: [tokens, choices] int64. weight: [tokens, choices] float32. kept: [tokens, choices] bool; num_kept: how many
+    of them, if the host knows that without waiting for the device.
     """
     order, row, counts = rows_by_expert(torch.where(kept, expert, -1), num_experts)
-    order = order[: int(counts.sum())]
+    order = order[: int(counts.sum()) if num_kept is None else num_kept]
     return Routing(order // expert.shape[1], weight.flatten().take(order), counts, row)
+
+
+def num_valid(serial: Tensor) -> int:
+    """Count the tokens that are not padding; the host waits for the device once for a tensor, not for each layer."""
+    known = vars(serial)
+    if "num_valid" not in known:
+        known["num_valid"] = int((serial >= 0).sum())
+    return int(known["num_valid"])

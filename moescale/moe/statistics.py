@@ -82,7 +82,8 @@ class Statistics(nn.Module):
         surplus = sum(len(portion.token) for portion in portions[1:])
         tokens = valid.sum()
         self.counts[:4] += torch.stack((
-            router.dropped(routing, valid) + left_out, tokens.new_tensor(surplus), tokens, router.wanted_rows(tokens)))
+            router.dropped(routing, valid) + left_out, torch.full_like(tokens, surplus), tokens,
+            router.wanted_rows(tokens)))
         if self.elsewhere is not None:
             far = tokens.new_tensor(self.elsewhere)[routing.expert]  # [assignments, 2]
             per_token = far.new_zeros(len(routing.row), 2).index_add_(0, routing.token, far)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moescale.ops.descriptors_triton import padded
 from moescale.ops.expert_feed_forward import Assignments
 from moescale.ops.grouped_gemm_triton import grad_weight, multiply, multiply_swiglu
 from moescale.ops.permute_triton import sum_of_rows
@@ -18,9 +19,10 @@ BLOCK = 1024
 
 def fused_experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, routing: Assignments) -> Tensor:
     """As `ops.expert_feed_forward.expert_feed_forward` with silu and a gate; bfloat16, float16 or float32. -> like x"""
+    x, gate, up, down, features = padded(x), padded(gate, 2), padded(up, 2), padded(down, 2), x.shape[1]
     return _FusedExperts.apply(
         x, gate, up, down, routing.weight, routing.token, routing.row, routing.tokens_per_expert
-    )
+    )[:, :features]
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -39,27 +41,31 @@ class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, down, weight, token, row, counts, of_gate, of_up = ctx.saved_tensors
-        grad_hidden = multiply(grad, down.mT, counts, token=token)  # not weighed yet: the weight's gradient needs it so
-        hidden, grad_of_gate, grad_of_up = (torch.empty_like(of_gate) for _ in range(3))
-        of_weight = torch.empty_like(weight)
+        grad_rows = grad.index_select(0, token)  # one copy, which both products load faster than if each gathered
+        grad_hidden = multiply(grad_rows, down.mT, counts)  # not weighed yet: the weight's gradient needs it so
+        hidden, grad_of_up, of_weight = torch.empty_like(of_gate), torch.empty_like(of_up), torch.empty_like(weight)
         if len(token):
             _swiglu_backward[(len(token),)](
-                grad_hidden, of_gate, of_up, weight, hidden, grad_of_gate, grad_of_up, of_weight, of_gate.shape[1],
-                BLOCK=BLOCK, num_warps=4, num_stages=1,
+                grad_hidden, of_gate, of_up, weight, hidden, grad_of_up, of_weight, of_gate.shape[1], BLOCK=BLOCK,
+                num_warps=4, num_stages=1,
             )
-        of_down = grad_weight(grad, hidden, counts, grad_token=token)
+        grad_of_gate = grad_hidden  # which it has become
+        of_down = grad_weight(grad_rows, hidden, counts)
+        del grad_rows, hidden
+        x_rows = x.index_select(0, token)
+        weights = grad_weight(grad_of_gate, x_rows, counts), grad_weight(grad_of_up, x_rows, counts), of_down
+        del x_rows
         rows = multiply(grad_of_gate, gate.mT, counts, second=(grad_of_up, up.mT))
-        return (
-            sum_of_rows(rows, None, row), grad_weight(grad_of_gate, x, counts, token=token),
-            grad_weight(grad_of_up, x, counts, token=token), of_down, of_weight, None, None, None,
-        )
+        return sum_of_rows(rows, None, row), *weights, of_weight, None, None, None
 
 
 @triton.jit
 def _swiglu_backward(
-    GradHidden, Gate, Up, Weight, Hidden, GradGate, GradUp, GradWeight, D, BLOCK: tl.constexpr
+    GradHidden, Gate, Up, Weight, Hidden, GradUp, GradWeight, D, BLOCK: tl.constexpr
 ):
-    """One row: its hidden features, weighed; the gradients of both products, and of the row's weight."""
+    """One row: its hidden features, weighed; the gradients of both products, that of the gate's in place of the hidden
+    features', and of the row's weight.
+    """
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(Weight + row)
     product = tl.zeros((BLOCK,), tl.float32)
@@ -75,6 +81,6 @@ def _swiglu_backward(
         grad *= weight
         slope = sigmoid * (1 + gate * (1 - sigmoid))  # of silu
         tl.store(Hidden + at, (hidden * weight).to(Hidden.dtype.element_ty), mask=mask)
-        tl.store(GradGate + at, (grad * up * slope).to(Hidden.dtype.element_ty), mask=mask)
+        tl.store(GradHidden + at, (grad * up * slope).to(Hidden.dtype.element_ty), mask=mask)
         tl.store(GradUp + at, (grad * gate * sigmoid).to(Hidden.dtype.element_ty), mask=mask)
     tl.store(GradWeight + row, tl.sum(product))

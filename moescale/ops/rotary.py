@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moescale.ops.device import triton_runs
+
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn each pair of features by its angle (RoFormer, eq. 34; halves paired as in the Hugging Face checkpoints).
@@ -37,6 +39,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
-    """In three passes over whole heads; over half heads they would be five, and slower ones in bfloat16."""
+    """Torch takes three passes over whole heads; over half heads they would be five, and slower ones in bfloat16."""
+    if triton_runs(x):
+        from moescale.ops import rotary_triton
+
+        return rotary_triton.turn(x, cosine, sine, sign)
     partner = x.roll(x.shape[-1] // 2, -1)  # the halves change places
     return (x * torch.cat((cosine, cosine), -1)).addcmul_(partner, torch.cat((-sine, sine), -1), value=sign)

@@ -14,7 +14,7 @@ from moescale.layers.linear import matrix_fill
 from moescale.moe.balance import SCOPES
 from moescale.moe.capacity import coarse, in_order, within_capacity
 from moescale.moe.losses import load_balance_loss, router_z_loss
-from moescale.moe.routing import Routing, sort_by_expert
+from moescale.moe.routing import Routing, num_valid, sort_by_expert
 from moescale.ops.random import uniform_features
 from moescale.ops.sequence import Sequence
 
@@ -37,6 +37,7 @@ class Capacity:
 class Router(nn.Module, ABC):
     """Choose experts for tokens. weight: [experts, d_model]"""
 
+    drops_nothing = False  # whatever the capacity
     balance_choices: int | None = None  # how many of a token's choices the balance loss counts; None = all
 
     def __init__(
@@ -68,7 +69,10 @@ class Router(nn.Module, ABC):
             wide = wide * (1 + self.jitter * (2 * noise - 1))
         logits = F.linear(wide, self.weight.to(wide.dtype))  # [groups, tokens, experts]
         expert, weight, kept, losses = self.settle(logits, serial, valid_whole)
-        routing = sort_by_expert(expert.flatten(0, 1), weight.flatten(0, 1), kept.flatten(0, 1), self.num_experts)
+        num_kept = num_valid(serial) * self.top_k if self.drops_nothing else None
+        routing = sort_by_expert(
+            expert.flatten(0, 1), weight.flatten(0, 1), kept.flatten(0, 1), self.num_experts, num_kept
+        )
         return routing, losses
 
     def settle(self, logits: Tensor, serial: Tensor, valid_whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

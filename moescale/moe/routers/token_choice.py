@@ -17,6 +17,8 @@ from moescale.ops.random import uniform
 class MixtralRouter(Router):
     """The top_k experts, weighed by a softmax over their logits alone (Mixtral of Experts, sec. 2.1)."""
 
+    drops_nothing = True
+
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         chosen, expert = top_k(logits, self.top_k)
         return expert, chosen.softmax(-1)
@@ -85,6 +87,7 @@ class SigmoidBiasRouter(Router):
     best two. expert_bias: [experts] float32; it selects, has no gradient, and balances in place of a loss.
     """
 
+    drops_nothing = True
     expert_bias: Tensor
 
     def __init__(
