@@ -50,7 +50,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d_in]. -> [..., d_out] in the dtype of x"""
-        return F.linear(x, local_tensor(self.weight)[self.rows].to(x.dtype))
+        weight = local_tensor(self.weight)
+        if self.rows != slice(None):  # or the gradient would be a copy
+            weight = weight[self.rows]
+        return F.linear(x, weight.to(x.dtype))
 
 
 class Embedding(nn.Module):

@@ -58,7 +58,8 @@ class MoELayer(nn.Module):
     def _mix(self, x: Tensor, portions: list[Routing], serial: Tensor) -> Tensor:
         """x: [tokens, d_model]. -> like x"""
         if len(portions) == 1:
-            parts = zip(x.tensor_split(self.chunks), portions[0].split(self.chunks), strict=True)
+            tokens = x.tensor_split(self.chunks) if self.chunks > 1 else (x,)  # the gradient of a part is a copy
+            parts = zip(tokens, portions[0].split(self.chunks), strict=True)
             walks = [self._mixture(*part) for part in parts]
         else:
             walks = [self._pass(x, portion) for portion in portions]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moescale.ops.attention_kernels_triton import MOST_QUERIES, attend, grad_keys, grad_queries
 from moescale.ops.attention_pattern import Pattern
-from moescale.ops.descriptors_triton import allow_descriptors, fitting, padded
+from moescale.ops.descriptors_triton import allow_descriptors, fitting, padded, unpadded
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor
     q: [batch, seq_q, heads, head_dim]; k, v: [batch, seq_k, kv_heads, head_dim]; head_dim 16 to 256; float32, bfloat16
     or float16, computed in float32. -> like q. Every gradient is added up in a fixed order.
     """
-    return _Flash.apply(padded(q), padded(k), padded(v), pattern)[..., : q.shape[3]]
+    return unpadded(_Flash.apply(padded(q), padded(k), padded(v), pattern), q.shape[3])
 
 
 class _Flash(torch.autograd.Function):

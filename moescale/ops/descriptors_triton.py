@@ -25,6 +25,11 @@ def padded(x: Tensor, dims: int = 1) -> Tensor:
     return F.pad(x, sum(missing, ())) if any(behind for _, behind in missing) else x
 
 
+def unpadded(x: Tensor, size: int) -> Tensor:
+    """-> x, with so much of its last dim; itself where that is all, for the gradient of a part is a copy"""
+    return x if x.shape[-1] == size else x[..., :size]
+
+
 def fits(x: Tensor) -> bool:
     """Say whether a descriptor can tell of its rows, which lie along the last dim."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]

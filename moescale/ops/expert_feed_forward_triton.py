@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moescale.ops.descriptors_triton import padded
+from moescale.ops.descriptors_triton import padded, unpadded
 from moescale.ops.expert_feed_forward import Assignments
 from moescale.ops.grouped_gemm_triton import grad_weight, multiply, multiply_swiglu
 from moescale.ops.permute_triton import sum_of_rows
@@ -19,10 +19,11 @@ BLOCK = 1024
 
 def fused_experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, routing: Assignments) -> Tensor:
     """As `ops.expert_feed_forward.expert_feed_forward` with silu and a gate; bfloat16, float16 or float32. -> like x"""
-    x, gate, up, down, features = padded(x), padded(gate, 2), padded(up, 2), padded(down, 2), x.shape[1]
-    return _FusedExperts.apply(
-        x, gate, up, down, routing.weight, routing.token, routing.row, routing.tokens_per_expert
-    )[:, :features]
+    out = _FusedExperts.apply(
+        padded(x), padded(gate, 2), padded(up, 2), padded(down, 2), routing.weight, routing.token, routing.row,
+        routing.tokens_per_expert,
+    )
+    return unpadded(out, x.shape[1])
 
 
 class _FusedExperts(torch.autograd.Function):

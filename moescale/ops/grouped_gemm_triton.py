@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moescale.ops.descriptors_triton import allow_descriptors, fits, fitting, padded
+from moescale.ops.descriptors_triton import allow_descriptors, fits, fitting, padded, unpadded
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def tile_of(x: Tensor, form: str) -> Tile:
 
 def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
     """As `ops.grouped_gemm.grouped_gemm`; bfloat16, float16 or float32. -> [assignments, d_out]"""
-    return _GroupedGemm.apply(padded(rows), padded(weight, 2), tokens_per_expert)[:, : weight.shape[1]]
+    return unpadded(_GroupedGemm.apply(padded(rows), padded(weight, 2), tokens_per_expert), weight.shape[1])
 
 
 class _GroupedGemm(torch.autograd.Function):
@@ -217,9 +217,10 @@ def _multiply(
         at = tl.arange(0, BLOCK_M)[:, None] * N + n[None, :]
         mask = here[:, None] & (n < N)[None, :]
         if FORM == "SWIGLU":
-            tl.store(Out1 + of_tile + at, one.to(Out.dtype.element_ty), mask=mask)
-            tl.store(Out2 + of_tile + at, two.to(Out.dtype.element_ty), mask=mask)
-            one = one * tl.sigmoid(one) * two
+            gate, up = one.to(Out.dtype.element_ty), two.to(Out.dtype.element_ty)  # as kept, which backward begins with
+            tl.store(Out1 + of_tile + at, gate, mask=mask)
+            tl.store(Out2 + of_tile + at, up, mask=mask)
+            one = gate.to(tl.float32) * tl.sigmoid(gate.to(tl.float32)) * up.to(tl.float32)
         if SCALE:
             one *= tl.load(Scale + row, mask=here, other=0.0)[:, None]
         tl.store(Out + of_tile + at, one.to(Out.dtype.element_ty), mask=mask)

@@ -150,11 +150,12 @@ def _backward(
         states = decay * before + taken
         own_b = (of_block + t)[:, None] * N + state[None, :]
         tl.store(GradC + own_b, tl.sum(grad[:, :, None] * states, 1), mask=mask_b)
+        of_decay = before * decay
         after, _, _, _, _ = _steps(U, Delta, B, Positions, t + 1, L, batch, a, channel, C, state, N, DOCUMENTS)
         given = grad[:, :, None] * c[:, None, :] + tl.where((step == T - 1)[:, None, None], carry[None, :, :], 0.0)
         _, grad_h = tl.associative_scan((after, given), 0, _compose, reverse=True)
         carry = tl.sum(tl.where((step == 0)[:, None, None], decay * grad_h, 0.0), 0)
-        of_decay = grad_h * before * decay  # the gradient of delta a
+        of_decay *= grad_h  # the gradient of delta a
         grad_a += tl.sum(of_decay * delta[:, :, None], 0)
         of_input = tl.sum(grad_h * b[:, None, :], 2)  # the gradient of delta u
         tl.store(GradB + own_b, tl.sum(grad_h * (delta * u)[:, :, None], 1), mask=mask_b)
