@@ -61,11 +61,11 @@ def _fastest(q: Tensor, seq_k: int, pattern: Pattern) -> tuple[str, str]:
         if pattern.causal and (not plain or seq_k <= LONG):
             return "blocks", "on a processor, blocks skip what queries do not see"
         return "sdpa", "on a processor, torch's kernel is the fastest where little can be skipped"
-    if not triton_runs(q) or not _fits_triton(q):
-        return "sdpa", "no kernel of ours runs here"
-    if plain and q.dtype == torch.float32:
-        return "sdpa", "in float32, torch's kernel is the fastest where nothing is skipped"
-    return "triton", "faster than torch's own kernel, its gradients are always the same, what is hidden is skipped"
+    if plain:
+        return "sdpa", "the vendor's kernels know no faster one without window, documents and biases"
+    if triton_runs(q) and _fits_triton(q):
+        return "triton", "tiles that a window or documents hide are skipped, biases need no memory"
+    return "sdpa", "no kernel of ours runs here"
 
 
 @cache
