@@ -209,7 +209,8 @@ def grad_queries(
     v_parts = _rows(V, batches, kv_heads, seq_k, D, v_batch, v_seq, v_head, BLOCK_N, SLICE)
     g_rows = _rows(Grad, batches, heads, seq_q, D, g_batch, g_seq, g_head, BLOCK_M, BLOCK_D)
     g_parts = _rows(Grad, batches, heads, seq_q, D, g_batch, g_seq, g_head, BLOCK_M, SLICE)
-    out_rows = _rows(Out, batches, heads, seq_q, D, seq_q * heads * D, heads * D, D, BLOCK_M, BLOCK_D)
+    of_batch = tl.cast(seq_q, tl.int64) * heads * D
+    out_rows = _rows(Out, batches, heads, seq_q, D, of_batch, heads * D, D, BLOCK_M, BLOCK_D)
     if SLICE == BLOCK_D:
         q = _load(q_rows, batch, head, start, 0, WIDEN)
     grad, out = _load(g_rows, batch, head, start, 0, WIDEN), _load(out_rows, batch, head, start, 0, WIDEN)

@@ -153,10 +153,11 @@ def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _matrices(W, experts, N, K, ACROSS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    of_expert = tl.cast(N, tl.int64) * K
     if ACROSS:
-        return tl.make_tensor_descriptor(W, [experts, K, N], [K * N, N, 1], [1, BLOCK_K, BLOCK_N])
+        return tl.make_tensor_descriptor(W, [experts, K, N], [of_expert, N, 1], [1, BLOCK_K, BLOCK_N])
     else:
-        return tl.make_tensor_descriptor(W, [experts, N, K], [N * K, K, 1], [1, BLOCK_N, BLOCK_K])
+        return tl.make_tensor_descriptor(W, [experts, N, K], [of_expert, K, 1], [1, BLOCK_N, BLOCK_K])
 
 
 @triton.jit
