@@ -15,7 +15,8 @@ from moescale.ops.attention_chunked import chunked_attention
 from moescale.ops.attention_pattern import Pattern
 from moescale.ops.device import TRITON, triton_runs
 
-LONG = 1024  # positions beyond which torch's causal kernel skips as much as blocks on a processor would
+SHORT = 128  # queries up to which one call of torch's kernel takes less than calls for blocks, on a processor
+LONG = 1024  # positions beyond which torch's causal kernel is the faster one in bfloat16 too, on a processor that has it
 log = logging.getLogger(__name__)
 
 
@@ -56,9 +57,15 @@ def attention(
 
 def _fastest(q: Tensor, seq_k: int, pattern: Pattern) -> tuple[str, str]:
     """-> a backend, and why it is taken"""
-    plain = pattern.window is None and pattern.positions is None and pattern.slopes is None and q.shape[1] == seq_k
+    seq_q, hides = q.shape[1], pattern.window is not None or pattern.positions is not None
+    plain = not hides and pattern.slopes is None and seq_q == seq_k
     if q.device.type == "cpu":
-        if pattern.causal and (not plain or seq_k <= LONG):
+        few = seq_q <= SHORT and not (hides and seq_k > LONG)
+        if not pattern.causal or few and seq_q < seq_k:
+            return "sdpa", "on a processor, torch's kernel is the fastest where nothing can be skipped"
+        if q.dtype == torch.bfloat16 and not (plain and seq_k > LONG):
+            return "blocks", "on a processor, torch's kernel is slow in bfloat16, and blocks work in float32"
+        if not plain and not few:
             return "blocks", "on a processor, blocks skip what queries do not see"
         return "sdpa", "on a processor, torch's kernel is the fastest where little can be skipped"
     if plain:
@@ -102,7 +109,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     if not square or pattern.window is not None or pattern.positions is not None or pattern.slopes is not None:
         whole = slice(0, seq_q), slice(0, seq_k), seq_q, seq_k
         if pattern.slopes is None:
-            mask = pattern.visible(*whole, q.device).unsqueeze(-3)
+            mask = pattern.visible(*whole, q.device)
+            mask = mask if mask.ndim == 2 else mask.unsqueeze(1)  # of three dimensions, torch takes no fused kernel
         else:
             mask = pattern.bias(*whole, q.dtype, q.device)
     out = F.scaled_dot_product_attention(

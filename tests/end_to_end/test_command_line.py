@@ -192,3 +192,13 @@ def test_help_teaches(here: Path) -> None:
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0
         assert f"moescale {command}" in result.output
+
+
+@pytest.mark.parametrize(("arguments", "status"), [("--help", 0), ("no-such-command", 2)])
+def test_one_of_many_ranks_leaves_without_taking_the_interpreter_down(arguments: str, status: int) -> None:
+    code = "import atexit, os; atexit.register(os.abort); from moescale.cli import main; main()"
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", code, arguments], env=environment, capture_output=True, text=True,
+                           timeout=60)
+    assert ended.returncode == status
+    assert "Usage" in ended.stdout + ended.stderr

@@ -48,13 +48,14 @@ def test_flash_attention_takes_memory_that_grows_with_the_sequence() -> None:
 @given(
     st.integers(1, 90), st.integers(0, 40), st.sampled_from([(2, 2), (4, 1)]), st.booleans(),
     st.one_of(st.none(), st.integers(1, 100)), st.lists(st.integers(1, 89), max_size=4), st.booleans(),
-    st.sampled_from(["auto", "chunked", "sdpa"]),
+    st.sampled_from(["auto", "blocks", "chunked", "sdpa"]),
 )
 def test_backends_equal_the_reference(
     seq_k: int, fewer: int, heads: tuple[int, int], causal: bool, window: int | None, restarts: list[int], alibi: bool,
     backend: str,
 ) -> None:
     torch.manual_seed(seq_k)
+    causal = causal or backend == "blocks"
     seq_q, positions = max(1, seq_k - fewer), torch.arange(seq_k).repeat(2, 1)
     for start in sorted(restarts):
         positions[1, start:] = torch.arange(max(0, seq_k - start))
@@ -86,10 +87,10 @@ def test_flex_says_the_same_pattern(causal: bool) -> None:
 
 def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     module._say_once.cache_clear()
-    q = torch.randn(1, 10, 2, 16)
+    q = torch.randn(1, module.SHORT + 1, 2, 16)
     with caplog.at_level(logging.DEBUG, logger=module.__name__):
         for _ in range(2):
-            attention(q, q, q)
+            attention(q, q, q, window=10)
             attention(q, q, q, causal=False)
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "attention backend blocks", "attention backend sdpa"
