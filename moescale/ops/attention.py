@@ -16,7 +16,7 @@ from moescale.ops.attention_pattern import Pattern
 from moescale.ops.device import TRITON, triton_runs
 
 SHORT = 128  # queries up to which one call of torch's kernel takes less than calls for blocks, on a processor
-LONG = 1024  # positions beyond which torch's causal kernel is the faster one in bfloat16 too, on a processor that has it
+LONG = 1024  # positions beyond which torch's causal kernel wins in bfloat16 too, on a processor that has it
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +61,7 @@ def _fastest(q: Tensor, seq_k: int, pattern: Pattern) -> tuple[str, str]:
     plain = not hides and pattern.slopes is None and seq_q == seq_k
     if q.device.type == "cpu":
         few = seq_q <= SHORT and not (hides and seq_k > LONG)
-        if not pattern.causal or few and seq_q < seq_k:
+        if not pattern.causal or (few and seq_q < seq_k):
             return "sdpa", "on a processor, torch's kernel is the fastest where nothing can be skipped"
         if q.dtype == torch.bfloat16 and not (plain and seq_k > LONG):
             return "blocks", "on a processor, torch's kernel is slow in bfloat16, and blocks work in float32"

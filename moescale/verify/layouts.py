@@ -41,6 +41,10 @@ class Layout:
     def degrees(self) -> dict[str, int]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @property
+    def used(self) -> set[str]:
+        return {name for name, degree in self.degrees.items() if degree > 1}
+
     def settle(self, config: Config, schedule: str = "gpipe", micro_batch: int | None = None) -> Config:
         """Lay a run out so. Raises ConfigError where it does not fit, by the rules that training goes by.
 
@@ -132,12 +136,10 @@ def sample_layouts(config: Config, seed: int, count: int = 6) -> list[Layout]:
     random.Random(seed).shuffle(layouts)
     layouts.sort(key=lambda layout: -layout.ranks)  # stable; four ranks show more
     chosen: list[Layout] = []
-    seen: set[str] = set()
-    for layout in layouts:
-        used = {name for name, degree in layout.degrees.items() if degree > 1}
-        if used - seen:
-            chosen.append(layout)
-            seen |= used
+    missing = {name for layout in layouts for name in layout.used}
+    while missing:
+        chosen.append(max(layouts, key=lambda layout: len(missing & layout.used)))
+        missing -= chosen[-1].used
     chosen += [layout for layout in layouts if layout not in chosen][: max(0, count - len(chosen))]
     return chosen
 

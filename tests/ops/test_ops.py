@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from moescale.layers.positions import alibi_slopes
 from moescale.moe.routing import Routing
-from moescale.ops import expert_feed_forward as expert_feed_forward_module
+from moescale.ops import shares
 from moescale.ops.attention import attention
 from moescale.ops.expert_feed_forward import expert_feed_forward, expert_feed_forward_reference
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
@@ -26,16 +28,26 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
 
 
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.one_of(st.integers(0, 130), st.integers(500, 530)), min_size=1, max_size=6),
     st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["silu", "gelu", "relu"]), st.booleans(),
-    st.sampled_from([0, 1 << 20]), st.booleans(),
+    st.sampled_from([0, 1 << 20]), st.booleans(), st.integers(1, 5),
 )
 def test_experts_equal_a_loop(
-    sizes: list[int], dtype: torch.dtype, activation: str, gated: bool, block_numbers: int, dropout: bool
+    sizes: list[int], dtype: torch.dtype, activation: str, gated: bool, block_numbers: int, dropout: bool, threads: int
 ) -> None:
-    """Over 540 tokens, some without experts; in blocks of at most 256 rows, or one an expert."""
+    """Over 540 tokens, some without experts; in blocks of at most 256 rows, or one an expert and thread."""
     torch.manual_seed(sum(sizes))
     num_experts, tokens = len(sizes), 540
     token = torch.cat([torch.randperm(tokens)[:size].sort().values for size in sizes])
@@ -51,9 +63,10 @@ def test_experts_equal_a_loop(
         w = weight.to(torch.promote_types(to, torch.float32), copy=True).requires_grad_()
         routing = Routing(token, w, torch.tensor(sizes), row)
         arguments = (x, gate if gated else None, up, down, routing, activation)
-        with mock.patch.object(expert_feed_forward_module, "BLOCK_NUMBERS", block_numbers):
+        with mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, FEWEST_ROWS=1), torch_threads(threads):
             out = function(*arguments, keep) if keep is not None and to == dtype else function(*arguments)
             out.backward(grad.to(to))
+            assert torch.get_num_threads() == threads
         results.append((out, x.grad, up.grad, down.grad, w.grad, *([gate.grad] if gated else [])))
     for ours, exact in zip(*results, strict=True):
         assert ours.shape == exact.shape
