@@ -257,4 +257,5 @@ def main() -> None:
             raise
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
+        status = end.code or 0
+        os._exit(status if isinstance(status, int) else 1)

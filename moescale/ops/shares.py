@@ -74,15 +74,16 @@ def cut(sizes: list[int], d_model: int, d_ff: int, dtype: torch.dtype) -> list[S
     cuts = [0, *(_near(total * number // threads, ends, total // threads // 16) for number in range(1, threads)), total]
     shares = [Share(slice(*ends_of_share), []) for ends_of_share in pairwise(cuts)]
     for expert, (end, size) in enumerate(zip(ends, sizes, strict=True)):
-        for number, (rows, blocks) in enumerate(shares):
+        if size == 0:
+            shares[0].blocks.append(Block(expert, 0, 0, 0, first=True, borrowed=False))
+            continue
+        for rows, blocks in shares:
             start, stop = max(end - size, rows.start), min(end, rows.stop)
-            if start >= stop and (size or number):
-                continue
-            pieces = max(1, -(-(stop - start) // most))
-            bounds = [start + (stop - start) * piece // pieces for piece in range(pieces + 1)] if size else [0, 0]
-            for low, high in pairwise(bounds):
+            pieces = max(0, -(-(stop - start) // most))
+            for piece in range(pieces):
+                low, high = (start + (stop - start) * edge // pieces for edge in (piece, piece + 1))
                 blocks.append(Block(expert, low - rows.start, high - low, _rounded(high - low, dtype),
-                                    low == start or not size, end - size < rows.start))
+                                    first=piece == 0, borrowed=end - size < rows.start))
     return shares
 
 
@@ -94,16 +95,16 @@ def _near(row: int, ends: list[int], most: int) -> int:
 
 def on_threads(take: Callable[..., None], *of_shares: Iterable[Any]) -> None:
     """Let a thread take each share: small products beside each other keep cores busier than one by one on all."""
-    calls = list(zip(*of_shares, strict=True))
-    threads = torch.get_num_threads()
+    calls, threads = list(zip(*of_shares, strict=True)), torch.get_num_threads()
+    if len(calls) == 1:
+        take(*calls[0])
+        return
 
     def alone(call: tuple[Any, ...]) -> None:
         torch.set_num_threads(threads // len(calls))  # of this thread, and of all threads' products
         with torch.no_grad():
             take(*call)
 
-    if len(calls) == 1:
-        return take(*calls[0])
     others = [_pool().submit(alone, call) for call in calls[1:]]
     try:
         alone(calls[0])
@@ -130,7 +131,7 @@ def slice_rows(features: int) -> int:
 
 def _rounded(size: int, dtype: torch.dtype) -> int:
     """Round to one of sixteen sizes an octave, and to 32 at least, where a new size costs a compilation."""
-    if dtype != torch.bfloat16 or size == 0:
+    if dtype != torch.bfloat16:
         return size
     unit = max(32, 1 << max(0, size.bit_length() - 5))
     return -(-size // unit) * unit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -25,8 +26,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
     Ranks are forked: they see what this process has in memory, args may hold anything, and results are pickled.
     Raises RanksError with the first rank's traceback, or when a rank is still busy at the time-out.
     """
-    import torch._dynamo  # noqa: F401  DTensor imports it on first use, for seconds: once here, and not on each rank
-
+    importlib.import_module("torch._dynamo")  # DTensor would, on first use, for two seconds on each rank of each call
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
