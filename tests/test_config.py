@@ -10,12 +10,12 @@ from moescale.config import Config, ConfigError, parse_config
 
 
 def settle(ranks: int, **parallel: Any) -> Config:
-    data = parallel.pop("data", {})
-    model = parallel.pop("model", {})
-    return parse_config({
-        "model": {"num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "vocab_size": 264, "d_model": 64, **model},
-        "moe": {"d_ff": 24}, "data": {"seq_len": 48, "global_batch": 16, **data}, "parallel": parallel,
-    }, "test").for_world(ranks)
+    groups: dict[str, dict[str, Any]] = {
+        "model": {"num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "vocab_size": 264, "d_model": 64},
+        "moe": {"d_ff": 24}, "data": {"seq_len": 48, "global_batch": 16}, "run": {}, "monitor": {},
+    }
+    groups = {name: {**group, **parallel.pop(name, {})} for name, group in groups.items()}
+    return parse_config({**groups, "parallel": parallel}, "test").for_world(ranks)
 
 
 @pytest.mark.parametrize(("ranks", "parallel", "words"), [
@@ -41,7 +41,11 @@ def settle(ranks: int, **parallel: Any) -> Config:
     (4, {"pp": 4, "pp_schedule": "zero_bubble"}, "8 stages of at least one layer"),
     (4, {"pp": 4, "data": {"micro_batch": 8}}, "parallel.pp_schedule=1f1b needs at least parallel.pp=4 micro-batches"),
     (2, {"pp": 2, "pp_schedule": "interleaved_1f1b", "data": {"global_batch": 5, "micro_batch": 1}}, "in 2 rounds"),
+    (2, {"pp": 2, "pp_schedule": "zero_bubble", "data": {"global_batch": 5, "micro_batch": 1}}, "in 2 rounds"),
     (2, {"pp": 2, "pp_schedule": "zero_bubble", "compile": True}, "write 1f1b"),
+    (2, {"row_budget": 1.5, "over_budget": "drop", "moe": {"router": "sigmoid_bias"}}, "parallel.over_budget=passes"),
+    (1, {"moe": {"top_k": 1, "load_balance_coefficient": 0}}, "no loss trains the router"),
+    (1, {"run": {"steps": 3}, "monitor": {"profile": "steps:2-5"}}, "profile=steps:2-5 goes beyond run.steps=3"),
     (3, {"model": {"d_model": 72}}, "data.global_batch=16 must be a multiple of the 3 ranks that share it: use 18"),
 ])
 def test_refused_in_one_line(ranks: int, parallel: dict[str, Any], words: str) -> None:

@@ -123,6 +123,10 @@ class MoEConfig(Group):
         refuse(self.router in ("mixtral", "sigmoid_bias") and self.capacity_factor is not None,
                 f"moe.router={self.router} drops nothing: write moe.capacity_factor=null, or moe.router="
                 f"{any_of(WITH_CAPACITY)}")
+        one = self.router in ("mixtral", "sigmoid_bias") and self.top_k == 1 < self.num_experts
+        refuse(one and self.load_balance_coefficient == 0 and self.router_z_coefficient == 0,
+                f"moe.router={self.router} gives the one expert of moe.top_k=1 the weight 1, so that no loss trains "
+                "the router: write e.g. moe.load_balance_coefficient=0.01, or moe.router=switch")
         self._check_keys()
         self._check_capacity()
         self._check_groups()

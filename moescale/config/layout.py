@@ -139,8 +139,8 @@ def _check_pipeline(config: Config, parallel: ParallelConfig, passes: int) -> No
             f"parallel.pp_schedule=1f1b needs at least parallel.pp={pp} micro-batches a step, but a rank makes "
             f"{passes}: write a smaller data.micro_batch or parallel.pp_schedule=gpipe")
     rounds = max(1, passes // pp)
-    refuse(schedule == "interleaved_1f1b" and passes % rounds != 0,
-            f"parallel.pp_schedule=interleaved_1f1b runs {passes} micro-batches in {rounds} rounds: write a "
+    refuse(schedule in ("interleaved_1f1b", "zero_bubble") and passes % rounds != 0,
+            f"parallel.pp_schedule={schedule} runs {passes} micro-batches in {rounds} rounds: write a "
             f"data.micro_batch that gives a multiple of parallel.pp={pp}, or parallel.pp_schedule=1f1b")
     refuse(parallel.compile and schedule == "zero_bubble",
             "parallel.compile=true cannot split backward as parallel.pp_schedule=zero_bubble does: write 1f1b")

@@ -58,4 +58,10 @@ class Config(Group):
         refuse(self.moe.balance_over == "micro_batch" and self.data.micro_batch is None,
                 "moe.balance_over=micro_batch needs sequences that are the same in every layout: write e.g. "
                 "data.micro_batch=1, or moe.balance_over=global_batch")
+        refuse(self.moe.router == "sigmoid_bias" and self.parallel.over_budget == "drop",
+                "moe.router=sigmoid_bias balances by loads, of which parallel.over_budget=drop hides what is over: "
+                "write parallel.over_budget=passes")
+        refuse(self.monitor.profile_steps.stop - 1 > self.run.steps,
+                f"monitor.profile={self.monitor.profile} goes beyond run.steps={self.run.steps}, and is written after "
+                "its last step: write fewer steps")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -16,29 +17,37 @@ from moescale.ops.collectives import Group, all_gather
 class RowBudget:
     """Cut a routing where some rank would get more rows than the ceiling.
 
-    share: the ceiling over an even share of what all tokens could choose. drop: rows beyond it are left out, the
+    share: the ceiling over an even share of `top_k` rows a token. drop: in training, rows beyond it are left out, the
     lightest of each rank that sends; otherwise they come in further passes. group: the ranks that share the experts,
     `copies` in a row each of them; None = one process. All ranks count the same, so that they make as many passes.
+    twins: groups of ranks, of other such groups, that hold the same experts. These are gathered for each pass, so that
+    there too all make as many passes as the busiest.
     """
 
-    def __init__(self, share: float, drop: bool, group: Group, copies: int = 1) -> None:
-        self.share, self.drop, self.group, self.copies = share, drop, group, copies
+    def __init__(
+        self, share: float, top_k: int, drop: bool, group: Group, copies: int = 1, twins: Sequence[Group] = ()
+    ) -> None:
+        self.share, self.top_k, self.drop, self.group, self.copies = share, top_k, drop, group, copies
+        self.twins = twins
 
-    def portions(self, routing: Routing) -> list[Routing]:
+    def portions(self, routing: Routing, training: bool) -> list[Routing]:
         """-> what to compute at a time; the routing itself where it fits, as it does unless experts are very busy"""
+        drop = self.drop and training
         ranks = 1 if self.group is None else dist.get_world_size(self.group)
         owners = ranks // self.copies
         rows = routing.tokens_per_expert.view(owners, -1).sum(1)  # [owners]
-        mine = torch.cat((rows, rows.new_tensor([routing.row.numel()])))
+        mine = torch.cat((rows, rows.new_tensor([self.top_k * len(routing.row)])))
         counts = mine.unsqueeze(0) if self.group is None else all_gather(mine.unsqueeze(0), self.group).flatten(0, 1)
         *by_owner, choices = (list(column) for column in zip(*counts.tolist(), strict=True))
         ceiling = math.ceil(self.share * sum(choices) / owners)
         passes = max(-(-sum(loads) // ceiling) for loads in by_owner)
+        for twins in () if drop else self.twins:
+            passes = int(all_gather(mine.new_tensor([passes]), twins).max())
         if passes <= 1:
             return [routing]
         owner = routing.expert // (len(routing.tokens_per_expert) // owners)  # [assignments]
         rank = 0 if self.group is None else dist.get_rank(self.group)
-        if self.drop:
+        if drop:
             quota = [min(loads[rank], ceiling * loads[rank] // max(1, sum(loads))) if sum(loads) > ceiling
                      else loads[rank] for loads in by_owner]
             return [routing.select(_heaviest(routing.weight.detach(), owner, rows, quota))]

@@ -49,7 +49,7 @@ class MoELayer(nn.Module):
         valid, serial = serial >= 0, self.router.sequence.own(serial)
         if self.experts.dropout:
             routing = replace(routing, serial=serial.flatten())
-        portions = [routing] if self.budget is None else self.budget.portions(routing)
+        portions = [routing] if self.budget is None else self.budget.portions(routing, self.training)
         y = self._mix(x.flatten(0, 1), portions, serial).view_as(x)
         if self.training:
             self.statistics.add(self.router, routing, portions, losses, valid)
@@ -57,23 +57,29 @@ class MoELayer(nn.Module):
 
     def _mix(self, x: Tensor, portions: list[Routing], serial: Tensor) -> Tensor:
         """x: [tokens, d_model]. -> like x"""
+        walks = []
         if len(portions) == 1:
             tokens = x.tensor_split(self.chunks) if self.chunks > 1 else (x,)  # the gradient of a part is a copy
             parts = zip(tokens, portions[0].split(self.chunks), strict=True)
             walks = [self._mixture(*part) for part in parts]
-        else:
-            walks = [self._pass(x, portion) for portion in portions]
         num_walks = len(walks)
         if self.shared is not None:
             walks.append(self._shared(x, serial))
         answers = take_turns(walks)
-        if num_walks == 1:
-            y = answers[0]  # what is nearly always so needs no copy
+        if num_walks == 0:
+            y = self._in_passes(x, portions)
         else:
-            y = torch.cat(answers[:num_walks]) if len(portions) == 1 else torch.stack(answers[:num_walks]).sum(0)
+            y = answers[0] if num_walks == 1 else torch.cat(answers[:num_walks])  # one, nearly always, needs no copy
         return y if self.shared is None else y + answers[-1]
 
-    def _pass(self, x: Tensor, routing: Routing) -> Walk:
+    def _in_passes(self, x: Tensor, portions: list[Routing]) -> Tensor:
+        """One after another, added up as they come, so that no more memory is needed for more of them."""
+        total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for portion in portions:
+            total = total + self._pass(x, portion)
+        return total.to(x.dtype)
+
+    def _pass(self, x: Tensor, routing: Routing) -> Tensor:
         """One of several: nothing is kept of it, so that in backward too the ceiling holds. x: [tokens, d_model]"""
         def run(x: Tensor) -> Tensor:
             return take_turns([self._mixture(x, routing)])[0]
@@ -81,7 +87,6 @@ class MoELayer(nn.Module):
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), Uncounted([self.statistics])
 
-        yield from ()
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def _mixture(self, x: Tensor, routing: Routing) -> Walk:

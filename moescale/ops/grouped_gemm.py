@@ -21,6 +21,11 @@ def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Ten
         from moescale.ops import grouped_gemm_triton
 
         return grouped_gemm_triton.grouped_gemm(rows, weight, tokens_per_expert)
+    (d_out, d_in), width = weight.shape[1:], 16 // rows.element_size()
+    if d_out % width or d_in % width:  # what `etp` leaves of d_ff may not be rows of 16 bytes, which torch wants
+        rows = F.pad(rows, (0, -d_in % width))
+        weight = F.pad(weight, (0, -d_in % width, 0, -d_out % width))
+        return grouped_gemm(rows, weight, tokens_per_expert)[:, :d_out]
     ends = tokens_per_expert.cumsum(0).to(torch.int32)
     return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
 

@@ -49,10 +49,13 @@ def _elsewhere(num_experts: int, mesh: Mesh) -> list[tuple[bool, bool]]:
 def limit_rows(model: nn.Module, mesh: Mesh) -> None:
     """Give each layer's experts the ceiling of rows that the run asks for."""
     parallel = mesh.parallel
+    if parallel.row_budget is None:
+        return
+    axes = [] if mesh.sparse is None else [mesh.sparse["dp_replicate"], mesh.sparse["efsdp"]]
+    twins = [axis.get_group() for axis in axes if axis.size() > 1]
     for layer in moe_layers(model):
-        if parallel.row_budget is not None:
-            layer.budget = RowBudget(
-                parallel.row_budget, parallel.over_budget == "drop", mesh.expert_group, parallel.etp)
+        layer.budget = RowBudget(parallel.row_budget, layer.router.top_k, parallel.over_budget == "drop",
+                                 mesh.expert_group, parallel.etp, twins)
 
 
 def _all_to_all(mesh: Mesh, label: str) -> list[Hop]:

@@ -24,10 +24,9 @@ def recompute(model: nn.Module, extent: str) -> None:
     kinds: tuple[type[nn.Module], ...] = (Block,) if extent == "full" else (FeedForward, Experts)
     for module in model.modules():
         if isinstance(module, kinds):
-            module.forward = partial(
-                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False,
-                context_fn=partial(_contexts, module),
-            )
+            again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+            # the smaller parts count nothing, and may be compiled, where such contexts are not taken
+            module.forward = partial(again, context_fn=partial(_contexts, module)) if extent == "full" else again
 
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

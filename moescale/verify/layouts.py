@@ -131,8 +131,13 @@ def layouts_of(config: Config, ranks: int) -> list[Layout]:
 
 
 def sample_layouts(config: Config, seed: int, count: int = 6) -> list[Layout]:
-    """Draw layouts of 2 and of 4 ranks such that each degree that can be above one is, in at least one of them."""
+    """Draw layouts of 2 and of 4 ranks such that each degree that can be above one is, in at least one of them.
+
+    Raises ConfigError where none fits.
+    """
     layouts = [layout for ranks in (2, 4) for layout in every_layout(config, ranks)]
+    if not layouts:
+        raise ConfigError("no layout of 2 or of 4 ranks fits this configuration: name some with --layouts")
     random.Random(seed).shuffle(layouts)
     layouts.sort(key=lambda layout: -layout.ranks)  # stable; four ranks show more
     chosen: list[Layout] = []

@@ -25,6 +25,9 @@ def verify(
     """
     if layouts is not None and ranks is not None:
         raise ConfigError("--layouts names layouts and --ranks asks for all of them: give one of the two")
+    if config.parallel.over_budget == "drop":
+        raise ConfigError("parallel.over_budget=drop leaves out other rows in every layout, so that there is "
+                          "nothing to prove: add parallel.over_budget=passes")
     if json is not None and not json.parent.is_dir():
         raise ConfigError(f"--json {json}: there is no folder {json.parent}")
     seed = int(datetime.date.today().strftime("%Y%m%d")) if seed is None else seed

@@ -59,18 +59,22 @@ def prepare(config: Config, seed: int) -> Proof:
     """Take the step of a shrunk run on one process, in both precisions.
 
     Where two experts are all but equal for some token, rounding decides between them, in float32 and in each layout
-    anew, which proves nothing: then other batches are drawn.
+    anew, which proves nothing: then other batches are drawn, a few times, and those with the widest gap are taken.
     """
     passes = _numbers_of_passes(config, Layout())[0]
+    best: Proof | None = None
     for attempt in range(MAX_DRAWS):
         batches = make_batches(config, seed + attempt)
         references = {
             compute: run_ranks(1, _reference, _case(config, Layout(), passes, compute, "gpipe").config, batches)[0]
             for compute in TOLERANCES
         }
-        if references["float32"].closest > TOLERANCES["float32"]:
+        if best is None or references["float32"].closest > best.references["float32"].closest:
+            best = Proof(config, batches, references)
+        if best.references["float32"].closest > TOLERANCES["float32"]:
             break
-    return Proof(config, batches, references)
+    assert best is not None
+    return best
 
 
 def try_layouts(proof: Proof, layouts: Sequence[Layout], timeout_seconds: float) -> Iterator[Row]:

@@ -41,9 +41,9 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
 def _shrink_model(config: Config, layouts: Sequence[Layout], seq_len: int) -> ModelConfig:
     model = config.model
     tps = [layout.tp for layout in layouts]
-    num_kv_heads = _smallest_divisor(model.num_kv_heads, min(2, model.num_kv_heads), lambda heads: all(
-        _path(heads, tp) == _path(model.num_kv_heads, tp) for tp in tps))
     group = model.num_heads // model.num_kv_heads
+    num_kv_heads = _smallest_divisor(model.num_kv_heads, min(2, model.num_kv_heads), lambda heads: all(
+        _path(heads, tp) == _path(model.num_kv_heads, tp) and heads * group % tp == 0 for tp in tps))
     group = _smallest_divisor(group, min(2, group), lambda each: all(num_kv_heads * each % tp == 0 for tp in tps))
     cuts = [n for each in layouts for n in (
         each.dp_shard * each.cp, each.dp_shard * each.cp * each.tp // (each.ep * each.etp))]

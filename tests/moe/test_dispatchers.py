@@ -217,7 +217,7 @@ def test_a_budget_bounds_rows_and_changes_nothing_but_what_it_drops(drop: bool) 
         whole, x = whole_layer(counts, "one expert")
         grad = torch.randn_like(x)
         layer, own = cut(whole, counts, 1)
-        layer.dispatcher, layer.budget = Dispatcher(make_hops("all_to_all")), RowBudget(0.4, drop, dist.group.WORLD)
+        layer.dispatcher, layer.budget = Dispatcher(make_hops("all_to_all")), RowBudget(0.4, 3, drop, dist.group.WORLD)
         forward = layer.experts.forward
 
         def watch(x: Tensor, routing: Routing) -> Tensor:
@@ -232,7 +232,11 @@ def test_a_budget_bounds_rows_and_changes_nothing_but_what_it_drops(drop: bool) 
         torch.testing.assert_close(got[1], expected[1][:, own] * kept)
         lost = layer.statistics.dropped + layer.statistics.tokens_per_expert.sum()
         assert int(lost) == int(layer.router.kept.sum()), "load and drops are all there is"
-        return most, seen, int(layer.statistics.dropped if drop else layer.statistics.surplus)
+        figure = int(layer.statistics.dropped if drop else layer.statistics.surplus)
+        if drop:  # in evaluation nothing is
+            got, expected = step(layer.eval(), x[:, own], grad[:, own]), step(whole.eval(), x, grad)
+            torch.testing.assert_close(got[0], expected[0][:, own])
+        return most, seen, figure
 
     results = run_ranks(4, budgeted)
     ceiling = 6  # 0.4 of 18 tokens x 3 choices over 4 ranks, rounded up

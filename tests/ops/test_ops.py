@@ -77,13 +77,15 @@ def test_experts_equal_a_loop(
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_grouped_gemm_equals_a_loop(sizes: list[int], dtype: torch.dtype) -> None:
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]),
+       st.sampled_from([(16, 24), (6, 24), (16, 3)]))
+def test_grouped_gemm_equals_a_loop(sizes: list[int], dtype: torch.dtype, widths: tuple[int, int]) -> None:
     torch.manual_seed(sum(sizes))
     counts = torch.tensor(sizes)
-    rows = torch.randn(sum(sizes), 16, dtype=dtype)
-    weight = torch.randn(len(sizes), 24, 16, dtype=dtype)
-    grad = torch.randn(sum(sizes), 24, dtype=dtype)
+    d_in, d_out = widths
+    rows = torch.randn(sum(sizes), d_in, dtype=dtype)
+    weight = torch.randn(len(sizes), d_out, d_in, dtype=dtype)
+    grad = torch.randn(sum(sizes), d_out, dtype=dtype)
     results = []
     for function, to in ((grouped_gemm, dtype), (grouped_gemm_reference, torch.float64)):
         r, w = rows.to(to, copy=True).requires_grad_(), weight.to(to, copy=True).requires_grad_()

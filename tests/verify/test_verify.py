@@ -23,6 +23,7 @@ from moescale.moe.routers import base
 from moescale.parallel import fsdp
 from moescale.parallel.context import ContextAttention
 from moescale.verify.layouts import Layout, every_layout, layouts_of, parse_layouts, sample_layouts
+from moescale.verify.main import verify
 from moescale.verify.run import Proof, Row, make_cases, prepare, try_layouts
 from moescale.verify.shrink import shrink
 
@@ -135,6 +136,21 @@ def test_every_layout_fits_the_shrunk_run(name: str) -> None:
         assert (small.model.num_kv_heads == 1) == (config.model.num_kv_heads == 1)
         assert (small.model.num_kv_heads == small.model.num_heads) == (
             config.model.num_kv_heads == config.model.num_heads)
+
+
+def test_shared_key_heads_fit_without_other_layouts() -> None:
+    run = parse_config({"model": {"num_heads": 8, "num_kv_heads": 4}}, "test")
+    small = shrink(run, parse_layouts("tp8", run))
+    assert make_cases(small, Layout(tp=8), 0)
+    assert small.model.num_kv_heads < 8
+
+
+def test_what_cannot_be_proven_is_one_line() -> None:
+    alone = {"model": {"num_layers": 1}, "data": {"global_batch": 1, "micro_batch": 1, "seq_len": 255}}
+    with pytest.raises(ConfigError, match=r"^no layout of 2 or of 4 ranks fits this configuration: name some"):
+        sample_layouts(parse_config(alone, "test"), 0)
+    with pytest.raises(ConfigError, match=r"^parallel.over_budget=drop leaves out other rows in every layout"):
+        verify(parse_config({"parallel": {"row_budget": 2, "over_budget": "drop"}}, "test"))
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -77,7 +77,7 @@ def report() -> None:
         print(f"{family}: {sum(not line['diagnosis'] for line in own)} of {count} layouts proven, "
               f"{sum(bool(line['diagnosis']) for line in own)} fall short")
     for key in ("float32", "float64", "losses_float64", "scale"):
-        worst = max(lines, key=lambda line: line[key])
+        worst = max((line for line in lines if key in line), key=lambda line: line[key])  # one that raised has none
         print(f"worst {key}: {worst[key]:.1e} ({worst['family']} {worst['layout']})")
 
 
