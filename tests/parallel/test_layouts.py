@@ -58,17 +58,20 @@ LAYOUTS = [  # ranks, parallel degrees
     (4, {"tp": 2, "ep": 4, "dispatcher": "all_gather", "row_budget": 0.6}),
     (4, {"pp": 2, "cp": 2, "ep": 2, "pp_schedule": "zero_bubble", "recompute": "selective"}),
 ]
-MIXED = [LAYOUTS[index] for index in (8, 9, 11, 12, 13)]  # enough of them for a family of which little is new
+SHARED, CUT, NODES, GATHERED, PIPELINE = (LAYOUTS[index] for index in (8, 9, 11, 12, 13))  # of all degrees something
 # groups of experts of which one is busier, each expert cut over both: all gather it as often
 SHARDED_BUDGET = (4, {"ep": 2, "row_budget": 0.9})
-FEWER = {"mixtral": [*LAYOUTS, SHARDED_BUDGET],
-         # without experts to spread, which a dense model's configuration refuses, some layouts are the same
-         "palm": [(ranks, {key: value for key, value in parallel.items() if key not in ("ep", "etp")})
-                  for ranks, parallel in (*LAYOUTS[1:5], *LAYOUTS[6:12], LAYOUTS[13])],
-         "surest": [(4, {"ep": 2, "recompute": "full"}), MIXED[1], MIXED[-1]],
-         "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), MIXED[-1]]}
-CASES = [(family, *layout) for family in FAMILIES
-         for layout in (LAYOUTS if family == "switch" else FEWER.get(family, MIXED))]
+LAYOUTS_OF = {  # what is not named takes all
+    "mixtral": [*LAYOUTS, SHARDED_BUDGET],
+    # without experts to spread, which a dense model's configuration refuses, some layouts are the same
+    "palm": [(ranks, {key: value for key, value in parallel.items() if key not in ("ep", "etp")})
+             for ranks, parallel in (*LAYOUTS[1:5], *LAYOUTS[6:12], LAYOUTS[13])],
+    "gshard": [CUT, NODES, PIPELINE], "deepseek": [SHARED, GATHERED, PIPELINE],
+    "expert_choice": [CUT, GATHERED, PIPELINE],
+    "surest": [(4, {"ep": 2, "recompute": "full"}), CUT, PIPELINE],
+    "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), PIPELINE],
+}
+CASES = [(family, *layout) for family in FAMILIES for layout in LAYOUTS_OF.get(family, LAYOUTS)]
 STEPS = 3
 OF_A_LAYOUT = ("surplus", "other_ranks", "other_nodes", "bytes_sent", "rows_between_ranks")
 
