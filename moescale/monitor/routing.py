@@ -17,7 +17,7 @@ from moescale.moe.statistics import COUNTS, SUMS
 
 BLOCKS = 32  # ranks, or blocks of ranks in a row, between which rows are counted
 FACTS = ("copies", "budgets", "spread", "biases", "bytes_sent")  # ranks that hold the layer, and so on
-WHOLE = ("tokens_per_expert", "dropped", "surplus")  # whole numbers, the same in every layout
+WHOLE = ("tokens_per_expert", "dropped")  # whole numbers, the same in every layout
 Value = int | float | list[int] | list[float] | list[list[int]]
 
 

@@ -75,8 +75,7 @@ def trace_step(config: Config, mesh: Mesh, batches: Batch) -> Trace:
     gradients = _copy({name: parameter.grad for name, parameter in engine.model.named_parameters()})
     metrics = routing_metrics(
         engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)
-    counts = {key: value for key, value in metrics.items()  # surplus, of a row budget, is a count of each layout's own
-              if key.endswith(WHOLE) and "/layer_" in key and not key.endswith("surplus")}
+    counts = {key: value for key, value in metrics.items() if key.endswith(WHOLE) and "/layer_" in key}
     norm = engine.step()
     updated = _copy({name: parameter.data for name, parameter in engine.model.named_parameters()})
     figures: dict[str, float | Tensor] = {
