@@ -12,6 +12,7 @@ from torch import Tensor
 from moescale.ops.attention_kernels_triton import MOST_QUERIES, attend, grad_keys, grad_queries
 from moescale.ops.attention_pattern import Pattern
 from moescale.ops.descriptors_triton import allow_descriptors, fitting, padded, unpadded
+from moescale.ops.device import shared_bytes
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
     if q.shape[3] > 128:
         return Tile(128, 32, 8, 1), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)
     if q.shape[3] > 64:
-        return Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)
+        return Tile(64, 64, 4, 3), Tile(128, 64, 8, 3 if shared_bytes(q) > 100 * 1024 else 2), Tile(64, 64, 4, 2)
     return Tile(64, 128, 4, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)
 
 

@@ -17,7 +17,7 @@ def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Ten
     """
     if rows.dtype == torch.float64 or len(rows) == 0:
         return grouped_gemm_reference(rows, weight, tokens_per_expert)
-    if triton_runs(rows) and rows.dtype != torch.bfloat16:  # torch's own takes bfloat16 alone there
+    if triton_runs(rows):
         from moescale.ops import grouped_gemm_triton
 
         return grouped_gemm_triton.grouped_gemm(rows, weight, tokens_per_expert)

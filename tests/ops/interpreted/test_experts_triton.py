@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest import mock
 
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from moescale.moe.routing import Routing
+from moescale.ops import expert_feed_forward_triton
 from moescale.ops.expert_feed_forward import expert_feed_forward_reference
 from moescale.ops.expert_feed_forward_triton import fused_experts
 from moescale.ops.grouped_gemm import grouped_gemm_reference
@@ -51,9 +53,9 @@ def test_permute_and_unpermute(tokens: int, choices: int, experts: int, dtype: t
           [dtype, torch.float32])
 
 
-@settings(QUICK, max_examples=6)
-@given(st.integers(1, 12), st.integers(1, 3), st.integers(3, 6), DTYPES)
-def test_fused_experts(tokens: int, choices: int, experts: int, dtype: torch.dtype) -> None:
+@settings(QUICK, max_examples=8)
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(3, 6), DTYPES, st.booleans())
+def test_fused_experts(tokens: int, choices: int, experts: int, dtype: torch.dtype, wide: bool) -> None:
     torch.manual_seed(tokens)
     token, row, counts = routing(tokens, choices, experts)
     shapes = [(tokens, 24), (experts, 40, 24), (experts, 40, 24), (experts, 24, 40), (len(token),)]
@@ -62,5 +64,6 @@ def test_fused_experts(tokens: int, choices: int, experts: int, dtype: torch.dty
     def of(function):
         return lambda *x: function(*x[:4], Routing(token=token, weight=x[4], tokens_per_expert=counts, row=row))
 
-    check(of(fused_experts), of(partial(expert_feed_forward_reference, activation="silu")), inputs,
-          [dtype] * 4 + [torch.float32])
+    with mock.patch.object(expert_feed_forward_triton, "WIDE", 0 if wide else 1100):
+        check(of(fused_experts), of(partial(expert_feed_forward_reference, activation="silu")), inputs,
+              [dtype] * 4 + [torch.float32])
