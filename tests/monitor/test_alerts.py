@@ -36,18 +36,18 @@ def spike(engine: NativeEngine) -> None:
         engine.model.head.weight.mul_(-1)
 
 
-@pytest.mark.parametrize(("plant", "words"), [
-    (None, []), (dead_expert, ["dead experts: layer 1, 1 of 4 (3)"]), (drops, ["drops: 100%"]),
-    (collapse, ["dead experts: layer 0, 2 of 4 (2, 3)", "collapse: layer 0 uses 2"]), (spike, ["loss spike: "]),
+@pytest.mark.parametrize(("plants", "words"), [
+    ([], []), ([dead_expert, drops], ["dead experts: layer 1, 1 of 4 (3)", "drops: 100%"]),
+    ([collapse], ["dead experts: layer 0, 2 of 4 (2, 3)", "collapse: layer 0 uses 2"]), ([spike], ["loss spike: "]),
 ])
 def test_alerts_come_within_fifty_steps(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,  # noqa: F811
-    plant: Callable[[NativeEngine], None] | None, words: list[str],
+    plants: list[Callable[[NativeEngine], None]], words: list[str],
 ) -> None:
     step = NativeEngine.step
 
     def planted(engine: NativeEngine) -> torch.Tensor:
-        if plant is not None and engine.step_count == PLANTED:
+        for plant in plants if engine.step_count == PLANTED else ():
             plant(engine)
         return step(engine)
 
@@ -57,7 +57,8 @@ def test_alerts_come_within_fifty_steps(
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     alerts = [(line["step"], text) for line in lines for text in line.get("alerts", [])]
     assert len(alerts) == len(words), alerts
-    assert all(text.startswith(word) for (_, text), word in zip(alerts, words, strict=True)), alerts
+    texts = sorted(text for _, text in alerts)
+    assert all(text.startswith(word) for text, word in zip(texts, sorted(words), strict=True)), alerts
     assert all(PLANTED < at <= PLANTED + 50 for at, _ in alerts)
     output = capsys.readouterr().out
     assert all(f"step {at}: {text}" in output for at, text in alerts)

@@ -28,7 +28,7 @@ def make_config(folder: Path, parallel: dict[str, Any]) -> Config:
     return parse_config({
         "run": {"dir": str(folder), "steps": 20, "seed": 3},
         "data": {"files": [str(folder / "text/*.*")], "cache_dir": str(folder / "cache"), "held_out": 0.3,
-                 "seq_len": SEQ, "global_batch": 8, "micro_batch": 2},
+                 "seq_len": SEQ, "global_batch": 8, "micro_batch": 4},
         "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
                   "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
         "moe": {"num_experts": EXPERTS, "top_k": 2, "d_ff": 16, "router": "sigmoid_bias"},
