@@ -136,6 +136,7 @@ class _Run:
         finally:
             for sink in self.sinks:
                 sink.close()
+            self.tracer.close()
 
     def _stretch(self) -> None:
         """Run up to the next step that is logged, evaluated or saved, and do what falls due there."""

@@ -61,7 +61,4 @@ class Config(Group):
         refuse(self.moe.router == "sigmoid_bias" and self.parallel.over_budget == "drop",
                 "moe.router=sigmoid_bias balances by loads, of which parallel.over_budget=drop hides what is over: "
                 "write parallel.over_budget=passes")
-        refuse(self.monitor.profile_steps.stop - 1 > self.run.steps,
-                f"monitor.profile={self.monitor.profile} goes beyond run.steps={self.run.steps}, and is written after "
-                "its last step: write fewer steps")
         return self

@@ -19,25 +19,32 @@ class Tracer:
     def __init__(self, run_dir: Path, rank: int, *, trace: range, profile: range) -> None:
         self.run_dir, self.rank, self.trace, self.profile = run_dir, rank, trace, profile
         self._profiler: torch.profiler.profile | None = None
+        self._first = self._last = 0  # steps of the profile under way
 
     @contextmanager
     def step(self, step: int, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """Surround the whole of one step. batches: tokens and serial numbers of each micro-batch, [batch, seq] int64"""
         seen: list[Seen] = []
         if step in self.profile and self._profiler is None:
-            self._profiler = torch.profiler.profile()
+            self._profiler, self._first = torch.profiler.profile(), step
             self._profiler.start()
+        self._last = step
         if step in self.trace:
             with recording(model, seen.append, training=True):
                 yield
             write_trace(self._path("trace", f"step_{step:08d}", "parquet"), step, seen, batches)
         else:
             yield
-        if self._profiler is not None and step + 1 not in self.profile:
-            self._profiler.stop()
-            name = f"steps_{self.profile.start}-{self.profile.stop - 1}"
-            self._profiler.export_chrome_trace(str(self._path("profile", name, "json.gz")))
-            self._profiler = None
+        if step + 1 not in self.profile:
+            self.close()
+
+    def close(self) -> None:
+        """Write the profile that is under way, if there is one: a run may end, or fail, before its last step."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            profiler.stop()
+            name = f"steps_{self._first}-{self._last}"
+            profiler.export_chrome_trace(str(self._path("profile", name, "json.gz")))
 
     def _path(self, folder: str, name: str, ending: str) -> Path:
         (self.run_dir / folder).mkdir(exist_ok=True)
