@@ -102,6 +102,7 @@ def _forward(
     chosen_total, rest = tl.zeros((BLOCK,), tl.float32), logits
     for choice in tl.static_range(K):
         best, index = tl.max(rest, 1, return_indices=True, return_indices_tie_break_left=True)
+        index = tl.minimum(index, E - 1)  # whatever it is where logits are no numbers, so that the loss can say so
         taken = expert[None, :] == index[:, None]
         rest = tl.where(taken, float("-inf"), rest)
         counts += (taken & valid[:, None]).to(tl.int32)
