@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moescale.ops.collectives import local_tensor
+from moescale.ops.product import linear
 
 T = TypeVar("T")
 Fill = Callable[[Tensor, torch.Generator], object]
@@ -53,7 +54,7 @@ class Linear(nn.Module):
         weight = local_tensor(self.weight)
         if self.rows != slice(None):  # or the gradient would be a copy
             weight = weight[self.rows]
-        return F.linear(x, weight.to(x.dtype))
+        return linear(x, weight.to(x.dtype))
 
 
 class Embedding(nn.Module):

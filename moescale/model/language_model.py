@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moescale.layers.linear import Embedding, Linear
 from moescale.moe.routers import Router
 from moescale.ops.collectives import local_tensor
 from moescale.ops.head_losses import head_losses
+from moescale.ops.product import linear
 from moescale.ops.sequence import Sequence
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         try:
             x, _ = self._features(tokens, None, positions, positions)
-            logits = self._head(x, lambda x, weight: F.linear(x, weight.to(x.dtype)))
+            logits = self._head(x, lambda x, weight: linear(x, weight.to(x.dtype)))
             return logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(self.logit_scale)
         finally:  # a router left so would train without its capacity
             for router in routers:

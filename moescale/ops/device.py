@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 TRITON = find_spec("triton") is not None
+CAPABILITIES: Mapping[str, bool | int | str] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch knows none
+HAS_BFLOAT16 = any(CAPABILITIES.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))  # this processor
 SHARED_BYTES = 227 * 1024  # of an H100: what kernels are made for where there is no GPU to ask
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moescale.ops.product import multiply, widens
 from moescale.ops.shares import Share, cut, on_threads, slice_rows
 
 aten = torch.ops.aten
@@ -35,7 +36,7 @@ class _Blocks(torch.autograd.Function):
         sizes: list[int], activation: str,
     ) -> Tensor:
         d_ff, d_model = up.shape[1:]
-        shares = cut(sizes, d_model, d_ff, x.dtype)
+        shares = cut(sizes, d_model, d_ff, round_up=x.dtype == torch.bfloat16 and not widens(x))
         wide = [x.new_empty(share.length, d_ff) for share in shares]  # of [assignments or a few more, d_ff]
         wide_gate = [None if gate is None else torch.empty_like(features) for features in wide]
         sums = [x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in shares]
@@ -48,13 +49,13 @@ class _Blocks(torch.autograd.Function):
             for block in share.blocks:
                 a, h, o = (buffer[: block.length] for buffer in spare)
                 torch.index_select(x, 0, tokens[block.own], out=a[: block.size])
-                product = torch.mm(a, up[block.expert].T, out=u[block.rounded])
+                product = multiply(a, up[block.expert].T, u[block.rounded])
                 if gate is None or g is None:
                     _activate(activation, product, h)
                 else:
-                    _activate(activation, torch.mm(a, gate[block.expert].T, out=g[block.rounded]), h).mul_(product)
+                    _activate(activation, multiply(a, gate[block.expert].T, g[block.rounded]), h).mul_(product)
                 h[: block.size].mul_(factors[block.own])
-                torch.mm(h, down[block.expert].T, out=o)
+                multiply(h, down[block.expert].T, o)
                 y.index_add_(0, tokens[block.own], o[: block.size].to(y.dtype))
 
         on_threads(take, shares, wide, wide_gate, sums, spare)
@@ -90,7 +91,7 @@ class _Blocks(torch.autograd.Function):
                 torch.index_select(grad, 0, own, out=dy[: block.size])
                 hidden, dh = spare[1][:, : block.length]
                 dy[block.size :] = hidden[block.size :] = 0  # cancels rows that are not its own
-                torch.mm(dy, down[expert], out=dh)
+                multiply(dy, down[expert], dh)
                 for part, rows in block.slices(d_ff):
                     h, dh_part, product = hidden[part], dh[part], spare[2][: rows.stop - rows.start]
                     if g is None:
@@ -101,21 +102,22 @@ class _Blocks(torch.autograd.Function):
                     torch.sum(product, 1, dtype=weight.dtype, out=grad_factors[rows])
                     h.mul_(factors[rows])
                     dh_part.mul_(factors[rows])
-                grad_down.addmm_(dy.T, hidden, beta=more)
+                multiply(dy.T, hidden, grad_down, more)
                 da = dy  # done with
                 if gate is None or g is None:
                     for part, rows in block.slices(d_ff):
                         _activate_backward(ctx.activation, dh[part], u[rows], dh[part])
-                    torch.mm(dh, up[expert], out=da)
+                    multiply(dh, up[expert], da)
                 else:
                     dgate = hidden  # done with
                     for part, rows in block.slices(d_ff):
                         product = torch.mul(dh[part], u[rows], out=spare[2][: rows.stop - rows.start])
                         _activate_backward(ctx.activation, product, g[rows], dgate[part])
                         dh[part].mul_(_activate(ctx.activation, g[rows], product))
-                    grad_gate[0].addmm_(dgate.T, a, beta=more)
-                    torch.mm(dgate, gate[expert], out=da).addmm_(dh, up[expert])
-                grad_up.addmm_(dh.T, a, beta=more)
+                    multiply(dgate.T, a, grad_gate[0], more)
+                    multiply(dgate, gate[expert], da)
+                    multiply(dh, up[expert], da, 1)
+                multiply(dh.T, a, grad_up, more)
                 grad_x.index_add_(0, own, da[: block.size].to(grad_x.dtype))
 
         on_threads(take, shares, wide, wide_gate, sums, spare, borrowed)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescale.ops.device import triton_runs
+from moescale.ops.product import widens
 
 
 def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
@@ -21,6 +22,8 @@ def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Ten
         from moescale.ops import grouped_gemm_triton
 
         return grouped_gemm_triton.grouped_gemm(rows, weight, tokens_per_expert)
+    if widens(rows):
+        return grouped_gemm(rows.float(), weight.float(), tokens_per_expert).to(rows.dtype)
     (d_out, d_in), width = weight.shape[1:], 16 // rows.element_size()
     if d_out % width or d_in % width:  # what `etp` leaves of d_ff may not be rows of 16 bytes, which torch wants
         rows = F.pad(rows, (0, -d_in % width))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moescale.ops.collectives import Group
 from moescale.ops.device import triton_runs
+from moescale.ops.product import multiply
 
 CHUNK = 2**26  # logits that are in memory at a time
 IN_CACHE = 2**17  # of them, those that a processor works on at a time
@@ -54,7 +55,9 @@ class _HeadLosses(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         log_sum, chosen = x.new_empty(len(x), dtype=wide), x.new_empty(len(x), dtype=wide)
         for part in _parts(len(x), chunk):
-            log_sum[part], chosen[part] = _normalise(_product(x[part], matrix, logits), column[part], logit_scale)
+            log_sum[part], chosen[part] = _normalise(
+                multiply(x[part], matrix.T, logits[: part.stop - part.start]), column[part], logit_scale
+            )
         if group is not None:
             top = log_sum.clone()
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
@@ -75,29 +78,17 @@ class _HeadLosses(torch.autograd.Function):
         of_probs = of_chosen + 2 * ctx.logit_scale * grad_z * log_sum * valid
         buffer = x.new_empty(min(ctx.chunk, len(x)), len(weight))
         for part in _parts(len(x), ctx.chunk):
-            logits = _product(x[part], matrix, buffer) if kept is None else kept
-            grad = buffer[: len(logits)]
+            grad = buffer[: part.stop - part.start]
+            logits = multiply(x[part], matrix.T, grad) if kept is None else kept
             _grad_logits(logits, column[part], log_sum[part], of_probs[part], of_chosen[part], ctx.logit_scale, grad)
-            torch.mm(grad, matrix, out=grad_x[part])
-            _add_product(grad_weight, grad.T, x[part])
+            multiply(grad, matrix, grad_x[part])
+            multiply(grad.T, x[part], grad_weight, 1)
         return grad_x, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _parts(tokens: int, chunk: int) -> Iterator[slice]:
     for start in range(0, tokens, chunk):
         yield slice(start, min(start + chunk, tokens))
-
-
-def _product(x: Tensor, matrix: Tensor, buffer: Tensor) -> Tensor:
-    """-> logits, [tokens, vocab], in the first rows of the buffer"""
-    return torch.mm(x, matrix.T, out=buffer[: len(x)])
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
 
 
 def _normalise(logits: Tensor, column: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -61,10 +61,10 @@ class Share(NamedTuple):
         return max(block.rounded.stop for block in self.blocks)
 
 
-def cut(sizes: list[int], d_model: int, d_ff: int, dtype: torch.dtype) -> list[Share]:
+def cut(sizes: list[int], d_model: int, d_ff: int, round_up: bool) -> list[Share]:
     """Share the rows among threads, and cut each expert's into equal blocks that the cache holds.
 
-    An expert without rows has an empty block.
+    An expert without rows has an empty block. round_up: multiply some more rows than a block has, of few sizes.
     """
     total, ends = sum(sizes), list(accumulate(sizes))
     threads = max(1, min(torch.get_num_threads(), MOST_THREADS, total // FEWEST_ROWS))
@@ -82,8 +82,9 @@ def cut(sizes: list[int], d_model: int, d_ff: int, dtype: torch.dtype) -> list[S
             pieces = max(0, -(-(stop - start) // most))
             for piece in range(pieces):
                 low, high = (start + (stop - start) * edge // pieces for edge in (piece, piece + 1))
-                blocks.append(Block(expert, low - rows.start, high - low, _rounded(high - low, dtype),
-                                    first=piece == 0, borrowed=end - size < rows.start))
+                length = _rounded(high - low) if round_up else high - low
+                blocks.append(Block(expert, low - rows.start, high - low, length, first=piece == 0,
+                                    borrowed=end - size < rows.start))
     return shares
 
 
@@ -129,9 +130,7 @@ def slice_rows(features: int) -> int:
     return max(1, SLICE_NUMBERS // features)
 
 
-def _rounded(size: int, dtype: torch.dtype) -> int:
-    """Round to one of sixteen sizes an octave, and to 32 at least, where a new size costs a compilation."""
-    if dtype != torch.bfloat16:
-        return size
+def _rounded(size: int) -> int:
+    """Round up to one of sixteen sizes an octave, and to 32 at least."""
     unit = max(32, 1 << max(0, size.bit_length() - 5))
     return -(-size // unit) * unit

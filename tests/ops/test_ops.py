@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from moescale.layers.positions import alibi_slopes
 from moescale.moe.routing import Routing
-from moescale.ops import shares
+from moescale.ops import product, shares
 from moescale.ops.attention import attention
 from moescale.ops.expert_feed_forward import expert_feed_forward, expert_feed_forward_reference
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from moescale.ops.permute import permute, unpermute
+from moescale.ops.product import linear
 from moescale.ops.random import uniform, uniform_features
 from moescale.ops.rms_norm import rms_norm, rms_norm_reference
 from moescale.ops.rotary import rotate, rotate_reference
@@ -42,10 +43,11 @@ def torch_threads(number: int) -> Iterator[None]:
 @given(
     st.lists(st.one_of(st.integers(0, 130), st.integers(500, 530)), min_size=1, max_size=6),
     st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["silu", "gelu", "relu"]), st.booleans(),
-    st.sampled_from([0, 1 << 20]), st.booleans(), st.integers(1, 5),
+    st.sampled_from([0, 1 << 20]), st.booleans(), st.integers(1, 5), st.booleans(),
 )
 def test_experts_equal_a_loop(
-    sizes: list[int], dtype: torch.dtype, activation: str, gated: bool, block_numbers: int, dropout: bool, threads: int
+    sizes: list[int], dtype: torch.dtype, activation: str, gated: bool, block_numbers: int, dropout: bool, threads: int,
+    has_bfloat16: bool,
 ) -> None:
     """Over 540 tokens, some without experts; in blocks of at most 256 rows, or one an expert and thread."""
     torch.manual_seed(sum(sizes))
@@ -63,7 +65,10 @@ def test_experts_equal_a_loop(
         w = weight.to(torch.promote_types(to, torch.float32), copy=True).requires_grad_()
         routing = Routing(token, w, torch.tensor(sizes), row)
         arguments = (x, gate if gated else None, up, down, routing, activation)
-        with mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, FEWEST_ROWS=1), torch_threads(threads):
+        with (
+            mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, FEWEST_ROWS=1), torch_threads(threads),
+            mock.patch.object(product, "HAS_BFLOAT16", has_bfloat16),
+        ):
             out = function(*arguments, keep) if keep is not None and to == dtype else function(*arguments)
             out.backward(grad.to(to))
             assert torch.get_num_threads() == threads
@@ -78,8 +83,10 @@ def test_experts_equal_a_loop(
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]),
-       st.sampled_from([(16, 24), (6, 24), (16, 3)]))
-def test_grouped_gemm_equals_a_loop(sizes: list[int], dtype: torch.dtype, widths: tuple[int, int]) -> None:
+       st.sampled_from([(16, 24), (6, 24), (16, 3)]), st.booleans())
+def test_grouped_gemm_equals_a_loop(
+    sizes: list[int], dtype: torch.dtype, widths: tuple[int, int], has_bfloat16: bool
+) -> None:
     torch.manual_seed(sum(sizes))
     counts = torch.tensor(sizes)
     d_in, d_out = widths
@@ -89,12 +96,31 @@ def test_grouped_gemm_equals_a_loop(sizes: list[int], dtype: torch.dtype, widths
     results = []
     for function, to in ((grouped_gemm, dtype), (grouped_gemm_reference, torch.float64)):
         r, w = rows.to(to, copy=True).requires_grad_(), weight.to(to, copy=True).requires_grad_()
-        out = function(r, w, counts)
-        out.backward(grad.to(to))
+        with mock.patch.object(product, "HAS_BFLOAT16", has_bfloat16):
+            out = function(r, w, counts)
+            out.backward(grad.to(to))
         results.append((out, r.grad, w.grad))
     for ours, exact in zip(*results, strict=True):
         assert ours.shape == exact.shape
         assert relative(ours.detach(), exact.detach()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_linear_rounds_once_and_keeps_nothing_wide(monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool) -> None:
+    monkeypatch.setattr(product, "HAS_BFLOAT16", has_bfloat16)
+    torch.manual_seed(0)
+    x, weight, grad = (torch.randn(shape).bfloat16() for shape in ((2, 7, 300), (40, 300), (2, 7, 40)))
+    kept: list[torch.dtype] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.dtype) or x, lambda x: x):
+        out = linear(x.requires_grad_(), weight.requires_grad_())
+    out.backward(grad)
+    wide, matrix = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = wide @ matrix.T
+    exact.backward(grad.double())
+    assert set(kept) == {torch.bfloat16}
+    for ours, reference in ((out.detach(), exact.detach()), (x.grad, wide.grad), (weight.grad, matrix.grad)):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.double(), reference, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
