@@ -25,8 +25,8 @@ class _Blocks(torch.autograd.Function):
     """Threads take equal shares of the rows and have their own sums over tokens.
 
     Kept for backward: x and the two products; copies of x and activations are made again. The bfloat16 product of
-    processors compiles a kernel for every new number of rows, which takes ten times longer than to run it, and routing
-    brings new numbers at every step: row counts are therefore rounded up. A block is then multiplied together with
+    processors that have it compiles a kernel for every new number of rows, which takes ten times longer than to run it,
+    and routing brings new numbers at every step: row counts are rounded up there. A block is then multiplied with
     some rows that are not its own; what they leave is overwritten when their turn comes, or multiplied by zeros.
     """
 
