@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moescale.config import Config, ConfigError, parse_config
+from moescale.config import Config, ConfigError, LayerConfig, parse_config
 
 
 def settle(ranks: int, **parallel: Any) -> Config:
@@ -59,3 +59,12 @@ def test_what_is_left_to_derive() -> None:
     assert settled.parallel.dp_shard == 2
     assert settled.data.micro_batch == 4, "the largest that fills a pipeline of two"
     assert settle(2).data.micro_batch == 8, "a rank's whole share"
+
+
+@pytest.mark.parametrize("group", [field.annotation for field in Config.model_fields.values()] + [LayerConfig])
+def test_every_key_has_a_sentence(group: Any) -> None:
+    for key, field in group.model_fields.items():
+        text = field.description or ""
+        assert text[:1].isupper() or text.startswith("`"), f"{group.__name__}.{key} needs a sentence below it"
+        assert text.endswith("."), f"{group.__name__}.{key}"
+        assert "\n" not in text, f"{group.__name__}.{key}: one line"

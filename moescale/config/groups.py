@@ -1,4 +1,7 @@
-"""The groups of a run: frozen models, each of which refuses what cannot work within it."""
+"""The groups of a run: frozen models, each of which refuses what cannot work within it.
+
+The sentence below a key is what `moescale config` shows of it.
+"""
 
 from __future__ import annotations
 
@@ -21,53 +24,86 @@ CAPACITY_KEYS = ("eval_capacity_factor", "min_capacity", "drop_by", "left_behind
 
 
 class Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False,
+                              use_attribute_docstrings=True)  # the text below a key is its description
 
 
 class RunConfig(Group):
-    dir: str = "runs/default"  # checkpoints, metrics.jsonl and config.yaml go here
-    seed: int = Field(0, ge=0, lt=2**31)  # of the initial weights, the data's order and every random draw
+    dir: str = "runs/default"
+    """The folder that checkpoints, metrics.jsonl and config.yaml go to."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Decides the first weights, the order of the data and every random draw."""
     steps: int = Field(1000, ge=1)
-    timeout_seconds: float = Field(300.0, gt=0)  # a collective that waits longer ends the run
+    """Steps to train, in all."""
+    timeout_seconds: float = Field(300.0, gt=0)
+    """A rank that waits longer than this for the others ends the run."""
 
 
 class DataConfig(Group):
-    files: tuple[str, ...] = ()  # paths and globs; none = the running Python's own standard library
-    tokenizer: str = "bytes"  # "bytes", or the path of a Hugging Face tokenizer.json
-    cache_dir: str = "~/.cache/moescale"  # where token shards are kept
+    files: tuple[str, ...] = ()
+    """Paths and globs of the training text; none is the source of the running Python's own standard library."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a Hugging Face tokenizer.json."""
+    cache_dir: str = "~/.cache/moescale"
+    """The folder that tokenized text is kept in."""
     seq_len: int = Field(256, ge=1)
-    global_batch: int = Field(16, ge=1)  # sequences a step, over all ranks
-    micro_batch: int | None = Field(None, ge=1)  # sequences a rank and pass; none = a rank's whole share in one pass
-    held_out: float = Field(0.02, gt=0, lt=1)  # share of the documents kept for evaluation
+    """Tokens in a training sequence."""
+    global_batch: int = Field(16, ge=1)
+    """Sequences in a step, over all ranks."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Sequences in one pass of a rank; more passes add up their gradients; null is the rank's whole share."""
+    held_out: float = Field(0.02, gt=0, lt=1)
+    """Share of the documents that is kept for evaluation and never trained on."""
 
 
 class LayerConfig(Group):
     """One entry of `model.pattern`: what mixes tokens, what mixes features."""
 
     mixer: Literal["attention"] = "attention"
+    """What mixes the positions of a sequence."""
     channel_mixer: Literal["feed_forward", "moe"] = "moe"
+    """What mixes the features of a position: one feed-forward, or a mixture of experts."""
 
 
 class ModelConfig(Group):
     vocab_size: int = Field(384, ge=2)
+    """Rows of the embedding and the head: at least as many as the tokenizer has tokens."""
     d_model: int = Field(256, ge=8)
+    """Features of a position between the layers."""
     num_layers: int = Field(4, ge=1)
+    """Layers, each with one mixer and one channel mixer."""
     num_heads: int = Field(8, ge=1)
+    """Query heads of attention."""
     num_kv_heads: int = Field(2, ge=1)
+    """Key and value heads of attention, each shared by as many query heads."""
     head_dim: int = Field(32, ge=2)
-    d_ff: int = Field(1024, ge=8)  # hidden features of a dense feed-forward
+    """Features of one head."""
+    d_ff: int = Field(1024, ge=8)
+    """Hidden features of a dense feed-forward."""
     activation: Activation = "swiglu"
-    window: int | None = Field(None)  # positions a query sees, itself included; none = all before it
+    """The nonlinearity of a dense feed-forward; swiglu and geglu have a gate."""
+    window: int | None = Field(None)
+    """Positions that a query sees, itself included; null is all before it."""
     positions: Literal["rope", "alibi", "none"] = "rope"
+    """How attention knows the order: rotated queries and keys, biases by distance, or not at all."""
     rope_theta: float = Field(10000.0, gt=1)
+    """Base of the wavelengths of rope: larger for longer contexts."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """How features are normalized before each mixer."""
     norm_eps: float = Field(1e-5, gt=0)
-    block: Literal["serial", "parallel"] = "serial"  # parallel: one norm, mixer and channel mixer side by side (PaLM)
+    """Added to the mean square in a norm, so that nothing is divided by zero."""
+    block: Literal["serial", "parallel"] = "serial"
+    """`serial` has a norm before each mixer; `parallel` one norm for both, side by side (PaLM)."""
     tied_embeddings: bool = False
-    scale_logits: bool = False  # logits / sqrt(d_model), as T5 and PaLM do with tied embeddings
-    init: Literal["normal", "fan_in", "switch"] = "normal"  # std 0.02; 1/sqrt(fan in) (PaLM); truncated (Switch)
-    z_loss_coefficient: float = Field(0.0, ge=0)  # of the squared log-normaliser of the output softmax
-    pattern: tuple[LayerConfig, ...] = (LayerConfig(),)  # tiled over the layers
+    """Whether the head's weight is the embedding's."""
+    scale_logits: bool = False
+    """Whether logits are divided by sqrt(d_model), as T5 and PaLM do with tied embeddings."""
+    init: Literal["normal", "fan_in", "switch"] = "normal"
+    """Deviation of the first weights: 0.02; 1/sqrt(fan in) (PaLM); a truncated one (Switch)."""
+    z_loss_coefficient: float = Field(0.0, ge=0)
+    """Weight of the squared log-normalizer of the output softmax in the loss (PaLM: 1e-4)."""
+    pattern: tuple[LayerConfig, ...] = (LayerConfig(),)
+    """The kinds of layers, repeated over num_layers."""
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
@@ -92,25 +128,45 @@ class ModelConfig(Group):
 
 class MoEConfig(Group):
     num_experts: int = Field(8, ge=1)
+    """Experts of a mixture, among which the router chooses."""
     top_k: int = Field(2, ge=1)
-    num_shared_experts: int = Field(0, ge=0)  # beside those, experts that all tokens use
+    """Experts that a token gets."""
+    num_shared_experts: int = Field(0, ge=0)
+    """Experts next to those, which all tokens use."""
     router: Literal["mixtral", "switch", "gshard", "sigmoid_bias", "expert_choice", "sinkhorn"] = "mixtral"
-    capacity_factor: float | None = Field(None, gt=0)  # slots per expert over its even share; none = dropless
-    eval_capacity_factor: float | None = Field(None, gt=0)  # the same in evaluation; decoding is always dropless
-    min_capacity: int = Field(1, ge=1)  # slots that an expert has in any case, in each sequence
-    drop_by: Literal["position", "probability"] = "position"  # who comes last: later tokens, or less sure ones
-    left_behind_choices: int = Field(1, ge=1)  # experts that a token tries until one has room (Switch)
-    d_ff: int = Field(512, ge=8)  # hidden features of one expert
+    """How tokens find experts; moe/routers/__init__.py says how each weighs, balances and drops."""
+    capacity_factor: float | None = Field(None, gt=0)
+    """Slots of an expert in each sequence, over its even share; null drops nothing."""
+    eval_capacity_factor: float | None = Field(None, gt=0)
+    """The same in evaluation; null is capacity_factor; generating text never drops."""
+    min_capacity: int = Field(1, ge=1)
+    """Slots that an expert has in any case, in each sequence."""
+    drop_by: Literal["position", "probability"] = "position"
+    """Who finds no slot: later tokens, or those of which the router is less sure."""
+    left_behind_choices: int = Field(1, ge=1)
+    """With `switch`: experts that a token tries, best first, until one has a slot left."""
+    d_ff: int = Field(512, ge=8)
+    """Hidden features of one expert."""
     activation: Activation = "swiglu"
-    jitter: float = Field(0.0, ge=0, lt=1)  # the router's input is multiplied by 1 +- this (Switch)
-    expert_dropout: float = Field(0.0, ge=0, lt=1)  # of the hidden features within experts, for fine-tuning (Switch)
+    """The nonlinearity of an expert; swiglu and geglu have a gate."""
+    jitter: float = Field(0.0, ge=0, lt=1)
+    """The router's input is multiplied by a random number in 1 +- this while training (Switch)."""
+    expert_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the hidden features in experts that is dropped while training (Switch's fine-tuning)."""
     load_balance_coefficient: float = Field(0.01, ge=0)
-    balance_over: Literal["sequence", "micro_batch", "global_batch"] = "sequence"  # tokens that balance together
+    """Weight of the load balance loss, which keeps experts equally busy."""
+    balance_over: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
+    """Tokens over which the balance loss takes its means: those of a sequence, a pass or a whole step."""
     router_z_coefficient: float = Field(0.0, ge=0)
-    num_expert_groups: int = Field(1, ge=1)  # the experts lie in so many groups
-    top_k_groups: int = Field(1, ge=1)  # a token's experts lie in so many of them
-    routed_scaling: float = Field(1.0, gt=0)  # the experts' weights add up to this
-    bias_update_rate: float = Field(0.001, ge=0)  # how far the bias of each expert moves in a step
+    """Weight of the router z-loss, which keeps the router's logits small (ST-MoE: 1e-3)."""
+    num_expert_groups: int = Field(1, ge=1)
+    """With `sigmoid_bias`: groups that the experts lie in."""
+    top_k_groups: int = Field(1, ge=1)
+    """With `sigmoid_bias`: groups that a token's experts may come from."""
+    routed_scaling: float = Field(1.0, gt=0)
+    """With `sigmoid_bias`: what the weights of a token's experts add up to."""
+    bias_update_rate: float = Field(0.001, ge=0)
+    """With `sigmoid_bias`: how far the bias of each expert moves in a step."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -175,21 +231,36 @@ class MoEConfig(Group):
 
 
 class ParallelConfig(Group):
-    dp_replicate: int = Field(1, ge=1)  # copies of the sharded model
-    dp_shard: int = Field(-1, ge=-1)  # ranks that share one copy; -1 = what is left of the world
-    tp: int = Field(1, ge=1)  # ranks that share each matrix of attention, feed-forward, embedding and head
-    cp: int = Field(1, ge=1)  # ranks that share each sequence
-    pp: int = Field(1, ge=1)  # ranks in a row, each with some of the layers
-    ep: int = Field(1, ge=1)  # ranks that share the experts of one layer
-    etp: int = Field(1, ge=1)  # ranks that share each expert
-    dispatcher: Literal["all_to_all", "hierarchical", "all_gather"] = "all_to_all"  # how tokens travel to experts
-    dispatch_chunks: int = Field(1, ge=1)  # parts in which they do; one travels while the experts compute another
-    node_ranks: int | None = Field(None, ge=1)  # of hierarchical; none = as many as were started on one
-    row_budget: float | None = Field(None, gt=0)  # rows a rank takes at a time, over an even share; none = all
-    over_budget: Literal["passes", "drop"] = "passes"  # rows beyond: in further passes, computed again in backward
+    dp_replicate: int = Field(1, ge=1)
+    """Copies of the sharded model (HSDP)."""
+    dp_shard: int = Field(-1, ge=-1)
+    """Ranks that share one copy of the model (FSDP2); -1 is all that are left."""
+    tp: int = Field(1, ge=1)
+    """Ranks that share each matrix of attention, dense feed-forward, embedding and head."""
+    cp: int = Field(1, ge=1)
+    """Ranks that share each sequence."""
+    pp: int = Field(1, ge=1)
+    """Ranks in a row, each with layers of about equal cost."""
+    ep: int = Field(1, ge=1)
+    """Ranks that share the experts of a layer."""
+    etp: int = Field(1, ge=1)
+    """Ranks that share each expert."""
+    dispatcher: Literal["all_to_all", "hierarchical", "all_gather"] = "all_to_all"
+    """How tokens travel to their experts: straight, among the nodes first, or all tokens to all ranks."""
+    dispatch_chunks: int = Field(1, ge=1)
+    """Parts in which tokens travel, each while the experts compute another."""
+    node_ranks: int | None = Field(None, ge=1)
+    """Ranks of one node, for `hierarchical`; null is as many as were started there."""
+    row_budget: float | None = Field(None, gt=0)
+    """Rows that a rank's experts take at a time, over an even share; null is all."""
+    over_budget: Literal["passes", "drop"] = "passes"
+    """What happens to rows beyond row_budget: further passes, or the lightest are dropped in training."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
-    recompute: Literal["none", "selective", "full"] = "none"  # forward again in backward: feed-forwards; whole blocks
-    compile: bool = False  # torch.compile, block by block
+    """The order of passes in a pipeline."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What runs again in backward to save memory: feed-forwards and experts, or whole blocks."""
+    compile: bool = False
+    """Whether blocks are compiled by torch.compile."""
 
     @property
     def pp_stages(self) -> int:
@@ -206,14 +277,23 @@ class ParallelConfig(Group):
 
 class OptimConfig(Group):
     name: Literal["adamw"] = "adamw"
+    """The optimizer."""
     lr: float = Field(1e-3, gt=0)
+    """The learning rate after warmup, the highest of the run."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """How slowly AdamW's means of gradients and of their squares move."""
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)  # decoupled; never on norms and embeddings
+    """Added to the root of AdamW's second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay, never on norms and embeddings."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises from zero."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_lr_share: float = Field(0.1, ge=0, le=1)  # the last step's learning rate over lr
-    clip_norm: float | None = Field(1.0, gt=0)  # of the gradient over all parameters; none = no clipping
+    """How the learning rate falls after warmup."""
+    final_lr_share: float = Field(0.1, ge=0, le=1)
+    """The last step's learning rate, over lr."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """The largest norm of the gradient over all parameters; null clips nothing."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -223,26 +303,38 @@ class OptimConfig(Group):
 
 
 class PrecisionConfig(Group):
-    # weights and optimizer state stay float32 under bfloat16; float64 is for proofs
     compute: Literal["float32", "bfloat16", "float64"] = "float32"
+    """What matrices multiply in; weights and optimizer state stay float32; float64 is for proofs."""
 
 
 class CheckpointConfig(Group):
-    every: int = Field(1000, ge=1)  # steps; the last step is always saved
+    every: int = Field(1000, ge=1)
+    """Steps between two checkpoints; the last step is always saved."""
     keep: int = Field(3, ge=1)
+    """Checkpoints that are kept, the newest ones."""
 
 
 class MonitorConfig(Group):
-    every: int = Field(10, ge=1)  # steps between two lines of metrics.jsonl
-    eval_every: int | None = Field(None, ge=1)  # steps; none = after the last step only
-    eval_sequences: int = Field(64, ge=1)  # held-out sequences a time
-    moved_every: int | None = Field(50, ge=1)  # steps between looks at how far routing moved; none = never
-    alert_dropped: float = Field(0.5, ge=0, le=1)  # share of the choices that may have no row before an alert
-    trace: str | None = None  # "steps:10-12" writes each token's experts and weights to Parquet files in these steps
-    profile: str | None = None  # "steps:5-7" writes the time of each operation, for chrome://tracing or Perfetto
-    wandb: Literal["off", "auto", "offline", "online"] = "off"  # auto = online where there is a key
+    every: int = Field(10, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between two evaluations; null is after the last step only."""
+    eval_sequences: int = Field(64, ge=1)
+    """Held-out sequences in an evaluation."""
+    moved_every: int | None = Field(50, ge=1)
+    """Steps between two looks at how far routing moved; null never looks."""
+    alert_dropped: float = Field(0.5, ge=0, le=1)
+    """Share of the choices that may have no row before an alert."""
+    trace: str | None = None
+    """`steps:10-12` writes each token's experts and weights in these steps to Parquet files."""
+    profile: str | None = None
+    """`steps:5-7` writes the time of each operation in these steps, for Perfetto."""
+    wandb: Literal["off", "auto", "offline", "online"] = "off"
+    """Whether Weights & Biases gets the figures; `auto` is online where there is a key, else offline."""
     wandb_project: str = "moescale"
-    wandb_artifacts: bool = False  # configuration, code, and where each checkpoint lies
+    """The project that runs belong to in Weights & Biases."""
+    wandb_artifacts: bool = False
+    """Whether configuration, code and the place of each checkpoint are kept there."""
 
     @property
     def trace_steps(self) -> range:
