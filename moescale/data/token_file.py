@@ -25,7 +25,7 @@ from moescale.data.corpus import SPLITS, Corpus, Document, open_corpus, split_do
 from moescale.data.publish import lock, publish, remove_leftovers, temporary_beside
 from moescale.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 2  # of the folder and of the split; a change renews every cache
+FORMAT = 3  # of the folder and of the split; a change renews every cache
 SHARD_TOKENS = 2**28
 MAX_KINDS, OTHER_KIND = 255, "other"  # all that come later are one kind, so that a byte holds their number
 CHUNK_CHARACTERS = 2**22  # handed to the tokenizer at a time
@@ -90,11 +90,16 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class TokenCorpus:
-    """A tokenized corpus. directory: where its shards are kept."""
+    """A tokenized corpus.
+
+    directory: where its shards are kept. fingerprint: a hash of the tokens and document starts of both splits, the
+    same wherever the files lie.
+    """
 
     train: TokenSplit
     held_out: TokenSplit
     directory: Path
+    fingerprint: str
 
 
 def prepare_tokens(config: DataConfig) -> TokenCorpus:
@@ -139,9 +144,10 @@ def _load(directory: Path) -> TokenCorpus | None:
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         train, held_out = (_load_split(directory, name, meta) for name in SPLITS)
+        fingerprint = str(meta["corpus_fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return TokenCorpus(train, held_out, directory)
+    return TokenCorpus(train, held_out, directory, fingerprint)
 
 
 def _load_split(directory: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
@@ -173,12 +179,14 @@ class _SplitWriter:
         self.shard_tokens: list[int] = []
         self.starts, self.kinds = array.array("q"), array.array("B")
         self.num_tokens = self.text_bytes = 0
+        self.digest = hashlib.sha256()
         self._shard: BinaryIO | None = None
 
     def append(self, ids: np.ndarray, text_bytes: int, kind: int) -> None:
         assert len(ids) == 0 or 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size
         document = np.empty(len(ids) + 1, dtype=self.dtype)
         document[0], document[1:] = self.tokenizer.boundary, ids
+        self.digest.update(len(document).to_bytes(8, "little") + document.tobytes())
         self.starts.append(self.num_tokens)
         self.kinds.append(kind)
         self.num_tokens += len(document)
@@ -229,8 +237,10 @@ def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, held_ou
             for (name, document), ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
                 kind = document.kind if document.kind in kinds or len(kinds) < MAX_KINDS else OTHER_KIND
                 writers[name].append(ids, len(document.text.encode()), kinds.setdefault(kind, len(kinds)))
-    meta = {"format": FORMAT, "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "files": len(corpus.files), "kinds": list(kinds),
+    fingerprint = hashlib.sha256(b"".join(writers[name].digest.digest() for name in SPLITS)).hexdigest()
+    meta = {"format": FORMAT, "corpus_fingerprint": fingerprint, "tokenizer": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "dtype": dtype.name,
+            "files": len(corpus.files), "kinds": list(kinds),
             "splits": {name: writer.finish() for name, writer in writers.items()}}
     (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 

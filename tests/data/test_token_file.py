@@ -113,6 +113,18 @@ def test_cache_is_reused_and_renewed(config: DataConfig, tmp_path: Path) -> None
     assert len(directories) == 3
 
 
+def test_fingerprint_is_of_the_tokens_and_the_split_alone(config: DataConfig, tmp_path: Path) -> None:
+    first = prepare_tokens(config).fingerprint
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "text", moved / "text")
+    other = config.model_copy(update={"files": (f"{moved}/text/*.*",), "cache_dir": str(moved / "cache")})
+    assert prepare_tokens(other).fingerprint == first
+    assert prepare_tokens(other.model_copy(update={"held_out": 0.3})).fingerprint != first
+    text = (moved / "text" / "06.txt").read_text()
+    (moved / "text" / "06.txt").write_text(text[:-1] + "x")
+    assert prepare_tokens(other).fingerprint != first
+
+
 @pytest.mark.parametrize("name", ["train-00000.bin", "held_out-starts.bin", "train-kinds.bin", "meta.json"])
 def test_damaged_cache_is_rewritten(config: DataConfig, name: str) -> None:
     directory = prepare_tokens(config).directory
