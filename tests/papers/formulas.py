@@ -1,0 +1,132 @@
+"""The papers' formulas, written for one sequence at a time and as slowly as they read. Nothing here imports ours."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def layer_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Subtract the mean, divide by the standard deviation, scale; no bias (PaLM, section 2)."""
+    centred = x - x.mean(-1, keepdim=True)
+    return scale * centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Divide by the root of the mean square (Zhang and Sennrich, 2019, equation 4)."""
+    return scale * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Turn the pair (i, i + head_dim/2) of position m by m theta^(-2i/head_dim) (RoFormer, equation 34).
+
+    x: [seq, head_dim].
+    """
+    half = x.shape[-1] // 2
+    angle = torch.tensor([[m * theta ** (-i / half) for i in range(half)] for m in range(len(x))], dtype=x.dtype)
+    left, right = x[:, :half], x[:, half:]
+    return torch.cat((left * angle.cos() - right * angle.sin(), left * angle.sin() + right * angle.cos()), -1)
+
+
+def attention(
+    x: Tensor, weights: Weights, num_heads: int, num_kv_heads: int, *, theta: float | None, window: int | None,
+    alibi: bool = False,
+) -> Tensor:
+    """Causal softmax attention, head by head and query by query. x: [seq, d_model]; returns the same shape.
+
+    With one key head this is multi-query attention (Shazeer, 2019). window: a query sees so many positions, itself
+    included (Mistral 7B, section 2). alibi: scores lose slope x distance (Press et al., 2022, section 3).
+    """
+    queries, keys, values = (
+        (x @ weights[name].T).chunk(heads, -1)
+        for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)))
+    heads = []
+    for head, q in enumerate(queries):
+        k, v = (shared[head // (num_heads // num_kv_heads)] for shared in (keys, values))
+        if theta is not None:
+            q, k = rotate(q, theta), rotate(k, theta)
+        rows = []
+        for i in range(len(x)):
+            first = 0 if window is None else max(0, i - window + 1)
+            scores = k[first : i + 1] @ q[i] / math.sqrt(q.shape[-1])
+            if alibi:
+                slope = 2 ** (-8 * (head + 1) / num_heads)
+                scores = scores - slope * torch.arange(i - first, -1, -1, dtype=x.dtype)
+            rows.append(scores.softmax(0) @ v[first : i + 1])
+        heads.append(torch.stack(rows))
+    return torch.cat(heads, -1) @ weights["o"].T
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the normal distribution's probability of being below x (Hendrycks and Gimpel, 2016)."""
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def feed_forward(x: Tensor, weights: Weights, activation: str) -> Tensor:
+    """The feed-forward and its gated variants (GLU Variants Improve Transformer, equations 5 and 6)."""
+    up = x @ weights["up"].T
+    if activation == "swiglu":
+        gate = x @ weights["gate"].T
+        hidden = gate / (1 + (-gate).exp()) * up
+    elif activation == "geglu":
+        hidden = gelu(x @ weights["gate"].T) * up
+    else:
+        hidden = gelu(up) if activation == "gelu" else up.clamp(min=0)
+    return hidden @ weights["down"].T
+
+
+def next_token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy, and log^2 of the softmax's normaliser (PaLM, section 5), each summed over targets."""
+    log_z = logits.exp().sum(-1).log()
+    return (log_z - logits[range(len(targets)), targets]).sum(), log_z.pow(2).sum()
+
+
+def mixture(x: Tensor, router: Tensor, experts: list[Weights], activation: str, kind: str, *, top_k: int,
+            capacity: float | None, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer of experts, token by token, and its balance loss summed over tokens. x: [seq, d_model].
+
+    kind: "mixtral", softmax over the top_k logits (Mixtral of Experts, section 2.1); "switch", the best expert by its
+    probability (Switch Transformers, equations 1 to 6); "gshard", the best two normalised, the second one taken when
+    twice its weight exceeds a uniform draw (GShard, algorithm 1); "sigmoid_bias" with a bias of zero (DeepSeek-V3,
+    equations 12 to 20); "expert_choice", each expert takes its best tokens (Zhou et al., 2022, equations 1 to 3).
+    capacity: slots over the even share, None = no limit.
+    """
+    num_tokens, num_experts = len(x), len(experts)
+    logits = x @ router.T
+    scores = 1 / (1 + (-logits).exp()) if kind == "sigmoid_bias" else logits.softmax(-1)
+    probs = scores / scores.sum(-1, keepdim=True)
+    out = [torch.zeros_like(token) for token in x]
+    if kind == "expert_choice":
+        assert capacity is not None
+        for expert, weights in enumerate(experts):
+            for t in probs[:, expert].argsort(descending=True)[: int(capacity * num_tokens / num_experts)].tolist():
+                out[t] = out[t] + probs[t, expert] * feed_forward(x[t], weights, activation)
+        return torch.stack(out), x.new_zeros(())
+    best = probs.argsort(-1, descending=True)[:, :top_k].tolist()
+    slots = math.inf if capacity is None else max(1, int(capacity * num_tokens * top_k / num_experts))
+    used = [0] * num_experts
+    for choice in range(top_k):
+        for t, token in enumerate(x):
+            expert = best[t][choice]
+            weight = probs[t, expert] if kind == "switch" else scores[t, expert] / scores[t, best[t]].sum()
+            left_out = kind == "gshard" and choice == 1 and not 2 * weight.item() > float(draws[t])
+            if left_out or used[expert] >= slots:
+                continue
+            used[expert] += 1
+            out[t] = out[t] + weight * feed_forward(token, experts[expert], activation)
+    counted = 1 if kind in ("switch", "gshard") else top_k
+    share = torch.zeros(num_experts, dtype=x.dtype)
+    for choices in best:
+        for expert in choices[:counted]:
+            share[expert] += 1 / (counted * num_tokens)
+    return torch.stack(out), num_experts * (share * probs.mean(0)).sum() * num_tokens
+
+
+def router_z(x: Tensor, router: Tensor) -> Tensor:
+    """log^2 of the router's normaliser, summed over tokens (ST-MoE, equation 5)."""
+    return F.linear(x, router).exp().sum(-1).log().pow(2).sum()

@@ -1,0 +1,115 @@
+"""Whole models against the papers' formulas: every loss and every gradient, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moescale.config import Config, parse_config
+from moescale.model.build import build_model
+from moescale.model.language_model import LanguageModel
+from moescale.ops.random import uniform
+from tests.papers import formulas
+
+MODEL = {"vocab_size": 40, "d_model": 16, "num_layers": 2, "num_heads": 4, "head_dim": 8, "d_ff": 24,
+         "norm_eps": 1e-2}  # an eps that shows
+PALM = {"model": {**MODEL, "num_kv_heads": 1, "block": "parallel", "norm": "layernorm", "tied_embeddings": True,
+                  "scale_logits": True, "z_loss_coefficient": 0.3, "pattern": [{"channel_mixer": "feed_forward"}]}}
+SERIAL = {**MODEL, "num_kv_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "palm": PALM,
+    "dense relu alibi": {"model": {**SERIAL, "activation": "relu", "positions": "alibi", "norm": "layernorm",
+                                   "pattern": [{"channel_mixer": "feed_forward"}]}},
+    "dense gelu no positions": {"model": {**SERIAL, "activation": "gelu", "positions": "none", "rope_theta": 500.0,
+                                          "pattern": [{"channel_mixer": "feed_forward"}]}},
+    "mixtral": {"model": {**SERIAL, "window": 5, "rope_theta": 1e6},
+                "moe": {"num_experts": 6, "top_k": 2, "d_ff": 8, "router_z_coefficient": 0.2}},
+    "switch": {"model": {**SERIAL, "activation": "geglu", "tied_embeddings": True, "scale_logits": True,
+                         "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]},
+               "moe": {"router": "switch", "num_experts": 3, "top_k": 1, "capacity_factor": 0.9, "d_ff": 8,
+                       "activation": "geglu"}},
+    "gshard": {"model": {**SERIAL, "norm": "layernorm", "activation": "relu"},
+               "moe": {"router": "gshard", "num_experts": 4, "top_k": 2, "capacity_factor": 0.8, "d_ff": 8,
+                       "activation": "relu"}},
+    "sigmoid_bias": {"model": SERIAL, "moe": {"router": "sigmoid_bias", "num_experts": 6, "top_k": 3, "d_ff": 8}},
+    "expert_choice": {"model": SERIAL, "moe": {"router": "expert_choice", "num_experts": 4, "top_k": 2,
+                                               "capacity_factor": 1.7, "d_ff": 8}},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_equals_the_papers_formulas(family: str) -> None:
+    config = parse_config({**FAMILIES[family], "precision": {"compute": "float64"},
+                           "data": {"tokenizer": "none.json"}}, "test")
+    model = _random_model(config)
+    tokens = torch.randint(0, config.model.vocab_size, (3, 13))
+    serial = torch.arange(100, 136).view(3, 12)
+    sums = model(tokens[:, :-1], targets=tokens[:, 1:], positions=torch.arange(12).expand(3, 12), serial=serial)
+    gradients = torch.autograd.grad(_total(sums, config), list(model.parameters()))
+    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    expected = [sum(parts) for parts in zip(*(
+        _paper(config, weights, *each) for each in zip(tokens, serial, strict=True)), strict=True)]
+    for ours, theirs, what in zip(sums, expected, ("cross entropy", "z-loss", "balance", "router z"), strict=True):
+        assert ours.item() == pytest.approx(float(theirs), rel=1e-6, abs=1e-9), what
+    theirs = torch.autograd.grad(_total(expected, config), list(weights.values()))
+    for name, ours, reference in zip(weights, gradients, theirs, strict=True):
+        difference = float((ours - reference).norm() / reference.norm())
+        assert difference < 2e-6, f"the gradient of {name}"  # the angles of rotary positions are float32 in ours
+
+
+def _random_model(config: Config) -> LanguageModel:
+    model = build_model(config, "cpu")
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.3)
+    return model.train()
+
+
+def _total(sums: Any, config: Config) -> Tensor:
+    """The four sums in one number, each with a weight that shows."""
+    cross_entropy, output_z, balance, router_z = sums
+    return cross_entropy + config.model.z_loss_coefficient * output_z + 0.7 * balance + 0.2 * router_z
+
+
+def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, serial: Tensor) -> list[Tensor]:
+    """The four sums of one sequence. tokens: [seq + 1]"""
+    model = config.model
+    norm = formulas.layer_norm if model.norm == "layernorm" else formulas.rms_norm
+    x = weights["embedding.weight"][tokens[:-1]]
+    losses = [torch.zeros((), dtype=x.dtype), torch.zeros((), dtype=x.dtype)]
+    for index, layer in enumerate(model.layers):
+        of = f"blocks.{index}."
+        own = {name.removeprefix(of): weight for name, weight in weights.items() if name.startswith(of)}
+        h = norm(x, own["mixer_norm.weight"], model.norm_eps)
+        mixed = formulas.attention(
+            h, {part: own[f"mixer.{part}.weight"] for part in "qkvo"}, model.num_heads, model.num_kv_heads,
+            theta=model.rope_theta if model.positions == "rope" else None, window=model.window,
+            alibi=model.positions == "alibi")
+        if model.block == "parallel":  # y = x + MLP(norm(x)) + Attention(norm(x)) (PaLM, section 2)
+            x = x + mixed + formulas.feed_forward(h, _dense(own), model.activation)
+            continue
+        x = x + mixed
+        h = norm(x, own["channel_norm.weight"], model.norm_eps)
+        if layer.channel_mixer == "feed_forward":
+            x = x + formulas.feed_forward(h, _dense(own), model.activation)
+            continue
+        router = own["channel_mixer.router.weight"]
+        experts = [{part: own[f"channel_mixer.experts.{part}"][expert] for part in ("gate", "up", "down")
+                    if f"channel_mixer.experts.{part}" in own} for expert in range(config.moe.num_experts)]
+        salt = 2 * index + 1  # of the second expert's draws, with seed 0
+        y, balance = formulas.mixture(h, router, experts, config.moe.activation, config.moe.router,
+                                      top_k=config.moe.top_k, capacity=config.moe.capacity_factor,
+                                      draws=uniform(serial, salt))
+        x, losses = x + y, [losses[0] + balance, losses[1] + formulas.router_z(h, router)]
+    h = norm(x, weights["norm.weight"], model.norm_eps)
+    head = weights["embedding.weight"] if model.tied_embeddings else weights["head.weight"]
+    scale = model.d_model**-0.5 if model.scale_logits else 1.0
+    return [*formulas.next_token_losses(h @ head.T * scale, tokens[1:]), *losses]
+
+
+def _dense(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {part: own[f"channel_mixer.{part}.weight"] for part in ("gate", "up", "down")
+            if f"channel_mixer.{part}.weight" in own}

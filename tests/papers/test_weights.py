@@ -1,0 +1,103 @@
+"""How weights start and how a step moves them, against the papers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moescale.config import parse_config
+from moescale.model.build import build_model
+from moescale.model.initialize import initialize
+from moescale.optim.optimizer import build_optimizer
+from moescale.optim.schedule import learning_rate
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FEATURES, HIDDEN, EXPERT = 96, 160, 128
+
+
+@pytest.mark.parametrize(("init", "deviation", "embedding"), [
+    ("normal", lambda fan_in: 0.02, 0.02),  # GPT-2 and those after it
+    ("fan_in", lambda fan_in: fan_in**-0.5, 1.0),  # PaLM, section 2: "fan-in variance scaling"; E ~ N(0, 1)
+    ("switch", lambda fan_in: math.sqrt(0.1 / fan_in), 1.0),  # Switch Transformers, section 2.4: s = 0.1
+])
+def test_weights_start_as_the_papers_say(init: str, deviation: Any, embedding: float) -> None:
+    model = build_model(parse_config({
+        "model": {"init": init, "d_model": FEATURES, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16,
+                  "d_ff": HIDDEN, "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]},
+        "moe": {"d_ff": EXPERT, "num_experts": 4}}, "test"), "cpu")
+    initialize(model, seed=1)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            assert weight.eq(1).all(), name
+            continue
+        bound = deviation(_fan_in(name))
+        if "embedding" in name:
+            bound = embedding
+        elif init == "switch":  # "we redraw values that are over two standard deviations": those left spread less
+            assert float(weight.abs().max()) <= 2 * bound, name
+            bound *= 0.8796
+        error = 5 / math.sqrt(2 * weight.numel())  # five standard errors of a standard deviation
+        assert float(weight.std()) == pytest.approx(bound, rel=error), name
+        assert abs(float(weight.mean())) < 5 * bound / math.sqrt(weight.numel()), name
+
+
+def _fan_in(name: str) -> int:
+    """How many features a matrix multiplies."""
+    kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if kind == "down":
+        return EXPERT if "experts" in name else HIDDEN
+    return 64 if kind == "o" else FEATURES
+
+
+def test_a_step_is_adamw_with_decay_on_matrices_alone() -> None:
+    """Three steps of algorithm 2 of Decoupled Weight Decay Regularization, with its schedule multiplier as lr."""
+    config = parse_config({
+        "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 16,
+                  "vocab_size": 264, "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]},
+        "moe": {"num_experts": 3, "d_ff": 8},
+        "optim": {"lr": 0.01, "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.5}}, "test")
+    model = build_model(config, "cpu").double()
+    initialize(model, seed=0)
+    optimizer = build_optimizer(model, config.optim)
+    names = [name for name, _ in model.named_parameters()]
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    first, second = ({name: torch.zeros_like(weight) for name, weight in expected.items()} for _ in range(2))
+    torch.manual_seed(0)
+    for step in range(1, 4):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            _adamw(expected[name], parameter.grad, first[name], second[name], step, decays=_decays(name))
+        optimizer.step()
+    for name in names:
+        torch.testing.assert_close(model.get_parameter(name).detach(), expected[name], rtol=1e-9, atol=1e-12)
+    assert sum(_decays(name) for name in names) == 4 * 2 + 3 + 1 + 3 + 1  # q k v o, a feed-forward, a mixture, the head
+
+
+def _decays(name: str) -> bool:
+    """Matrices decay; the scales of norms and the rows of the embedding do not."""
+    return "norm" not in name and "embedding" not in name
+
+
+def _adamw(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, *, decays: bool) -> None:
+    lr, beta1, beta2, eps, decay = 0.01, 0.8, 0.9, 1e-3, 0.5 if decays else 0.0
+    first.copy_(beta1 * first + (1 - beta1) * grad)
+    second.copy_(beta2 * second + (1 - beta2) * grad**2)
+    unbiased, spread = first / (1 - beta1**step), second / (1 - beta2**step)
+    weight.sub_(lr * unbiased / (spread.sqrt() + eps) + lr * decay * weight)
+
+
+@pytest.mark.parametrize(("schedule", "share"), [
+    ("cosine", lambda done: 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2),  # SGDR, equation 5
+    ("linear", lambda done: 1 - 0.9 * done), ("constant", lambda done: 1.0),
+])
+def test_the_learning_rate_warms_up_and_falls(schedule: str, share: Any) -> None:
+    optim = parse_config({"optim": {"schedule": schedule, "lr": 2.0, "warmup_steps": 4, "final_lr_share": 0.1}},
+                         "test").optim
+    for step in range(24):
+        expected = 2.0 * (step + 1) / 5 if step < 4 else 2.0 * share((step - 4) / 19)
+        assert learning_rate(step, 24, optim) == pytest.approx(expected, rel=1e-12), step
