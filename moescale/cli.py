@@ -48,19 +48,24 @@ def train(
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its last one.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from; empty starts a new document.")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write, at most.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="Below 1: safer; 0: always the likeliest token.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest K tokens only.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63, help="The same seed writes the same text.")] = 0,
+    special: Annotated[bool, typer.Option(
+        "--special", help="Names of special tokens in the prompt, e.g. of a chat template, are those tokens.")] = False,
 ) -> None:
     """Let a trained model go on from a text, on one process, whatever layout it was trained in.
+
+    It writes up to the end of the document, or as many tokens as --tokens says.
 
     moescale generate runs/quickstart --prompt "def main(" --tokens 200 --temperature 0.8
     """
     with _one_line_errors():
         from moescale.generate import generate_text
 
-        for piece in generate_text(checkpoint, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed):
+        for piece in generate_text(checkpoint, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed,
+                                   special=special):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")

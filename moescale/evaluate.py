@@ -10,7 +10,7 @@ import numpy as np
 from moescale.config import Config
 from moescale.data.batches import Batch, held_out_batches, held_out_windows
 from moescale.data.token_file import TokenSplit
-from moescale.data.tokenizer import load_tokenizer
+from moescale.data.tokenizer import Tokenizer, pieces
 from moescale.engine.base import Engine
 from moescale.monitor.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting, moved
 from moescale.monitor.record import HeldOutRecorder
@@ -23,8 +23,8 @@ FOLLOWED_TOKENS = 512  # whose experts are compared every so often
 class Evaluation:
     """Evaluates a run on one rank, the same text each time."""
 
-    def __init__(self, config: Config, mesh: Mesh, split: TokenSplit, run_dir: Path) -> None:
-        self.config, self.mesh, self.split, self.run_dir = config, mesh, split, run_dir
+    def __init__(self, config: Config, mesh: Mesh, split: TokenSplit, tokenizer: Tokenizer, run_dir: Path) -> None:
+        self.config, self.mesh, self.split, self.tokenizer, self.run_dir = config, mesh, split, tokenizer, run_dir
         self.layers = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
         seq_len = config.data.seq_len
         self.windows = held_out_windows(split, seq_len, config.monitor.eval_sequences)
@@ -44,8 +44,8 @@ class Evaluation:
             loss = engine.evaluate(self._batches(self.config.monitor.eval_sequences))
         found = self.kept.result(self.layers) if self.layers else None
         if found is not None:
-            pieces, kinds = self._text()
-            HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len, np.array(pieces),
+            texts, kinds = self._text()
+            HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len, np.array(texts),
                            np.array(kinds), **vars(found)).save(self.run_dir)
         bits = loss * self.split.num_tokens / self.split.text_bytes / math.log(2)
         return {"eval_loss": loss, "eval_bits_per_byte": bits}
@@ -72,15 +72,30 @@ class Evaluation:
         return [batch.to(self.mesh.device) for batch in batches]
 
     def _text(self) -> tuple[list[str], list[str]]:
-        """-> of each token whose experts are kept, its text and the kind of its file; both empty for padding"""
-        seq_len, tokenizer = self.config.data.seq_len, load_tokenizer(self.config.data.tokenizer)
-        pieces: list[str] = []
+        """-> of each token whose experts are kept, its text and the kind of its file; kinds are empty for padding"""
+        seq_len = self.config.data.seq_len
+        texts: list[str] = []
         kinds: list[str] = []
         for sequence in self.kept.sequences:
             start = self.windows[sequence]
             length = min(seq_len, self.split.num_tokens - 1 - start)
             padding = [""] * (seq_len - length)
-            pieces += ["\N{PILCROW SIGN}" if token == tokenizer.boundary else tokenizer.decode([token])
-                       for token in self.split.window(start, length)[0].tolist()] + padding
+            texts += [*shown(self.tokenizer, self.split.window(start, length)[0].tolist()), *padding]
             kinds += self.split.kinds_of(start, length) + padding
-        return pieces, kinds
+        return texts, kinds
+
+
+def shown(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Share the text of documents' tokens out over them, a mark for each beginning and end. -> for each id its text
+
+    A character of several tokens is shown on the last of them.
+    """
+    found: list[str] = []
+    own: list[int] = []  # of the document that is being read
+    for index in ids:
+        if index in (tokenizer.begin, tokenizer.end):
+            found += [*pieces(tokenizer, own), "\N{PILCROW SIGN}"]
+            own = []
+        else:
+            own.append(index)
+    return found + pieces(tokenizer, own)

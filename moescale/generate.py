@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moescale.checkpoint.store import latest_checkpoint, load_checkpoint
+from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_state
 from moescale.config import Config, ConfigError, load_config
-from moescale.data.tokenizer import Tokenizer, load_tokenizer
+from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
 
@@ -36,28 +39,44 @@ def load_model(path: Path) -> tuple[LanguageModel, Config, Path]:
 
 
 def generate_text(
-    path: Path, prompt: str, num_tokens: int, *, temperature: float, top_k: int | None, seed: int
+    path: Path, prompt: str, num_tokens: int, *, temperature: float, top_k: int | None, seed: int, special: bool = False
 ) -> Iterator[str]:
-    """Go on from a prompt, a document's first words. -> text, the prompt first, then piece by piece
+    """Go on from a prompt, a document's first words, up to the end of the document or num_tokens.
 
-    temperature: 0 takes the likeliest token. top_k: draw among that many; None = all.
+    temperature: 0 takes the likeliest token. top_k: draw among that many; None = all. special: the names of special
+    tokens in the prompt stand for the tokens. Raises ConfigError. -> text, the prompt first, then piece by piece
     """
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"--temperature={temperature}: write a number from 0 up, e.g. 0.8")
     model, config, checkpoint = load_model(path)
-    own = checkpoint / "tokenizer.json"  # the checkpoint's copy, so that it can be moved
-    tokenizer = load_tokenizer(str(own) if own.exists() else config.data.tokenizer)
-    start = [tokenizer.boundary, *tokenizer.encode_batch([prompt])[0].tolist()]
+    tokenizer = tokenizer_of_checkpoint(config.data, checkpoint, read_state(checkpoint)["step"])
+    start = _start(tokenizer, prompt, special, config.model.vocab_size)
+    names = [] if special else tokenizer.special_tokens(prompt)
+    if names:
+        print(f"moescale: {', '.join(names)} in the prompt is taken as letters; --special takes it as the token",
+              file=sys.stderr)
     yield prompt
-    drawn: list[int] = []
-    written = 0
-    for token in _draw(model, start, config.data.seq_len, tokenizer, temperature, top_k, seed):
-        drawn.append(token)
-        text = tokenizer.decode(drawn)
-        last = len(drawn) == num_tokens
-        if last or not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for its other bytes
-            yield text[written:]
-            written = len(text)
-        if last:
-            return
+    stream = tokenizer.stream(before=start)
+    tokens = _draw(model, start, config.data.seq_len, tokenizer, temperature, top_k, seed)
+    for token in islice(tokens, num_tokens):
+        if token in tokenizer.stops:
+            break
+        yield stream.push(token)
+    yield stream.rest()
+
+
+def _start(tokenizer: Tokenizer, prompt: str, special: bool, num_rows: int) -> list[int]:
+    """-> the ids that a document with this prompt begins with"""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--prompt is not UTF-8 text from its character {error.start + 1} on: "
+                          "write it in UTF-8") from None
+    ids: list[int] = (tokenizer.encode_special(prompt) if special else tokenizer.encode_batch([prompt])[0]).tolist()
+    if max(ids, default=0) >= num_rows:
+        names = ", ".join(tokenizer.special_tokens(prompt))
+        raise ConfigError(f"--prompt: the model has {num_rows} rows and none for some of {names}: leave those out")
+    return ids if special and ids[:1] == [tokenizer.begin] else [tokenizer.begin, *ids]
 
 
 @torch.no_grad()
@@ -65,18 +84,20 @@ def _draw(
     model: LanguageModel, start: list[int], context: int, tokenizer: Tokenizer,
     temperature: float, top_k: int | None, seed: int,
 ) -> Iterator[int]:
-    """Draw tokens one after another, looking back on `context` of them; never the end of the document."""
+    """Draw tokens one after another, looking back on `context` of them, without an end."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([start], device=device)
     while True:
-        logits = model.logits(tokens[:, -context:])[0, -1, : tokenizer.vocab_size]
-        logits[tokenizer.boundary] = float("-inf")
+        logits = model.logits(tokens[:, -context:])[0, -1, : tokenizer.num_ids].double()
+        if not logits.isfinite().all():
+            raise ConfigError("the model's scores are not finite numbers: take an earlier checkpoint")
         if top_k is not None:
             logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = float("-inf")
         if temperature == 0:
             token = logits.argmax(keepdim=True)
         else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            odds = ((logits - logits.max()) / temperature).softmax(-1)  # the best is 0, however small the temperature
+            token = torch.multinomial(odds, 1, generator=generator)
         tokens = torch.cat((tokens, token.view(1, 1)), 1)
         yield int(token)

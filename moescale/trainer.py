@@ -19,7 +19,7 @@ from moescale.checkpoint.store import latest_checkpoint, read_state
 from moescale.config import Config, ConfigError, TrainingError
 from moescale.data.batches import Batches
 from moescale.data.token_file import TokenCorpus, prepare_tokens
-from moescale.data.tokenizer import check_vocabulary, load_tokenizer
+from moescale.data.tokenizer import Tokenizer, check_vocabulary, configured_tokenizer
 from moescale.engine.base import Engine, StepLosses
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
@@ -49,13 +49,14 @@ def train(config: Config) -> None:
         raise ConfigError(f"run.dir={config.run.dir} cannot be made: {error.strerror}: write another") from None
     with _claimed(run_dir) if first_rank() else nullcontext():
         _check_resume(run_dir, config)
-        check_vocabulary(load_tokenizer(config.data.tokenizer), config.model.vocab_size)
+        tokenizer = configured_tokenizer(config.data)
+        check_vocabulary(tokenizer, config.model.vocab_size)
         corpus = prepare_tokens(config.data)
         data = config.data
         batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed)
         try:
             mesh = start_mesh(config)
-            run = _Run(config, mesh, run_dir, corpus, batches)
+            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches)
             with name_lost_ranks(run.engine.model, config.run.timeout_seconds):
                 run.loop()
         finally:
@@ -107,8 +108,11 @@ def _check_resume(run_dir: Path, config: Config) -> None:
 class _Run:
     """One run on one rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, run_dir: Path, corpus: TokenCorpus, batches: Batches) -> None:
-        self.config, self.mesh, self.run_dir, self.corpus, self.batches = config, mesh, run_dir, corpus, batches
+    def __init__(
+        self, config: Config, mesh: Mesh, run_dir: Path, tokenizer: Tokenizer, corpus: TokenCorpus, batches: Batches
+    ) -> None:
+        self.config, self.mesh, self.run_dir, self.tokenizer = config, mesh, run_dir, tokenizer
+        self.corpus, self.batches = corpus, batches
         self.engine: Engine = NativeEngine(config, mesh)
         checkpoint = latest_checkpoint(run_dir)
         if checkpoint is not None:
@@ -118,7 +122,7 @@ class _Run:
         moe, monitor = config.moe, config.monitor
         self.alerts = Alerts(top_k=moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
         self.tracer = Tracer(run_dir, mesh.rank, trace=monitor.trace_steps, profile=monitor.profile_steps)
-        self.evaluation = Evaluation(config, mesh, corpus.held_out, run_dir)
+        self.evaluation = Evaluation(config, mesh, corpus.held_out, tokenizer, run_dir)
         self.highest_loss = torch.full((), -math.inf, dtype=torch.float64, device=mesh.device)  # since the last line
         self._greet(checkpoint)
 
@@ -231,10 +235,7 @@ class _Run:
 
     def _files(self) -> dict[str, str]:
         """The texts that make a checkpoint complete in itself."""
-        files, tokenizer = {"config.yaml": self.config.to_yaml()}, self.config.data.tokenizer
-        if tokenizer != "bytes":
-            files["tokenizer.json"] = Path(tokenizer).expanduser().read_text(encoding="utf-8")
-        return files
+        return {"config.yaml": self.config.to_yaml(), **self.tokenizer.files}
 
     def _open_sinks(self, checkpoint: Path | None) -> list[Sink]:
         assert self.terminal is not None

@@ -44,6 +44,10 @@ class DataConfig(Group):
     """Paths and globs of the training text; none is the source of the running Python's own standard library."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a Hugging Face tokenizer.json."""
+    begin_token: str | None = None
+    """The token before each document, by name; null is what the files beside the tokenizer.json say."""
+    end_token: str | None = None
+    """The token after each document, by name; null is what those files say. One token may do both."""
     cache_dir: str = "~/.cache/moescale"
     """The folder that tokenized text is kept in."""
     seq_len: int = Field(256, ge=1)
@@ -54,6 +58,14 @@ class DataConfig(Group):
     """Sequences in one pass of a rank; more passes add up their gradients; null is the rank's whole share."""
     held_out: float = Field(0.02, gt=0, lt=1)
     """Share of the documents that is kept for evaluation and never trained on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("begin_token", "end_token"):
+            refuse(self.tokenizer == "bytes" and getattr(self, key) is not None,
+                   f"data.{key}={getattr(self, key)} means nothing to data.tokenizer=bytes: write data.{key}=null, or "
+                   "data.tokenizer=PATH of a tokenizer.json that has this token")
+        return self
 
 
 class LayerConfig(Group):

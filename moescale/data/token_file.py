@@ -23,7 +23,7 @@ import numpy as np
 from moescale.config import ConfigError, DataConfig
 from moescale.data.corpus import SPLITS, Corpus, Document, open_corpus, split_documents
 from moescale.data.publish import lock, publish, remove_leftovers, temporary_beside
-from moescale.data.tokenizer import Tokenizer, load_tokenizer
+from moescale.data.tokenizer import Tokenizer, configured_tokenizer, with_boundaries
 
 FORMAT = 3  # of the folder and of the split; a change renews every cache
 SHARD_TOKENS = 2**28
@@ -35,7 +35,7 @@ CHUNK_CHARACTERS = 2**22  # handed to the tokenizer at a time
 class TokenSplit:
     """A stream of tokens, document after document.
 
-    shards: [tokens] each, in order. starts: [documents] int64, each document's boundary token.
+    shards: [tokens] each, in order. starts: [documents] int64, each document's beginning token.
     kinds: [documents] uint8, numbers in kind_names.
     text_bytes: of the UTF-8 text that the tokens stand for. vocab_size: of the tokenizer. directory: for errors.
     """
@@ -108,7 +108,7 @@ def prepare_tokens(config: DataConfig) -> TokenCorpus:
     Any number of processes may call this at once. Raises ConfigError for a corpus, a tokenizer or a cache that does
     not work.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = configured_tokenizer(config)
     corpus = open_corpus(config.files)
     key = _cache_key(corpus, tokenizer, config.held_out)
     cache = Path(config.cache_dir).expanduser()
@@ -184,8 +184,7 @@ class _SplitWriter:
 
     def append(self, ids: np.ndarray, text_bytes: int, kind: int) -> None:
         assert len(ids) == 0 or 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size
-        document = np.empty(len(ids) + 1, dtype=self.dtype)
-        document[0], document[1:] = self.tokenizer.boundary, ids
+        document = with_boundaries(self.tokenizer, ids, self.dtype)
         self.digest.update(len(document).to_bytes(8, "little") + document.tobytes())
         self.starts.append(self.num_tokens)
         self.kinds.append(kind)

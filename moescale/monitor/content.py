@@ -25,8 +25,9 @@ def content_classes(routing: HeldOutRouting) -> np.ndarray:
         of_characters = [kind for match in TOKEN.finditer("".join(pieces)) for kind in [_kind(match)] * len(match[0])]
         place = 0
         for index, piece in enumerate(pieces):
-            if piece:
-                classes[begin + index] = of_characters[place + min(len(piece) - 1, len(piece) - len(piece.lstrip()))]
+            if routing.kinds[begin + index] and of_characters:
+                letter = place + min(len(piece) - 1, len(piece) - len(piece.lstrip())) if piece else place
+                classes[begin + index] = of_characters[min(letter, len(of_characters) - 1)]  # part of the one to come
             place += len(piece)
     return classes
 
@@ -42,11 +43,10 @@ def _kind(match: re.Match[str]) -> int:
 
 def file_kinds(routing: HeldOutRouting) -> tuple[list[str], np.ndarray]:
     """-> the kinds of file, those of most tokens first, and of which each token is, [tokens] int, -1 = padding"""
-    names, tokens = np.unique(routing.kinds[routing.pieces != ""], return_counts=True)
+    names, tokens = np.unique(routing.kinds[routing.kinds != ""], return_counts=True)
     ordered = names[np.argsort(-tokens, kind="stable")].tolist()
     place = {name: number for number, name in enumerate(ordered)}
-    return ordered, np.array([place[kind] if piece else -1 for piece, kind in
-                              zip(routing.pieces.tolist(), routing.kinds.tolist(), strict=True)])
+    return ordered, np.array([place.get(kind, -1) for kind in routing.kinds.tolist()])
 
 
 def preference(routing: HeldOutRouting, kinds: np.ndarray, num_kinds: int, num_experts: int) -> np.ndarray:
@@ -90,7 +90,7 @@ class Repetition:
 
 def repetition(routing: HeldOutRouting) -> list[Repetition]:
     """-> of each layer, counted within sequences; chance is the same tokens in a random order"""
-    valid = routing.pieces != ""
+    valid = routing.kinds != ""
     follows = valid[1:] & valid[:-1] & (np.arange(1, len(valid)) % routing.seq_len != 0)
     shuffled = np.random.default_rng(0).permutation(np.flatnonzero(valid))
     return [Repetition(*_alike(expert[:-1][follows], expert[1:][follows]),

@@ -18,7 +18,8 @@ class HeldOutRouting:
     """The experts of some held-out text.
 
     step: of the evaluation. layers: [layers] int64, the blocks that are mixtures. seq_len: tokens of each sequence.
-    pieces: [tokens] text of each token, empty = padding. kinds: [tokens] the kind of file that it is from, empty too.
+    pieces: [tokens] text of each token, empty where a later token shows the character that it is a part of.
+    kinds: [tokens] the kind of file that it is from, empty = padding.
     expert: [layers, tokens, top_k] int16, the best first, -1 = none. weight: [layers, tokens, top_k] float32.
     likely, probability: [layers, SHOWN_TOKENS or less, LIKELY or less] int16 and float16, the experts of the largest
     probabilities of the router.

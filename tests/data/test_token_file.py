@@ -20,7 +20,7 @@ from moescale.data import token_file
 from moescale.data.corpus import open_corpus, split_documents
 from moescale.data.publish import publish, temporary_beside
 from moescale.data.token_file import TokenSplit, prepare_tokens
-from moescale.data.tokenizer import load_tokenizer
+from moescale.data.tokenizer import load_tokenizer, with_boundaries
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def check_whole(config: DataConfig) -> None:
     for name, split in (("train", tokens.train), ("held_out", tokens.held_out)):
         texts = [document.text for part, document in documents if part == name]
         kinds = [document.kind for part, document in documents if part == name]
-        expected = [[tokenizer.boundary, *ids.tolist()] for ids in tokenizer.encode_batch(texts)]
+        expected = [with_boundaries(tokenizer, ids, np.dtype(np.int64)).tolist()
+                    for ids in tokenizer.encode_batch(texts)]
         assert all_tokens(split) == [index for document in expected for index in document]
         assert split.starts.tolist() == np.cumsum([0, *map(len, expected)])[:-1].tolist()
         assert split.kinds_of(0, split.num_tokens) == [kind for kind, document in zip(kinds, expected, strict=True)

@@ -13,6 +13,7 @@ import torch
 
 from moescale.config import Config, parse_config
 from moescale.data.token_file import prepare_tokens
+from moescale.data.tokenizer import ByteTokenizer
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
 from moescale.monitor.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting
@@ -55,7 +56,7 @@ def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
     config = make_config(folder, parallel)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
-    evaluation = Evaluation(config, mesh, prepare_tokens(config.data).held_out, folder)
+    evaluation = Evaluation(config, mesh, prepare_tokens(config.data).held_out, ByteTokenizer(), folder)
     evaluation.run(engine)
     latest: list[torch.Tensor] = []
     found: dict[int, Any] = {}
