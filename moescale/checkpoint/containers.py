@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -28,11 +27,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.serialization import safe_globals, skip_data
+from torch.serialization import skip_data
 
-from moescale.checkpoint.index import INDEX, SafeReader
+from moescale.checkpoint.archive import read_archive
+from moescale.checkpoint.index import INDEX, read_metadata, read_part
 from moescale.checkpoint.region import Chunk, Shape, Stored, covers_once, region, stored_whole
 from moescale.config import ConfigError
+from moescale.config.files import inside as inside
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -87,49 +88,12 @@ def create_safetensors(path: Path, sizes: Sizes) -> dict[str, Stored]:
     return open_safetensors(path)[0]
 
 
-def open_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """Read what `torch.save` wrote, with Stored in the place of tensors; no code runs.
+def open_pickle(path: Path) -> Any:
+    """Read what `torch.save` wrote into plain values (`plain_pickle`), with Stored in the place of tensors.
 
-    allowed: classes beside torch's own that the file may name, each a class or (class, its name there).
-    Raises ConfigError.
+    No code runs: objects become Records, of whatever class they are. Raises ConfigError.
     """
-    with path.open("rb") as file:
-        return _read_pickle(file, path, 0, allowed)
-
-
-def _read_pickle(file: Any, path: Path, start: int, allowed: Sequence[Any]) -> Any:
-    try:
-        with safe_globals(list(allowed)), FakeTensorMode():
-            value = torch.load(file, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        wants = re.search(r"GLOBAL (\S+)", str(error))
-        if wants:
-            raise ConfigError(f"{path} asks for {wants[1]}, which no checkpoint needs: it was not loaded") from None
-        raise ConfigError(f"{path} is no checkpoint of torch, or is damaged") from None
-    except Exception as error:  # bytes that are no archive can fail in any way
-        raise ConfigError(f"{path} is no checkpoint of torch, or is damaged ({type(error).__name__})") from None
-    size = path.stat().st_size
-    return _places(value, path, start, size)
-
-
-def _places(value: Any, path: Path, start: int, size: int) -> Any:
-    """Put places for tensors, all through dicts, lists and tuples."""
-    if isinstance(value, Mapping):
-        return {key: _places(item, path, start, size) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return [_places(item, path, start, size) for item in value]
-    if not isinstance(value, Tensor):
-        return value
-    if not value.is_contiguous():
-        raise ConfigError(f"{path} holds a tensor with gaps between its elements: save it with .contiguous()")
-    offset = value.untyped_storage()._checkpoint_offset
-    if offset is None:
-        raise ConfigError(f"{path} was written by torch before 1.6: load it and save it again")
-    offset += start + int(value.storage_offset()) * value.dtype.itemsize
-    stored = stored_whole(path, offset, value.dtype, tuple(value.shape))
-    if offset + stored.size_bytes > size:
-        raise ConfigError(f"{path} is damaged: it is too short for its tensors")
-    return stored
+    return read_archive(path)
 
 
 def create_pickle(path: Path, values: Mapping[str, Any], inside: str, sizes: Sizes) -> dict[str, Stored]:
@@ -140,37 +104,32 @@ def create_pickle(path: Path, values: Mapping[str, Any], inside: str, sizes: Siz
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
         torch.save({**values, inside: tensors} if inside else {**values, **tensors}, path)
-    read = open_pickle(path, [type(value) for value in values.values()])
+    read = open_pickle(path)
     return {name: stored for name, stored in (read[inside] if inside else read).items() if name in sizes}
 
 
 def open_distributed(folder: Path) -> dict[str, Stored]:
-    """Read the index of a distributed checkpoint. -> where each tensor lies. Raises ConfigError."""
-    reader = SafeReader(folder)
-    try:
-        metadata = reader.read_metadata()
-        entries, places = metadata.state_dict_metadata.items(), metadata.storage_data
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{folder} is damaged: its index {INDEX} cannot be read ({type(error).__name__})") from None
+    """Read the index of a distributed checkpoint. Returns where each tensor lies. Raises ConfigError."""
+    metadata = read_metadata(folder)
+    places = metadata.storage_data
     tensors = {}
-    for name, entry in entries:
+    for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue  # a value, not a tensor
+        shape, parts = tuple(entry.size), []
         chunks = []
         for chunk in entry.chunks:
-            info = places[MetadataIndex(name, chunk.offsets)]
-            path = inside(folder, info.relative_path)
-            with path.open("rb") as file:
-                item = _read_pickle(reader._slice_file(file, info), path, info.offset, ())
-            if not isinstance(item, Stored) or math.prod(item.shape) != math.prod(chunk.sizes):
-                raise ConfigError(f"{folder} is damaged: {path.name} does not hold {name} as its index says")
-            part = region(tuple(entry.size), partial(_box, box=_slices(chunk.offsets, chunk.sizes)))
-            chunks.append(Chunk(path, item.chunks[0].offset, part))
-        tensors[name] = Stored(entry.properties.dtype, tuple(entry.size), tuple(chunks))
-        problem = covers_once(tensors[name].shape, [chunk.part for chunk in chunks])
-        if problem:
+            place = places.get(MetadataIndex(name, chunk.offsets))
+            if place is None or any(begin + length > size for begin, length, size in zip(
+                    chunk.offsets, chunk.sizes, shape, strict=True)):
+                raise ConfigError(f"{folder} is damaged: its index does not say where all of {name} lies")
+            item = read_part(folder, place)
+            if math.prod(item.shape) != math.prod(chunk.sizes) or item.dtype != entry.properties.dtype:
+                raise ConfigError(f"{folder} is damaged: {place.relative_path} does not hold {name} as its index says")
+            parts.append(region(shape, partial(_box, box=_slices(chunk.offsets, chunk.sizes))))
+            chunks.append(Chunk(item.chunks[0].path, item.chunks[0].offset, parts[-1]))
+        tensors[name] = Stored(entry.properties.dtype, shape, tuple(chunks))
+        if covers_once(shape, parts):
             raise ConfigError(f"{folder} is damaged: its index does not hold the whole of {name} once")
     return tensors
 
@@ -222,7 +181,7 @@ def _header_size(shape: Shape, dtype: torch.dtype) -> int:
     with tempfile.TemporaryFile() as archive, FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         torch.save(torch.empty(shape, dtype=dtype), archive)
         archive.seek(0)
-        return int(torch.load(archive, weights_only=True).untyped_storage()._checkpoint_offset)
+        return int(torch.load(archive, weights_only=True).untyped_storage()._checkpoint_offset)  # our own
 
 
 def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
@@ -235,13 +194,3 @@ def _unravel(index: int, shape: Shape) -> Shape:
         index, rest = divmod(index, size)
         offsets.append(rest)
     return tuple(reversed(offsets))
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Name a file of a checkpoint. Raises ConfigError for one that lies elsewhere, or is not there."""
-    path = folder / name
-    if not isinstance(name, str) or not path.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"{folder} names {name!r}, which leads out of it: it was not loaded")
-    if not path.is_file():
-        raise ConfigError(f"{folder} is damaged: {name} is missing")
-    return path

@@ -47,19 +47,6 @@ EXPERTS = tuple(row(f"{MIXER}experts.{part}.{{expert}}", MOE + f"experts.deepspe
 ROUTERS = ("mixtral", "switch", "gshard")  # what its gate can do
 
 
-class _Word:
-    """Stands for a class of DeepSpeed's that its pickles mention; it takes what is given and does nothing."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-
-ALLOWED = [(_Word, f"deepspeed.{name}") for name in (
-    "runtime.zero.config.ZeroStageEnum", "runtime.fp16.loss_scaler.LossScaler",
-    "runtime.fp16.loss_scaler.DynamicLossScaler", "utils.tensor_fragment.fragment_address",
-)]
-
-
 def detect(path: Path) -> bool:
     folder = _tag(path) if (path / LATEST).is_file() else path
     return any(MODEL_FILE.fullmatch(file.name) for file in folder.glob("*"))
@@ -87,7 +74,7 @@ def open_checkpoint(path: Path) -> Opened:
     left_out: dict[str, str] = {}
     for name in names:
         if MODEL_FILE.fullmatch(name):
-            values = open_pickle(inside(folder, name), ALLOWED)
+            values = open_pickle(inside(folder, name))
             if zero and not config.num_moe_layers:
                 tensors |= _gather(folder, values, zero, len(ranks))
                 break
@@ -96,7 +83,7 @@ def open_checkpoint(path: Path) -> Opened:
                 raise ConfigError(f"{folder / name} has no `module`")
             tensors |= {f"{name}:{key}": value for key, value in module.items() if isinstance(value, Stored)}
         elif EXPERT_FILE.fullmatch(name):
-            own = open_pickle(inside(folder, name), ALLOWED)
+            own = open_pickle(inside(folder, name))
             tensors |= {f"{name}:{key}": value for key, value in own.items() if isinstance(value, Stored)}
     if zero and config.num_moe_layers:
         left_out |= dict.fromkeys(zero.values(), "float32 copies of a mixture of experts are not gathered")
@@ -116,7 +103,7 @@ def _gather(folder: Path, values: Mapping[str, Any], zero: Mapping[int, str], ra
     """Find each weight in ZeRO's flat float32 partitions. -> tensors as if the model's file held them"""
     if ranks > 1:
         raise ConfigError(f"{folder}: ZeRO's partitions beside model parallelism are not gathered")
-    states = [open_pickle(inside(folder, zero[rank]), ALLOWED)["optimizer_state_dict"] for rank in sorted(zero)]
+    states = [open_pickle(inside(folder, zero[rank]))["optimizer_state_dict"] for rank in sorted(zero)]
     shapes = [{name: tuple(size) for name, size in group.items()} for group in values["param_shapes"]]
     if "fp32_flat_groups" in states[0]:
         flat = [state["fp32_flat_groups"] for state in states]

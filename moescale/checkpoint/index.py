@@ -1,76 +1,169 @@
 """The index of a distributed checkpoint, read without running code.
 
-Torch's own reader unpickles the index, whatever it holds. Here only the classes that an index is made of can be named.
+Torch's own reader unpickles the index, whatever it holds, and may build any object on the way. Here it is read into
+plain values, and torch's index is made anew of these: of what a tensor's parts are and of where they lie, and of
+nothing else that the file may hold.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.futures import Future
 
+from moescale.checkpoint.archive import DTYPES, read_archive, shape_of
+from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PickleError, Record, read_plain
+from moescale.checkpoint.region import Stored, read_region, region
 from moescale.config import ConfigError
+from moescale.config.files import inside, read_bytes
 
 INDEX = ".metadata"
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Looks up the classes of an index and no other, so that no code runs."""
+def read_metadata(folder: Path) -> Metadata:
+    """Read the index of a distributed checkpoint, whoever wrote it. Raises ConfigError.
 
-    ALLOWED = frozenset({
-        *(("torch.distributed.checkpoint.metadata", name) for name in (
-            "Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties",
-            "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING",
-        )),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "Size"),
-        *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),  # its home in Python 3.13
-    })
+    Objects of classes that torch does not know, such as the plans of other systems, are left out.
+    """
+    try:
+        return _metadata(read_plain(read_bytes(folder / INDEX, MOST_BYTES)))
+    except PickleError as error:
+        raise ConfigError(f"{folder} is damaged: its index {INDEX} cannot be read, it {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{folder} is damaged: its index {INDEX} cannot be read "
+                          f"({(error.strerror or str(error)).lower()})") from None
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise ConfigError(f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs: "
-                              "it was not written by MoEScale, and was not loaded")
-        return super().find_class(module, name)
+
+def _metadata(found: Any) -> Metadata:
+    values = _attributes(found, "Metadata")
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for name, entry in _dict(values.get("state_dict_metadata")).items():
+        if not isinstance(name, str):
+            raise PickleError("names a tensor by what is no text")
+        entries[name] = _entry(entry)
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for key, place in _dict(values.get("storage_data")).items():
+        index = _attributes(key, "MetadataIndex")
+        name, offset = index.get("fqn"), index.get("offset")
+        if not isinstance(name, str):
+            raise PickleError("names a tensor by what is no text")
+        places[MetadataIndex(name, None if offset is None else shape_of(offset))] = _place(place)
+    parts = sum(len(entry.chunks) for entry in entries.values() if isinstance(entry, TensorStorageMetadata))
+    if parts > len(places):
+        raise PickleError(f"lists {parts} parts of tensors, but where {len(places)} lie")
+    return Metadata(entries, storage_data=places)
+
+
+def _attributes(value: Any, name: str) -> dict[str, Any]:
+    """Take the attributes of an object of torch's class `name`."""
+    if not isinstance(value, Record) or value.name.rpartition(".")[2] != name:
+        shown = value.name if isinstance(value, Record) else type(value).__name__
+        raise PickleError(f"has {shown:.80} in the place of torch's {name}")
+    return value.attributes()
+
+
+def _dict(value: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise PickleError("has no list of tensors")
+    return value
+
+
+def _entry(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    """Describe what is stored under one name: a tensor, or something else, which nobody reads."""
+    if not isinstance(value, Record) or not value.name.endswith(".TensorStorageMetadata"):
+        return BytesStorageMetadata()
+    found = value.attributes()
+    state = _attributes(found.get("properties"), "TensorProperties") or found["properties"].state
+    dtype = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(dtype, Name) or dtype.name not in DTYPES:
+        raise PickleError("holds a tensor of a dtype that torch does not know")
+    chunks = found.get("chunks")
+    if not isinstance(chunks, list):
+        raise PickleError("holds a tensor without parts")
+    size = torch.Size(shape_of(found.get("size")))
+    return TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype.name]), size, [_chunk(chunk) for chunk in chunks])
+
+
+def _chunk(value: Any) -> ChunkStorageMetadata:
+    found = _attributes(value, "ChunkStorageMetadata")
+    return ChunkStorageMetadata(torch.Size(shape_of(found.get("offsets"))), torch.Size(shape_of(found.get("sizes"))))
+
+
+def _place(value: Any) -> _StorageInfo:
+    found = _attributes(value, "_StorageInfo")
+    path, offset, length = (found.get(key) for key in ("relative_path", "offset", "length"))
+    if not isinstance(path, str) or len(path) > 1000 or found.get("transform_descriptors"):
+        raise PickleError("holds a part that is not stored as it is")
+    shape_of((offset, length))
+    return _StorageInfo(path, offset, length)  # type: ignore[arg-type]
+
+
+def read_part(folder: Path, place: _StorageInfo) -> Stored:
+    """Find the one tensor that lies at a place of a distributed checkpoint's file. Raises ConfigError."""
+    path = inside(folder, place.relative_path)
+    found = read_archive(path, place.offset, place.length)
+    if not isinstance(found, Stored):
+        raise ConfigError(f"{folder} is damaged: {path.name} does not hold the tensors that its index says")
+    return found
 
 
 class SafeReader(FileSystemReader):
-    """Torch's reader of tensors, with an index that runs no code. Tensors are read with `weights_only`."""
+    """Torch's reader of distributed checkpoints, but that index and tensors are read by code that builds no object."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / INDEX).open("rb") as file:
-            metadata: Metadata = _SafeUnpickler(file).load()
+        metadata = read_metadata(Path(self.path))
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what this rank needs of each tensor, and no more."""
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                raise ConfigError(f"{self.path} holds {item.storage_index.fqn}, which is no tensor")
+            stored = read_part(Path(self.path), self.storage_data[item.storage_index])
+            part = region(stored.shape, *(_narrowed(dim, start, length) for dim, (start, length) in enumerate(
+                zip(item.storage_offsets, item.lengths, strict=True))))
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(read_region(stored, part).reshape(target.shape))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _narrowed(dim: int, start: int, length: int) -> Any:
+    return lambda tensor: tensor.narrow(dim, start, length)
 
 
 def read_index(folder: Path, files: Collection[str]) -> dict[str, TensorStorageMetadata]:
     """Read the index and refuse one that leads out of the checkpoint or does not cover its tensors.
 
-    files: names that the checkpoint consists of. -> what is stored of each tensor, by name
-    Raises ConfigError.
+    files: names that the checkpoint consists of. Returns what is stored of each tensor, by name. Raises ConfigError.
     """
-    try:
-        metadata = SafeReader(folder).read_metadata()
-        if not {place.relative_path for place in metadata.storage_data.values()} <= set(files):
-            raise ConfigError(f"{folder} is damaged: its index names files that its manifest does not")
-        for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
-                raise TypeError
-            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-                raise ConfigError(f"{folder} is damaged: its index does not hold the whole of {name}")
-        return metadata.state_dict_metadata  # type: ignore[return-value]
-    except ConfigError:
-        raise
-    except Exception as error:  # bytes that are no index can fail in any way
-        raise ConfigError(f"{folder} is damaged: its index {INDEX} cannot be read ({type(error).__name__})") from None
+    metadata = read_metadata(folder)
+    if not {place.relative_path for place in metadata.storage_data.values()} <= set(files):
+        raise ConfigError(f"{folder} is damaged: its index names files that its manifest does not")
+    found = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ConfigError(f"{folder} is damaged: its index {INDEX} cannot be read, {name:.80} is no tensor")
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            raise ConfigError(f"{folder} is damaged: its index does not hold the whole of {name}")
+        found[name] = entry
+    return found

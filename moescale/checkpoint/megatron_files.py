@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from moescale.checkpoint.containers import (
     Sizes,
@@ -32,6 +29,7 @@ from moescale.checkpoint.megatron import (
     write_arguments,
 )
 from moescale.checkpoint.native import native_atoms
+from moescale.checkpoint.plain_pickle import Record
 from moescale.checkpoint.region import Shape, Stored
 from moescale.checkpoint.table import At, Cut, Piece, Row, matches, piece, row, with_copies
 from moescale.config import Config, ConfigError
@@ -49,24 +47,6 @@ LEFT_OUT = {
 }
 
 
-class _Word:
-    """Stands for a class of Megatron's that its arguments mention; it takes what is given and does nothing."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-
-ALLOWED: list[Any] = [
-    Namespace, signal.Signals, np.ndarray, np.dtype, np.dtypes.UInt32DType,
-    *((np._core.multiarray._reconstruct, f"numpy.{room}.multiarray._reconstruct") for room in ("core", "_core")),  # type: ignore[attr-defined]
-    *((_Word, f"megatron.core.{name}") for name in (
-        "enums.ModelType", "transformer.enums.AttnBackend", "transformer.enums.ModelType",
-        "transformer.enums.CudaGraphScope", "rerun_state_machine.RerunMode", "rerun_state_machine.RerunState",
-        "rerun_state_machine.RerunDiagnostic",
-    )),
-]
-
-
 def detect(path: Path) -> bool:
     return (path / TRACKER).is_file() or (path / METADATA).is_file() or any(path.glob("mp_rank_*"))
 
@@ -82,14 +62,20 @@ def open_checkpoint(path: Path) -> Opened:
     return _open_distributed(folder) if (folder / METADATA).is_file() else _open_ranks(folder)
 
 
+def _arguments(values: Any) -> Namespace:
+    """Take the arguments that Megatron keeps among the values of a file; none where they are no arguments."""
+    found = values.get("args") if isinstance(values, Mapping) else None
+    return Namespace(**found.attributes()) if isinstance(found, Record) else Namespace()
+
+
 def _left_out(names: Sequence[str]) -> dict[str, str]:
     return {name: why for name in names for pattern, why in LEFT_OUT.items()
             if re.fullmatch(pattern, name.rpartition(":")[2])}
 
 
 def _open_distributed(folder: Path) -> Opened:
-    common = open_pickle(inside(folder, COMMON), ALLOWED)
-    config = read_arguments(common.get("args", Namespace()), str(folder / COMMON))
+    common = open_pickle(inside(folder, COMMON))
+    config = read_arguments(_arguments(common), str(folder / COMMON))
     tensors = open_distributed(folder)
     atoms = native_atoms(config)
     kind = "stacked" if any(name.startswith("decoder.layers.self_attention") for name in tensors) else "numbered"
@@ -137,11 +123,11 @@ def _open_ranks(folder: Path) -> Opened:
         found = RANK.fullmatch(inner.name)
         if found is None:
             raise ConfigError(f"{folder} holds {inner.name}, which names no rank: mp_rank_00 and mp_rank_00_001 do")
-        values = open_pickle(inside(folder, f"{inner.name}/{MODEL_FILE}"), ALLOWED)
+        values = open_pickle(inside(folder, f"{inner.name}/{MODEL_FILE}"))
         if not isinstance(values, Mapping) or not isinstance(values.get("model"), Mapping):
             raise ConfigError(f"{inner / MODEL_FILE} has no `model`"
                               + (": virtual pipeline stages are not read" if "model0" in values else ""))
-        args = values.get("args") or args
+        args = _arguments(values) if values.get("args") else args
         ranks[inner.name] = tuple(int(number) for number in found.groups() if number is not None)
         own = {name: value for name, value in values["model"].items() if isinstance(value, Stored)}
         tensors |= {f"{inner.name}:{name}": value for name, value in own.items()}
