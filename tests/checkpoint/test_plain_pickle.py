@@ -12,6 +12,7 @@ import types
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -117,6 +118,15 @@ def test_a_hostile_pickle_ends_soon_and_in_one_line(data: bytes) -> None:
     assert time.process_time() - begin < 5
 
 
+def attempt(work: Callable[[], object]) -> str:
+    """Say what was refused, or nothing; any other error is one of the test."""
+    try:
+        work()
+    except (PickleError, ConfigError) as error:
+        return str(error)
+    return ""
+
+
 def test_any_bytes_are_values_or_one_line() -> None:
     draw = random.Random(0)
     whole = pickle.dumps({"a": Namespace(x=[1, (2, "3")]), "b": OrderedDict(c=Colour.RED), "d": b"e" * 9}, 2)
@@ -124,10 +134,8 @@ def test_any_bytes_are_values_or_one_line() -> None:
         data = bytearray(whole)
         for _ in range(draw.randint(1, 4)):
             data[draw.randrange(len(data))] = draw.choice((draw.randrange(256), *b"}])(.sbRtue0"))
-        try:
-            read_plain(bytes(data[: draw.choice((len(data), draw.randrange(len(data))))]))
-        except PickleError as error:
-            assert "\n" not in str(error)
+        said = attempt(lambda data=data: read_plain(bytes(data[: draw.choice((len(data), draw.randrange(len(data))))])))
+        assert "\n" not in said
 
 
 def make_index(folder: Path) -> dict[str, Stored]:
@@ -231,7 +239,7 @@ def test_an_archive_is_what_torch_reads(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gaps between its elements"):
         read_archive(path)
     torch.save(values, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(ConfigError, match="before 1.6"):
+    with pytest.raises(ConfigError, match=r"before 1\.6"):
         read_archive(path)
 
 
@@ -253,9 +261,7 @@ def test_a_damaged_archive_is_one_line(tmp_path: Path) -> None:
         for _ in range(draw.randint(1, 3)):
             data[draw.randrange(len(data))] = draw.randrange(256)
         path.write_bytes(data[: draw.choice((len(data), draw.randrange(len(data))))])
-        try:
-            read_archive(path)
-            values += 1
-        except ConfigError as error:
-            assert "\n" not in str(error)
+        said = attempt(lambda: read_archive(path))
+        assert "\n" not in said
+        values += not said
     assert values, "some bytes carry no meaning"
