@@ -12,8 +12,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moescale.checkpoint.leftovers import is_ours, make_marked, unmark
 from moescale.config import ConfigError
+from moescale.config.files import parse_json, read_text
 
+LARGEST_JOURNAL = 1 << 30  # bytes
 COMMIT_BYTES = 1 << 28  # written between two moments at which what is done is made certain
 
 
@@ -27,7 +30,12 @@ class Journal:
         self.data = self.folder / "data"
         self._file = self.folder / "journal.jsonl"
         self._guard, self._waiting, self._bytes = threading.Lock(), {}, 0  # type: ignore[var-annotated]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.exists() and not self.folder.is_symlink():
+            with contextlib.suppress(FileExistsError):  # another conversion may have made it just now
+                make_marked(self.folder)
+        if not is_ours(self.folder) and not any("plan" in line for line in _lines(self._file)):
+            raise ConfigError(f"{self.folder} is in the way, and no conversion left it: move it away, or give another "
+                              "destination")
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,20 +91,23 @@ class Journal:
             self.destination.rmdir()  # an empty one; rename would not replace it everywhere
         self.data.rename(self.destination)
         _sync(self.destination.parent)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.discard()
 
     def discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, but for what somebody else put there."""
+        with contextlib.suppress(OSError):
+            self._clear()
+            unmark(self.folder)
+            self.folder.rmdir()
 
     def close(self) -> None:
         os.close(self._lock)
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        for name in ("data", "fresh"):
+            if (self.folder / name).exists():
+                shutil.rmtree(self.folder / name)
+        self._file.unlink(missing_ok=True)
 
     def _append(self, values: Iterable[Any]) -> None:
         with self._file.open("a", encoding="utf-8") as file:
@@ -107,11 +118,15 @@ class Journal:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read whole lines; the last may have been cut off."""
-    if not path.exists():
+    try:
+        text = read_text(path, LARGEST_JOURNAL)
+    except (OSError, UnicodeDecodeError):
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):
-            yield json.loads(line)
+            value = parse_json(line)
+            if isinstance(value, dict):
+                yield value
 
 
 def sync_tree(folder: Path) -> None:

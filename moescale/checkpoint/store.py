@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,11 +25,14 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moescale.checkpoint.index import INDEX, SafeReader, read_index
+from moescale.checkpoint.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
 from moescale.config import ConfigError
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 NAME = re.compile(r"step_(\d{8,})")
+LEFTOVER = re.compile(r"step_\d{8,}(\.old)?\.partial")
+UNMARKED = re.compile(r"__\d+_\d+\.distcp|\.metadata|config\.yaml|tokenizer\.json")  # what older versions left
 T = TypeVar("T")
 
 
@@ -52,7 +54,7 @@ def save_checkpoint(
         _on_first_rank(lambda: _finish(partial, folder, {"step": step, **state}, listing))
     except _Failed as error:
         if _rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
         good = latest_checkpoint(run_dir)
         raise ConfigError(f"no checkpoint of step {step} could be written to {folder.parent}: {error}; "
                           f"the last good one is {good.name if good else 'none'}") from None
@@ -175,10 +177,13 @@ class _Writer(FileSystemWriter):
 
 
 def _make_room(partial: Path, files: dict[str, str]) -> None:
-    """Clear away what killed runs left, and begin."""
+    """Clear away what killed runs left, and nothing else, and begin."""
     for left in partial.parent.glob("*.partial"):
-        shutil.rmtree(left)
-    partial.mkdir(parents=True)
+        if LEFTOVER.fullmatch(left.name) and is_ours(left, UNMARKED):
+            remove_marked(left)
+    if partial.exists() or partial.is_symlink():
+        raise ConfigError(f"{partial} is in the way, and no run left it: move it away")
+    make_marked(partial)
     for name, text in files.items():
         _write_synced(partial / name, text)
 
@@ -205,25 +210,26 @@ def _without_warnings() -> Iterator[None]:
 def _finish(partial: Path, folder: Path, state: dict[str, Any], listing: dict[str, list[int]]) -> None:
     """Write the manifest and move the folder into place."""
     for path in partial.iterdir():
-        if path.name not in listing:
+        if path.name not in listing and path.name != MARK:
             listing.update(_check_sums(partial, path.name))
     _write_synced(partial / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
     _sync_folder(partial)
     read_index(partial, listing)  # what a later torch may put there, and loading would refuse, shows now
     replaced = folder.with_suffix(".old.partial")
     if folder.exists():  # of the same step: one that is not whole, or the run would have gone on from it
-        folder.rename(replaced)
+        set_aside(folder, replaced)
     partial.rename(folder)
+    unmark(folder)
     _sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    discard(replaced)
 
 
 def _remove_old(parent: Path, keep: int) -> None:
     try:
         for folder in sorted(_all(parent), key=_step)[:-keep]:
             aside = folder.with_suffix(".partial")  # a kill in the middle leaves nothing that looks whole
-            folder.rename(aside)
-            shutil.rmtree(aside)
+            set_aside(folder, aside)
+            remove_marked(aside)
     except OSError as error:  # no reason to end the run: the new checkpoint is in its place
         warnings.warn(f"an old checkpoint could not be removed: {_describe(error)}", stacklevel=2)
 

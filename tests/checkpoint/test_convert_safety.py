@@ -182,6 +182,21 @@ def test_what_is_there_stays(source: Path) -> None:
     assert [path.name for path in there.iterdir()] == ["mine"]
 
 
+def test_a_folder_beside_the_destination_stays(source: Path) -> None:
+    """A conversion is filled in DESTINATION.partial; one that somebody else made is not touched."""
+    mine = source.parent / "there.partial"
+    mine.mkdir()
+    (mine / "config.yaml").write_text("mine")
+    result = CliRunner().invoke(app, ["convert", str(source), str(source.parent / "there"), "--to", "moescale"])
+    assert result.exit_code == 2
+    assert "there.partial is in the way" in result.output
+    assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+    (mine / "config.yaml").unlink()
+    result = CliRunner().invoke(app, ["convert", str(source), str(source.parent / "there"), "--to", "moescale"])
+    assert result.exit_code == 0, "an empty one holds nothing that could be lost"
+    assert not mine.exists()
+
+
 def exchanged(rows: tuple[Row, ...], one: str, two: str) -> tuple[Row, ...]:
     names = {one: two, two: one}
     found = {row.native: row for row in rows}

@@ -83,6 +83,35 @@ def test_the_last_few_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000020"
 
 
+@pytest.mark.parametrize("name", [
+    "mine.partial", "step_00000007.partial", "step_1.partial", "step_00000009.partial", "step_00000007.old.partial",
+])
+def test_what_somebody_else_put_there_stays(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 1)
+    mine = tmp_path / "checkpoints" / name
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    if name == "step_00000009.partial":  # a checkpoint that was put aside
+        (mine / "notes.txt").rename(mine / "checkpoint.json")
+    for step in (2, 3, 4):
+        save(tmp_path, step, keep=1)
+    assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+    if name == "step_00000007.partial":
+        with pytest.raises(ConfigError, match=r"step_00000007\.partial is in the way"):
+            save(tmp_path, 7)
+        assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+
+
+def test_a_link_among_the_leftovers_is_not_followed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (tmp_path / "checkpoints" / "step_00000007.partial").symlink_to(mine)
+    save(tmp_path, 2)
+    assert mine.is_dir()
+    assert (tmp_path / "checkpoints" / "step_00000007.partial").is_symlink()
+
+
 def _cut(tensors: dict[str, torch.Tensor], dim: int) -> dict[str, torch.Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return {name: distribute_tensor(tensor, mesh, [Shard(min(dim, tensor.ndim - 1))], src_data_rank=None)
@@ -360,7 +389,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
     def fail(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(store.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or fail(path))
+    monkeypatch.setattr(store, "remove_marked", fail)
     with pytest.warns(UserWarning, match="could not be removed: permission denied"):
         save(tmp_path, 2, keep=1)
     monkeypatch.undo()
