@@ -1,18 +1,32 @@
-"""The command line: `moescale train | generate | verify | convert | report | dashboard`, or `python -m moescale`."""
+"""The command line: `moescale train | config | generate | verify | convert | report | dashboard`, or `python -m moescale`."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moescale.config import ConfigError, LostRanksError, TrainingError, load_config
+from moescale import __version__
+from moescale.config import (
+    ConfigError,
+    LostRanksError,
+    TrainingError,
+    check_local,
+    describe,
+    load_config,
+    parse_config,
+    read_overrides,
+)
+
+TAKES_OVERRIDES = {"ignore_unknown_options": True}  # `--optim.lr=1` comes in, and is told how it is written
 
 app = typer.Typer(
     help="Train mixtures of experts, from one laptop process to a torchrun cluster.",
@@ -20,7 +34,22 @@ app = typer.Typer(
 )
 
 
-@app.command(no_args_is_help=True)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moescale {__version__}, torch {version('torch')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the versions of moescale, torch and Python."
+    )] = False,
+) -> None:
+    pass
+
+
+@app.command(no_args_is_help=True, context_settings=TAKES_OVERRIDES)
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
     overrides: Annotated[
@@ -34,14 +63,39 @@ def train(
     On many:          torchrun --nproc-per-node 2 -m moescale train configs/quickstart.yaml parallel.ep=2
 
     The run directory then holds config.yaml (every key, with its value), metrics.jsonl (a line a logging step) and
-    checkpoints/. Every key of the YAML can be changed on the command line as group.key=value; values are YAML, so
-    null, [1, 2] and true mean what they do there.
+    checkpoints/. Every key of the YAML can be changed on the command line as group.key=value, with null, true and
+    [a, b] as there; the last of two counts. moescale config shows all of them.
     """
-    with _one_line_errors():
+    with _one_line_errors(config):
         settled = load_config(config, overrides or [])
         from moescale.trainer import train as run  # torch comes in only when there is something to do
 
         run(settled)
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def config(
+    words: Annotated[list[str] | None, typer.Argument(
+        metavar="[FILE] [KEY=VALUE]...", help="A YAML file, and changes; the defaults, if not given.")] = None,
+    yaml: Annotated[bool, typer.Option("--yaml", help="Print all keys as YAML, from which one can train.")] = False,
+) -> None:
+    """Show every key of a configuration: its value, what it may be, its default and what it is for.
+
+    moescale config
+
+    moescale config configs/quickstart.yaml optim.lr=0.001
+
+    A star marks what differs from the default.
+    """
+    with _one_line_errors(stopped="stopped"):
+        file, *overrides = words if words and "=" not in words[0] and words[0][:1] != "-" else [None, *(words or ())]
+        if file is None:
+            settled = parse_config(read_overrides(overrides), "defaults")
+        else:
+            _refuse_url(Path(file))
+            settled = load_config(file, overrides)
+        typer.echo(settled.to_yaml() if yaml else
+                   "\n".join(describe(settled, shutil.get_terminal_size((100, 24)).columns)), nl=False)
 
 
 @app.command(no_args_is_help=True)
@@ -61,7 +115,7 @@ def generate(
 
     moescale generate runs/quickstart --prompt "def main(" --tokens 200 --temperature 0.8
     """
-    with _one_line_errors():
+    with _one_line_errors(checkpoint):
         from moescale.generate import generate_text
 
         for piece in generate_text(checkpoint, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed,
@@ -71,7 +125,7 @@ def generate(
         sys.stdout.write("\n")
 
 
-@app.command(no_args_is_help=True)
+@app.command(no_args_is_help=True, context_settings=TAKES_OVERRIDES)
 def verify(
     config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
     overrides: Annotated[
@@ -109,7 +163,7 @@ def verify(
     large; whether assignments, loads and drops are equal. Below it, what falls
     short first in each layout that fails; the exit status is then 1.
     """
-    with _one_line_errors(stopped="stopped"):
+    with _one_line_errors(config, json, stopped="stopped"):
         settled = load_config(config, overrides or [])
         from moescale.verify.main import verify as run
 
@@ -133,7 +187,7 @@ def report(
 
     moescale report runs/quickstart --terminal
     """
-    with _one_line_errors(stopped="stopped"):
+    with _one_line_errors(*runs, output, stopped="stopped"):
         from moescale.monitor.history import read_history
 
         histories = [read_history(run) for run in runs]
@@ -161,7 +215,7 @@ def dashboard(
 
     moescale dashboard runs/quickstart --entity my-team
     """
-    with _one_line_errors(stopped="stopped"):
+    with _one_line_errors(run, stopped="stopped"):
         from moescale.monitor.wandb_workspaces import save_workspace
 
         typer.echo(save_workspace(entity, load_config(run / "config.yaml").monitor.wandb_project))
@@ -207,7 +261,7 @@ def convert(
     the end stands a fingerprint of each layer and expert: two checkpoints are
     the same model if theirs are equal, in whatever format.
     """
-    with _one_line_errors(stopped="stopped; the same command goes on from here"):
+    with _one_line_errors(source, destination, load, stopped="stopped; the same command goes on from here"):
         from moescale.checkpoint import command
         from moescale.checkpoint.mapped import Layout
 
@@ -229,11 +283,16 @@ def convert(
 
 @contextmanager
 def _one_line_errors(
-    stopped: str = "stopped; the same command goes on from the last checkpoint"
+    *paths: Path | None, stopped: str = "stopped; the same command goes on from the last checkpoint"
 ) -> Iterator[None]:
-    """End on the user's mistakes with one line and exit status 2; what all ranks know, rank 0 alone says."""
+    """End on the user's mistakes with one line and exit status 2; what all ranks know, rank 0 alone says.
+
+    paths: that the command was given.
+    """
     speaks = os.environ.get("RANK", "0") == "0"
     try:
+        for path in paths:
+            _refuse_url(path)
         yield
     except ConfigError as error:
         message, status = str(error), 2
@@ -247,6 +306,14 @@ def _one_line_errors(
     if speaks:
         print(f"moescale: {message}", file=sys.stderr)
     raise typer.Exit(status)
+
+
+def _refuse_url(path: Path | None) -> None:
+    """Refuse a URL, of which a command would make a local folder."""
+    try:
+        check_local(str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ such file, and overrides `group.key=value`. Whatever cannot work is refused here
 group starts.
 """
 
-from moescale.config.errors import ConfigError, LostRanksError, TrainingError
+from moescale.config.describe import describe, differing_keys, written
+from moescale.config.errors import ConfigError, LostRanksError, TrainingError, check_local
 from moescale.config.groups import (
     SIGMOID_BIAS_KEYS,
     CheckpointConfig,
@@ -20,11 +21,12 @@ from moescale.config.groups import (
     RunConfig,
 )
 from moescale.config.layout import sequence_pieces
-from moescale.config.read import load_config, parse_config
+from moescale.config.read import load_config, parse_config, read_overrides
 from moescale.config.run import Config
 
 __all__ = [
     "SIGMOID_BIAS_KEYS", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LayerConfig", "LostRanksError",
     "MoEConfig", "ModelConfig", "MonitorConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig", "RunConfig",
-    "TrainingError", "load_config", "parse_config", "sequence_pieces",
+    "TrainingError", "check_local", "describe", "differing_keys", "load_config", "parse_config", "read_overrides",
+    "sequence_pieces", "written",
 ]

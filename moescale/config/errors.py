@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -20,6 +21,15 @@ class LostRanksError(TrainingError):
 def refuse(condition: bool, message: str) -> None:
     if condition:
         raise ConfigError(message)
+
+
+def check_local(path: str) -> str:
+    """Refuse a path that is empty or a URL, which would be taken for a folder of that name. -> the path"""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path)  # of at least two letters, since one is a drive
+    refuse(scheme is not None, "files are read and written in mounted file systems alone: mount it and write the path "
+                               "there, or write a local path and copy")
+    refuse(not path.strip(), "a path must not be empty: write . for the current folder")
+    return path
 
 
 def check_width(name: str, width: int) -> None:

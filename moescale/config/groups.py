@@ -6,12 +6,13 @@ The sentence below a key is what `moescale config` shows of it.
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from moescale.config.errors import ConfigError, any_of, check_width, divisors, refuse
+from moescale.config.errors import ConfigError, any_of, check_local, check_width, divisors, refuse
 
+LocalPath = Annotated[str, AfterValidator(check_local)]
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
 SIGMOID_BIAS_KEYS = ("num_expert_groups", "top_k_groups", "routed_scaling", "bias_update_rate")  # for that router alone
 WITH_CAPACITY = ("switch", "gshard", "sinkhorn")
@@ -28,8 +29,14 @@ class Group(BaseModel):
                               use_attribute_docstrings=True)  # the text below a key is its description
 
 
+def _check_project(name: str) -> str:
+    refuse(not re.fullmatch(r"[^/\\#?%:\x00-\x1f]{1,128}", name), "a project in wandb has a name of 1 to 128 letters "
+           "without / \\ # ? % and :; the team it belongs to is not part of it, but WANDB_ENTITY in the environment")
+    return name
+
+
 class RunConfig(Group):
-    dir: str = "runs/default"
+    dir: LocalPath = "runs/default"
     """The folder that checkpoints, metrics.jsonl and config.yaml go to."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Decides the first weights, the order of the data and every random draw."""
@@ -40,15 +47,15 @@ class RunConfig(Group):
 
 
 class DataConfig(Group):
-    files: tuple[str, ...] = ()
+    files: tuple[LocalPath, ...] = ()
     """Paths and globs of the training text; none is the source of the running Python's own standard library."""
-    tokenizer: str = "bytes"
+    tokenizer: LocalPath = "bytes"
     """`bytes`, or the path of a Hugging Face tokenizer.json."""
     begin_token: str | None = None
     """The token before each document, by name; null is what the files beside the tokenizer.json say."""
     end_token: str | None = None
     """The token after each document, by name; null is what those files say. One token may do both."""
-    cache_dir: str = "~/.cache/moescale"
+    cache_dir: LocalPath = "~/.cache/moescale"
     """The folder that tokenized text is kept in."""
     seq_len: int = Field(256, ge=1)
     """Tokens in a training sequence."""
@@ -343,7 +350,7 @@ class MonitorConfig(Group):
     """`steps:5-7` writes the time of each operation in these steps, for Perfetto."""
     wandb: Literal["off", "auto", "offline", "online"] = "off"
     """Whether Weights & Biases gets the figures; `auto` is online where there is a key, else offline."""
-    wandb_project: str = "moescale"
+    wandb_project: Annotated[str, AfterValidator(_check_project)] = "moescale"
     """The project that runs belong to in Weights & Biases."""
     wandb_artifacts: bool = False
     """Whether configuration, code and the place of each checkpoint are kept there."""
@@ -355,12 +362,6 @@ class MonitorConfig(Group):
     @property
     def profile_steps(self) -> range:
         return _steps("profile", self.profile)
-
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _switch(cls, value: object) -> object:
-        """YAML reads off and on as false and true."""
-        return ("auto" if value else "off") if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
