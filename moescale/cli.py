@@ -1,4 +1,4 @@
-"""The command line: `moescale train | config | generate | verify | convert | report | dashboard`, or `python -m moescale`."""
+"""The command line: `moescale train | config | generate | verify | convert | report | dashboard`."""
 
 from __future__ import annotations
 
