@@ -98,7 +98,7 @@ def replicate(opened: Opened, num_experts: int, noise: float) -> Change:
     if num_experts % moe.num_experts or copies < 2:
         raise ConfigError(f"--experts {num_experts} must be a multiple of the {moe.num_experts} that there are")
     if moe.router == "gshard" or moe.top_k_groups < moe.num_expert_groups:
-        what = "gshard takes two experts" if moe.router == "gshard" else "groups are chosen by their best two experts"
+        what = "gshard takes two experts" if moe.router == "gshard" else "groups are chosen by a few of their experts"
         raise ConfigError(f"--experts cannot keep the logits of this model: {what}")
     one = moe.router == "switch"
     changed = _with(config, moe={

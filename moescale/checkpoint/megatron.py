@@ -227,7 +227,7 @@ def _activation(config: Config) -> str:
 def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
     """Refuse by name what MoEScale can express and Megatron-Core cannot."""
     model, moe, mixtures = config.model, config.moe, config.num_moe_layers
-    groups = mixtures and moe.num_expert_groups > 1 and moe.top_k // moe.top_k_groups != 2
+    groups = mixtures and moe.num_expert_groups > 1 and moe.top_k < moe.top_k_groups
     wrong = {
         "model.block": model.block != "serial", "model.norm": model.norm != "rmsnorm",
         "model.positions": model.positions == "alibi", "model.scale_logits": model.scale_logits,

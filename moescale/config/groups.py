@@ -181,7 +181,7 @@ class MoEConfig(Group):
     num_expert_groups: int = Field(1, ge=1)
     """With `sigmoid_bias`: groups that the experts lie in."""
     top_k_groups: int = Field(1, ge=1)
-    """With `sigmoid_bias`: groups that a token's experts may come from."""
+    """With `sigmoid_bias`: groups that a token's experts come from, by the sum of their best top_k / top_k_groups."""
     routed_scaling: float = Field(1.0, gt=0)
     """With `sigmoid_bias`: what the weights of a token's experts add up to."""
     bias_update_rate: float = Field(0.001, ge=0)

@@ -126,10 +126,11 @@ def test_sigmoid_bias_equals_the_paper(seed: int, tokens: int, top_k: int, group
         biased = [s + b for s, b in zip(score, router.expert_bias.tolist(), strict=True)]
         size = 8 // groups[0]
         parts = [range(first, first + size) for first in range(0, 8, size)]
-        parts.sort(key=lambda part: -sum(sorted((biased[e] for e in part), reverse=True)[:2]))
+        parts.sort(key=lambda part: -sum(sorted((biased[e] for e in part), reverse=True)[: max(1, top_k // groups[1])]))
         best = sorted((e for part in parts[: groups[1]] for e in part), key=lambda e: -biased[e])[:top_k]
         for e in best:
             expected[t, e] = 2.5 * score[e] / sum(score[e] for e in best)
+        for e in sorted(range(8), key=lambda e: -score[e])[:top_k]:  # eq. 18 knows neither bias nor groups
             chosen[e] += 1
         probs.append([s / sum(score) for s in score])
     balance = sum(8 * chosen[e] / (top_k * len(probs)) * sum(p[e] for p in probs) for e in range(8)) if probs else 0.0

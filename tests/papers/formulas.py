@@ -87,13 +87,16 @@ def next_token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mixture(x: Tensor, router: Tensor, experts: list[Weights], activation: str, kind: str, *, top_k: int,
-            capacity: float | None, draws: Tensor) -> tuple[Tensor, Tensor]:
+            capacity: float | None, draws: Tensor, bias: Tensor | None = None,
+            groups: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
     """A layer of experts, token by token, and its balance loss summed over tokens. x: [seq, d_model].
 
     kind: "mixtral", softmax over the top_k logits (Mixtral of Experts, section 2.1); "switch", the best expert by its
     probability (Switch Transformers, equations 1 to 6); "gshard", the best two normalised, the second one taken when
-    twice its weight exceeds a uniform draw (GShard, algorithm 1); "sigmoid_bias" with a bias of zero (DeepSeek-V3,
-    equations 12 to 20); "expert_choice", each expert takes its best tokens (Zhou et al., 2022, equations 1 to 3).
+    twice its weight exceeds a uniform draw (GShard, algorithm 1); "sigmoid_bias" (DeepSeek-V3, equations 12 to 20, and
+    node-limited routing): groups and experts are chosen with the bias, the balance loss counts the best without either;
+    "expert_choice", each expert takes its best tokens (Zhou et al., 2022, equations 1 to 3).
+    groups: how many there are, and how many of them a token's experts come from.
     capacity: slots over the even share, None = no limit.
     """
     num_tokens, num_experts = len(x), len(experts)
@@ -107,7 +110,10 @@ def mixture(x: Tensor, router: Tensor, experts: list[Weights], activation: str, 
             for t in probs[:, expert].argsort(descending=True)[: int(capacity * num_tokens / num_experts)].tolist():
                 out[t] = out[t] + probs[t, expert] * feed_forward(x[t], weights, activation)
         return torch.stack(out), x.new_zeros(())
-    best = probs.argsort(-1, descending=True)[:, :top_k].tolist()
+    affinity = best = probs.argsort(-1, descending=True)[:, :top_k].tolist()
+    if kind == "sigmoid_bias":
+        assert bias is not None
+        best = [_within_groups((token + bias).tolist(), top_k, *groups) for token in scores]
     slots = math.inf if capacity is None else max(1, int(capacity * num_tokens * top_k / num_experts))
     used = [0] * num_experts
     for choice in range(top_k):
@@ -121,10 +127,19 @@ def mixture(x: Tensor, router: Tensor, experts: list[Weights], activation: str, 
             out[t] = out[t] + weight * feed_forward(token, experts[expert], activation)
     counted = 1 if kind in ("switch", "gshard") else top_k
     share = torch.zeros(num_experts, dtype=x.dtype)
-    for choices in best:
+    for choices in affinity:
         for expert in choices[:counted]:
             share[expert] += 1 / (counted * num_tokens)
     return torch.stack(out), num_experts * (share * probs.mean(0)).sum() * num_tokens
+
+
+def _within_groups(scores: list[float], top_k: int, num_groups: int, chosen_groups: int) -> list[int]:
+    size = len(scores) // num_groups
+    groups = [range(first, first + size) for first in range(0, len(scores), size)]
+    counted = max(1, top_k // chosen_groups)
+    groups.sort(key=lambda group: sum(sorted(scores[expert] for expert in group)[-counted:]), reverse=True)
+    experts = [expert for group in groups[:chosen_groups] for expert in group]
+    return sorted(experts, key=lambda expert: scores[expert], reverse=True)[:top_k]
 
 
 def router_z(x: Tensor, router: Tensor) -> Tensor:

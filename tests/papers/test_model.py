@@ -35,6 +35,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
                "moe": {"router": "gshard", "num_experts": 4, "top_k": 2, "capacity_factor": 0.8, "d_ff": 8,
                        "activation": "relu"}},
     "sigmoid_bias": {"model": SERIAL, "moe": {"router": "sigmoid_bias", "num_experts": 6, "top_k": 3, "d_ff": 8}},
+    "sigmoid_bias, three of a group": {"model": SERIAL, "moe": {
+        "router": "sigmoid_bias", "num_experts": 16, "top_k": 6, "num_expert_groups": 4, "top_k_groups": 2, "d_ff": 8}},
+    "sigmoid_bias, one of a group": {"model": SERIAL, "moe": {
+        "router": "sigmoid_bias", "num_experts": 12, "top_k": 2, "num_expert_groups": 4, "top_k_groups": 2, "d_ff": 8}},
     "expert_choice": {"model": SERIAL, "moe": {"router": "expert_choice", "num_experts": 4, "top_k": 2,
                                                "capacity_factor": 1.7, "d_ff": 8}},
 }
@@ -48,10 +52,11 @@ def test_a_model_equals_the_papers_formulas(family: str) -> None:
     tokens = torch.randint(0, config.model.vocab_size, (3, 13))
     serial = torch.arange(100, 136).view(3, 12)
     sums = model(tokens[:, :-1], targets=tokens[:, 1:], positions=torch.arange(12).expand(3, 12), serial=serial)
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
     gradients = torch.autograd.grad(_total(sums, config), list(model.parameters()))
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     expected = [sum(parts) for parts in zip(*(
-        _paper(config, weights, *each) for each in zip(tokens, serial, strict=True)), strict=True)]
+        _paper(config, weights | biases, *each) for each in zip(tokens, serial, strict=True)), strict=True)]
     for ours, theirs, what in zip(sums, expected, ("cross entropy", "z-loss", "balance", "router z"), strict=True):
         assert ours.item() == pytest.approx(float(theirs), rel=1e-6, abs=1e-9), what
     theirs = torch.autograd.grad(_total(expected, config), list(weights.values()))
@@ -65,6 +70,9 @@ def _random_model(config: Config) -> LanguageModel:
     torch.manual_seed(3)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            torch.nn.init.normal_(buffer, 0.0, 0.2)
     return model.train()
 
 
@@ -102,7 +110,8 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, serial: T
         salt = 2 * index + 1  # of the second expert's draws, with seed 0
         y, balance = formulas.mixture(h, router, experts, config.moe.activation, config.moe.router,
                                       top_k=config.moe.top_k, capacity=config.moe.capacity_factor,
-                                      draws=uniform(serial, salt))
+                                      draws=uniform(serial, salt), bias=own.get("channel_mixer.router.expert_bias"),
+                                      groups=(config.moe.num_expert_groups, config.moe.top_k_groups))
         x, losses = x + y, [losses[0] + balance, losses[1] + formulas.router_z(h, router)]
     h = norm(x, weights["norm.weight"], model.norm_eps)
     head = weights["embedding.weight"] if model.tied_embeddings else weights["head.weight"]

@@ -5,7 +5,7 @@
 | mixtral       | top_k         | softmax over the chosen logits  | all choices         | nothing             | yes    |
 | switch        | 1             | raw probability                 | the first choice    | over capacity       | yes *  |
 | gshard        | 2             | normalised over both, then drop | first choices       | over it, or by coin | no     |
-| sigmoid_bias  | top_k         | normalised sigmoid scores       | all choices         | nothing             | yes    |
+| sigmoid_bias  | top_k         | normalised sigmoid scores       | the top_k unbiased  | nothing             | yes    |
 | expert_choice | that chose it | raw probability                 | none needed         | what none chose     | no     |
 | sinkhorn      | top_k         | raw probability                 | all choices         | over capacity       | no     |
 
@@ -23,7 +23,8 @@ batch (`balance_over`), and takes the mean probability over the same tokens, bef
 **In evaluation** nothing is random, and nothing dropped unless `eval_capacity_factor` says so. Tokens choose for
 themselves: with expert_choice and sinkhorn their top_k by probability. **Decoding** is that without any capacity.
 
-sigmoid_bias chooses by score plus a bias, which moves once a step, against the load of the global batch.
+sigmoid_bias chooses by score plus a bias, which moves once a step, against the load of the global batch. With groups,
+`top_k_groups` of them are chosen first, by the sum of each one's best top_k / top_k_groups (rounded down, never none).
 """
 
 from moescale.moe.routers.base import Capacity, Router

@@ -104,11 +104,15 @@ class Router(nn.Module, ABC):
 
     def balance_loss(self, expert: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
         """Count what own tokens chose, and hold it to the scope. -> scalar, summed over own valid tokens"""
-        counted = expert[..., : self.balance_choices]
+        counted = self.counted(expert, probs)
         choices = expert.new_zeros(len(expert), self.num_experts)
         choices.scatter_add_(1, counted.flatten(1), valid.unsqueeze(-1).expand_as(counted).flatten(1).long())
         mass = (probs * valid.unsqueeze(-1).to(probs.dtype)).sum(1)
         return load_balance_loss(mass, self.scope.total(choices, self.sequence))
+
+    def counted(self, expert: Tensor, probs: Tensor) -> Tensor:
+        """Say which choices the balance loss counts. -> [groups, tokens, any number] int64"""
+        return expert[..., : self.balance_choices]
 
     def dropped(self, routing: Routing, valid: Tensor) -> Tensor:
         """Count the choices that have no row. valid: [groups, tokens] bool, own. -> scalar int64"""

@@ -84,7 +84,9 @@ class SigmoidBiasRouter(Router):
     """The top_k experts by sigmoid score plus bias, weighed by the scores alone (DeepSeek-V3, eq. 12 to 16).
 
     The experts lie in groups, in order. A token's come from its best `top_k_groups` of them, by the sum of each one's
-    best two. expert_bias: [experts] float32; it selects, has no gradient, and balances in place of a loss.
+    best top_k / top_k_groups, rounded down and at least one (its section 2.1.2, node-limited routing). expert_bias:
+    [experts] float32; it selects experts and groups, and has no gradient. The balance loss counts what the scores alone
+    would choose, without groups (eq. 17 to 20).
     """
 
     drops_nothing = True
@@ -107,11 +109,15 @@ class SigmoidBiasRouter(Router):
         biased = scores.detach() + self.expert_bias
         if self.top_k_groups < self.num_expert_groups:
             groups = biased.unflatten(-1, (self.num_expert_groups, -1))
-            _, best = top_k(top_k(groups, 2)[0].sum(-1), self.top_k_groups)
+            counted = max(1, self.top_k // self.top_k_groups)
+            _, best = top_k(top_k(groups, counted)[0].sum(-1), self.top_k_groups)
             others = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
             biased = groups.masked_fill(others.unsqueeze(-1), float("-inf")).flatten(-2)
         _, expert = top_k(biased, self.top_k)
         return expert, self.routed_scaling * normalise(scores.gather(-1, expert))
+
+    def counted(self, expert: Tensor, probs: Tensor) -> Tensor:
+        return top_k(probs, self.top_k)[1]
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
