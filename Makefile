@@ -8,8 +8,8 @@ BIN := .venv/bin
 train: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m moescale train configs/quickstart.yaml parallel.ep=$(RANKS)
 
-test: .venv/installed
-	$(BIN)/python -m pytest
+test: .venv/installed  # two workers, each with one core; tests of ranks start up to four processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
