@@ -10,7 +10,7 @@ import json
 import math
 import pickle
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -108,14 +108,19 @@ def create_pickle(path: Path, values: Mapping[str, Any], inside: str, sizes: Siz
     return {name: stored for name, stored in (read[inside] if inside else read).items() if name in sizes}
 
 
-def open_distributed(folder: Path) -> dict[str, Stored]:
-    """Read the index of a distributed checkpoint. Returns where each tensor lies. Raises ConfigError."""
-    metadata = read_metadata(folder)
+def open_distributed(
+    folder: Path, metadata: Metadata | None = None, left_out: Collection[str] = ()
+) -> dict[str, Stored]:
+    """Find the tensors of a distributed checkpoint. Returns where each lies. Raises ConfigError.
+
+    metadata: its index, where that was read already. left_out: names of tensors that are not wanted.
+    """
+    metadata = metadata or read_metadata(folder)
     places = metadata.storage_data
     tensors = {}
     for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            continue  # a value, not a tensor
+        if not isinstance(entry, TensorStorageMetadata) or name in left_out:
+            continue  # no tensor, or one that nobody asks for
         shape, parts = tuple(entry.size), []
         chunks = []
         for chunk in entry.chunks:

@@ -51,7 +51,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _metadata(found: Any) -> Metadata:
-    values = _attributes(found, "Metadata")
+    values = _attributes(found, "Metadata", "MCoreMetadata")
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, entry in _dict(values.get("state_dict_metadata")).items():
         if not isinstance(name, str):
@@ -70,11 +70,11 @@ def _metadata(found: Any) -> Metadata:
     return Metadata(entries, storage_data=places)
 
 
-def _attributes(value: Any, name: str) -> dict[str, Any]:
-    """Take the attributes of an object of torch's class `name`."""
-    if not isinstance(value, Record) or value.name.rpartition(".")[2] != name:
+def _attributes(value: Any, *names: str) -> dict[str, Any]:
+    """Take the attributes of an object of torch's class `names[0]`, or of a class of others that extends it."""
+    if not isinstance(value, Record) or value.name.rpartition(".")[2] not in names:
         shown = value.name if isinstance(value, Record) else type(value).__name__
-        raise PickleError(f"has {shown:.80} in the place of torch's {name}")
+        raise PickleError(f"has {shown:.80} in the place of torch's {names[0]}")
     return value.attributes()
 
 
@@ -121,6 +121,14 @@ def read_part(folder: Path, place: _StorageInfo) -> Stored:
     if not isinstance(found, Stored):
         raise ConfigError(f"{folder} is damaged: {path.name} does not hold the tensors that its index says")
     return found
+
+
+def read_object(folder: Path, metadata: Metadata, name: str) -> Any:
+    """Read what is stored under a name and is no tensor into plain values. Raises ConfigError."""
+    place = metadata.storage_data.get(MetadataIndex(name))
+    if place is None:
+        raise ConfigError(f"{folder} is damaged: its index {INDEX} does not say where {name} lies")
+    return read_archive(inside(folder, place.relative_path), place.offset, place.length)
 
 
 class SafeReader(FileSystemReader):

@@ -27,10 +27,14 @@ BLOCK, MIXER = "blocks.{layer}.", "blocks.{layer}.channel_mixer."
 GATED = ("gate", "up")
 
 
-def _names(prefix: str, norm: str, channel_norm: str, *outer: Transform) -> tuple[Row, ...]:
-    """The rows of a model without its experts. prefix: of a layer. norm, channel_norm: what the two norms are called"""
+def _names(prefix: str, norm: str, channel_norm: str, *outer: Transform, apart: bool = False) -> tuple[Row, ...]:
+    """Write the rows of a model without its experts.
+
+    prefix: of a layer. norm, channel_norm: what the two norms are called. outer: around all that is in a layer.
+    apart: gate and up have names of their own.
+    """
     shared, attention = "mlp.shared_experts.", prefix + "self_attention."
-    rows = [
+    return (
         row("embedding.weight", "embedding.word_embeddings.weight", cut=0),
         row(BLOCK + "mixer_norm.weight", prefix + norm, *outer),
         *(row(f"{BLOCK}mixer.{part}.weight", attention + "linear_qkv.weight", query_groups(part), *outer, cut=0)
@@ -43,20 +47,23 @@ def _names(prefix: str, norm: str, channel_norm: str, *outer: Transform) -> tupl
         row(MIXER + "shared.down.weight", prefix + shared + "linear_fc2.weight", *outer, cut=1),
         row("norm.weight", "decoder.final_layernorm.weight"),
         row("head.weight", "output_layer.weight", cut=0),
-    ]
-    for index, part in enumerate(GATED):
-        rows += [
-            row(f"{MIXER}{part}.weight", prefix + "mlp.linear_fc1.weight", half(index), *outer, cut=0),
-            row(f"{MIXER}shared.{part}.weight", prefix + shared + "linear_fc1.weight", half(index), *outer, cut=0),
-        ]
-    return tuple(rows)
+        *_first(MIXER + "{part}.weight", prefix + "mlp.linear_fc1.weight", *outer, apart=apart),
+        *_first(MIXER + "shared.{part}.weight", prefix + shared + "linear_fc1.weight", *outer, apart=apart),
+    )
 
 
-def _experts(first: str, second: str, *outer: Transform) -> tuple[Row, ...]:
-    """The rows of experts in layers of their own. first, second: names of the two matrices; outer: around them"""
+def _first(native: str, foreign: str, *outer: Transform, apart: bool = False) -> tuple[Row, ...]:
+    """Write the rows of a feed-forward's first matrix, which holds gate and up, or of two matrices. native: {part}"""
+    return tuple(
+        row(native.replace("{part}", part), foreign + suffix, *outer, cut=0) if apart else
+        row(native.replace("{part}", part), foreign, half(index), *outer, cut=0)
+        for index, (part, suffix) in enumerate(zip(GATED, ("_w", "_v"), strict=True)))
+
+
+def _experts(first: str, second: str, *outer: Transform, apart: bool = False) -> tuple[Row, ...]:
+    """Write the rows of experts in layers of their own. first, second: names of the two matrices; outer: around them"""
     return (
-        *(row(f"{MIXER}experts.{part}.{{expert}}", first, half(index), *outer, cut=0)
-          for index, part in enumerate(GATED)),
+        *_first(MIXER + "experts.{part}.{expert}", first, *outer, apart=apart),
         row(MIXER + "experts.down.{expert}", second, *outer, cut=1),
     )
 
@@ -64,7 +71,7 @@ def _experts(first: str, second: str, *outer: Transform) -> tuple[Row, ...]:
 LAYER, LAYERS = "decoder.layers.{layer}.", "decoder.layers."
 FUSED_NORM, PLAIN_NORM = "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
 DENSE_NORM, MOE_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
-DISTRIBUTED = {  # all layers alike, in one tensor; or each layer by its number
+DISTRIBUTED = {  # all layers alike, in one tensor; each layer by its number; each expert and half of a matrix too
     "stacked": (
         *_names(LAYERS, FUSED_NORM, MOE_NORM, stacked_layers()),
         *_experts(LAYERS + "mlp.experts.experts.linear_fc1.weight", LAYERS + "mlp.experts.experts.linear_fc2.weight",
@@ -75,6 +82,11 @@ DISTRIBUTED = {  # all layers alike, in one tensor; or each layer by its number
         *_experts(LAYER + "mlp.experts.experts.linear_fc1.weight", LAYER + "mlp.experts.experts.linear_fc2.weight",
                   stacked_experts()),
     ),
+    "apart": (
+        *_names(LAYER, FUSED_NORM, MOE_NORM, apart=True),
+        *_experts(LAYER + "mlp.experts.experts.{expert}.linear_fc1.weight",
+                  LAYER + "mlp.experts.experts.{expert}.linear_fc2.weight", apart=True),
+    ),
 }
 OF_RANKS = {
     "sequential": _experts(LAYER + "mlp.experts.local_experts.{expert}.linear_fc1.weight",
@@ -82,8 +94,7 @@ OF_RANKS = {
     "te_grouped": _experts(LAYER + "mlp.experts.linear_fc1.weight{expert}",
                            LAYER + "mlp.experts.linear_fc2.weight{expert}"),
     "grouped": (
-        *(row(f"{MIXER}experts.{part}.{{expert}}", LAYER + "mlp.experts.weight1", half(index), transposed(),
-              grouped_columns(), cut=0) for index, part in enumerate(GATED)),
+        *_first(MIXER + "experts.{part}.{expert}", LAYER + "mlp.experts.weight1", transposed(), grouped_columns()),
         row(MIXER + "experts.down.{expert}", LAYER + "mlp.experts.weight2", transposed(), grouped_rows(), cut=1),
     ),
 }
@@ -98,8 +109,8 @@ def ungated(rows: Sequence[Row]) -> tuple[Row, ...]:
     """The same table for a model whose feed-forwards have one first matrix: it is not half of one."""
     halves = {id(found): found for found in rows if ".gate" in found.native}
     kept = [found for found in rows if id(found) not in halves]
-    return tuple(Row(found.native, found.foreign, found.transforms[1:], found.cut) if ".up" in found.native else found
-                 for found in kept)
+    return tuple(Row(found.native, found.foreign.removesuffix("_v"), found.transforms[1:], found.cut)
+                 if ".up" in found.native else found for found in kept)
 
 
 def read_arguments(args: Namespace, source: str) -> Config:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moescale.checkpoint.containers import (
     Sizes,
@@ -17,6 +19,7 @@ from moescale.checkpoint.containers import (
     open_distributed,
     open_pickle,
 )
+from moescale.checkpoint.index import read_metadata, read_object
 from moescale.checkpoint.mapped import Layout, Opened
 from moescale.checkpoint.megatron import (
     DISTRIBUTED,
@@ -38,6 +41,7 @@ NAME = "megatron"
 __all__ = ["NAME", "create", "detect", "finish", "open_checkpoint", "plan", "refuse"]
 TRACKER, ITERATION = "latest_checkpointed_iteration.txt", "iter_0000000"
 COMMON, METADATA = "common.pt", "metadata.json"
+COMMON_OBJECT = "common_state/shard_0_1"  # where newer versions keep what common.pt held
 RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
 MODEL_FILE = "model_optim_rng.pt"
 LEFT_OUT = {
@@ -74,13 +78,27 @@ def _left_out(names: Sequence[str]) -> dict[str, str]:
 
 
 def _open_distributed(folder: Path) -> Opened:
-    common = open_pickle(inside(folder, COMMON))
-    config = read_arguments(_arguments(common), str(folder / COMMON))
-    tensors = open_distributed(folder)
+    metadata = read_metadata(folder)
+    if (folder / COMMON).is_file():
+        common, place = open_pickle(inside(folder, COMMON)), folder / COMMON
+    else:
+        stored = read_object(folder, metadata, COMMON_OBJECT)  # a list of the one object
+        common, place = stored[0] if isinstance(stored, list) and stored else None, folder
+    config = read_arguments(_arguments(common), str(place))
+    names = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)]
+    left_out = _left_out(names)
+    tensors = open_distributed(folder, metadata, left_out)
     atoms = native_atoms(config)
-    kind = "stacked" if any(name.startswith("decoder.layers.self_attention") for name in tensors) else "numbered"
-    pieces = _distributed_pieces(config, atoms, kind, tensors)
-    return Opened(NAME, folder, config, Layout(style="torch_dist"), atoms, tensors, pieces, _left_out(list(tensors)))
+    pieces = _distributed_pieces(config, atoms, _kind_of(tensors), tensors)
+    return Opened(NAME, folder, config, Layout(style="torch_dist"), atoms, tensors, pieces, left_out)
+
+
+def _kind_of(names: Iterable[str]) -> str:
+    """Tell by its names which table of DISTRIBUTED a checkpoint follows."""
+    if any(name.startswith("decoder.layers.self_attention") for name in names):
+        return "stacked"
+    return "apart" if any(name.endswith("linear_fc1.weight_w") or ".experts.experts.0." in name
+                          for name in names) else "numbered"
 
 
 def _gated(config: Config, rows: Sequence[Row]) -> Sequence[Row]:
