@@ -13,11 +13,13 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moescale.checkpoint.index import INDEX, SafeReader, read_index
 from moescale.checkpoint.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
-from moescale.config import ConfigError
+from moescale.config import ConfigError, TrainingError
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -42,9 +44,16 @@ def save_checkpoint(
     """Write a checkpoint and remove all but the last `keep`; every rank calls.
 
     state: small values for the manifest. files: texts by name. -> its folder
-    Raises ConfigError on every rank when it could not be written on any; what existed before stays.
+    Raises ConfigError on every rank when it could not be written on any, and TrainingError when a tensor holds what is
+    no finite number; what existed before stays.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    spoilt = _not_finite(tensors)
+    if spoilt is not None:
+        good = latest_checkpoint(run_dir)
+        raise TrainingError(f"step {step}: {spoilt} holds values that are no finite numbers, and nothing was saved; "
+                            "try a lower optim.lr or a longer optim.warmup_steps; the last good checkpoint is "
+                            f"{good or 'none'}")
     partial = folder.with_suffix(".partial")
     try:
         _on_first_rank(lambda: _make_room(partial, files))
@@ -67,7 +76,8 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, prefix: str = "
     """Fill the tensors, plain or cut in any layout, in place; every rank calls.
 
     prefix: only names that begin with it are expected. -> the state, with `step`
-    Raises ConfigError for a folder that is damaged, and for a checkpoint of another model.
+    Raises ConfigError for a folder that is damaged, for a checkpoint of another model, and for values that are no
+    finite numbers.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     try:
@@ -76,7 +86,11 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, prefix: str = "
         _together(lambda: _verify(folder, {name: files[name] for name in sorted(files)[_rank() :: ranks]}))
         names = {name for part in _gather(list(tensors)) for name in part}  # a pipeline's ranks hold other tensors
         _together(lambda: _compare(folder, read_index(folder, files), tensors, names, prefix))
-        _together(lambda: _read(SafeReader(folder), tensors))
+        _together(lambda: _read_folder(folder, tensors))
+        spoilt = _not_finite(tensors)
+        if spoilt is not None:
+            raise _Failed(f"{folder}: {spoilt} holds values that are no finite numbers; "
+                          f"{_advice(folder, _last_finite(folder, tensors))}")
     except _Failed as error:
         raise ConfigError(str(error)) from None
     return dict(manifest["state"])
@@ -199,6 +213,10 @@ def _read(reader: FileSystemReader, tensors: dict[str, Tensor]) -> None:
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
+def _read_folder(folder: Path, tensors: dict[str, Tensor]) -> None:
+    _read(SafeReader(folder), tensors)
+
+
 @contextmanager
 def _without_warnings() -> Iterator[None]:
     """Torch warns whenever one process saves or loads, which here is what the user asked for."""
@@ -247,7 +265,7 @@ def _check_sums(folder: Path, pattern: str) -> dict[str, list[int]]:
 
 
 def _verify(folder: Path, expected: dict[str, list[int]]) -> None:
-    advice = _advice(folder)
+    advice = _advice(folder, next(iter(_older(folder)), None))
     for name, (size, crc) in expected.items():
         path = folder / name
         if not path.exists():
@@ -258,10 +276,47 @@ def _verify(folder: Path, expected: dict[str, list[int]]) -> None:
             raise ConfigError(f"{folder} is damaged: {name} was altered; {advice}")
 
 
-def _advice(folder: Path) -> str:
-    """Say how to do without a damaged checkpoint."""
-    older = [other for other in _all(folder.parent) if NAME.fullmatch(folder.name) and _step(other) < _step(folder)]
-    return f"remove {folder} to " + (f"go on from {max(older, key=_step).name}" if older else "start anew")
+def _older(folder: Path) -> list[Path]:
+    """List the whole checkpoints of earlier steps, the last one first."""
+    earlier = [other for other in _all(folder.parent) if NAME.fullmatch(folder.name) and _step(other) < _step(folder)]
+    return sorted(earlier, key=_step, reverse=True)
+
+
+def _advice(folder: Path, good: Path | None) -> str:
+    """Say how to do without a checkpoint. good: the one before it to go on from"""
+    between = [str(other) for other in _older(folder) if good is None or _step(other) > _step(good)]
+    remove = " ".join([str(folder), *between]) if NAME.fullmatch(folder.name) else str(folder)
+    return f"remove {remove} to " + (f"go on from {good.name}" if good else "start anew")
+
+
+def _last_finite(folder: Path, tensors: dict[str, Tensor]) -> Path | None:
+    """Read earlier checkpoints over the tensors, the last one first, until one holds finite numbers alone."""
+    for older in _older(folder):
+        try:
+            _together(partial(_read_folder, older, tensors))
+        except _Failed:
+            continue
+        if _not_finite(tensors) is None:
+            return older
+    return None
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name a tensor that holds what is no finite number on some rank, the same on all; None if there is none."""
+    parts = {name: getattr(tensor, "_local_tensor", tensor).detach() for name, tensor in tensors.items()
+             if tensor.is_floating_point()}
+    sums = [_sum(part) for part in parts.values()]
+    finite = torch.stack(sums).isfinite().tolist() if sums else []
+    # finite numbers may have too large a sum, so then each is looked at
+    own = next((name for (name, part), good in zip(parts.items(), finite, strict=True)
+                if not good and not bool(part.isfinite().all())), None)
+    return next((name for name in _gather(own) if name is not None), None)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Add up all values, faster than looking at each. -> scalar float64, no finite number if one of them is none"""
+    values = values.float() if values.dtype.itemsize == 1 else values  # of float8, which knows no sum
+    return values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32).double()
 
 
 def _compare(
@@ -299,7 +354,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(f"{folder} is damaged: its {MANIFEST} cannot be read; {_advice(folder)}") from None
+        raise ConfigError(f"{folder} is damaged: its {MANIFEST} cannot be read; "
+                          f"{_advice(folder, next(iter(_older(folder)), None))}") from None
     return dict(manifest)
 
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import time
 import zlib
@@ -25,7 +26,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from moescale.checkpoint import store
 from moescale.checkpoint.index import SafeReader
 from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
-from moescale.config import ConfigError
+from moescale.config import ConfigError, TrainingError
 from moescale.parallel.ranks import run_ranks
 
 
@@ -169,6 +170,48 @@ def test_another_model_is_named(tmp_path: Path) -> None:
             tensors={**tensors, "model.a": torch.zeros(6, 5)})
     refused(folder, "model.z is not in it", tensors={**tensors, "model.z": torch.zeros(1)})
     refused(folder, "optim.c is not in this model", tensors={k: v for k, v in tensors.items() if k != "optim.c"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.b", "optim.c"])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, value: float, name: str) -> None:
+    folder, tensors = save(tmp_path, 1), make_tensors()
+    tensors[name].view(-1)[-1] = value
+    with pytest.raises(TrainingError, match=f"{name} .*step_00000001"):
+        save_checkpoint(tmp_path, 2, tensors, {}, {}, keep=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+    large = {"w": torch.full((4,), 3e38), "none": torch.zeros(0)}
+    save_checkpoint(tmp_path, 3, large, {}, {}, keep=1)  # whose sum is not finite
+
+
+def test_what_is_not_finite_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = make_tensors()
+    save(tmp_path, 1)
+    tensors["model.b"][3, 2, 1] = float("nan")
+    with monkeypatch.context() as blind:
+        blind.setattr(store, "_not_finite", lambda tensors: None)
+        older, folder = (save_checkpoint(tmp_path, step, tensors, {}, {}, keep=9) for step in (2, 3))
+    refused(folder, "model.b", f"remove {folder} {older} to go on from step_00000001")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000001")
+    refused(folder, "model.b", "to start anew")
+    load_checkpoint(folder, {"optim.c": torch.zeros(7, dtype=torch.bfloat16)}, prefix="optim.")
+
+
+def _not_finite_on_one(run_dir: Path) -> str:
+    dist.init_process_group("gloo")
+    tensors = _cut(make_tensors(), 0)
+    if dist.get_rank() == 1:
+        tensors["model.a"].to_local()[0] = float("inf")
+    with pytest.raises(TrainingError) as caught:
+        save_checkpoint(run_dir, 7, tensors, {}, {}, keep=3)
+    return str(caught.value)
+
+
+def test_what_is_not_finite_on_one_rank_is_told_by_all(tmp_path: Path) -> None:
+    messages = run_ranks(2, _not_finite_on_one, tmp_path, timeout_seconds=30)
+    assert messages[0] == messages[1]
+    assert "model.a" in messages[0]
+    assert not (tmp_path / "checkpoints").exists()
 
 
 class Malicious:
