@@ -68,9 +68,10 @@ def train(
     """
     with _one_line_errors(config):
         settled = load_config(config, overrides or [])
-        from moescale.trainer import train as run  # torch comes in only when there is something to do
+        from moescale.resume import locate  # torch comes in only when there is something to do
+        from moescale.trainer import train as run
 
-        run(settled)
+        run(locate(settled, config, overrides or []))
 
 
 @app.command(context_settings=TAKES_OVERRIDES)

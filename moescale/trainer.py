@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescale.checkpoint.store import latest_checkpoint, read_state
+from moescale.checkpoint.store import latest_checkpoint
 from moescale.config import Config, ConfigError, TrainingError
 from moescale.data.batches import Batches
 from moescale.data.token_file import TokenCorpus, prepare_tokens
@@ -33,6 +33,7 @@ from moescale.parallel.lost_ranks import name_lost_ranks
 from moescale.parallel.mesh import Mesh, first_rank, node_ranks, start_mesh, stop_mesh, world_size
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
+from moescale.resume import Standing, go_on
 
 
 def train(config: Config) -> None:
@@ -48,15 +49,17 @@ def train(config: Config) -> None:
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir} cannot be made: {error.strerror}: write another") from None
     with _claimed(run_dir) if first_rank() else nullcontext():
-        _check_resume(run_dir, config)
-        tokenizer = configured_tokenizer(config.data)
+        data, tokenizer = config.data, configured_tokenizer(config.data)
         check_vocabulary(tokenizer, config.model.vocab_size)
-        corpus = prepare_tokens(config.data)
-        data = config.data
-        batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed)
+        corpus = prepare_tokens(data)
+        checkpoint = latest_checkpoint(run_dir)
+        standing = Standing() if checkpoint is None else go_on(checkpoint, config, corpus, tokenizer)
+        batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
+                          start=standing.start)
+        config = _without_allowances(config)
         try:
             mesh = start_mesh(config)
-            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches)
+            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing)
             with name_lost_ranks(run.engine.model, config.run.timeout_seconds):
                 run.loop()
         finally:
@@ -95,28 +98,24 @@ def _claimed(run_dir: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _check_resume(run_dir: Path, config: Config) -> None:
-    checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is None:
-        return
-    seed = read_state(checkpoint)["seed"]
-    if seed != config.run.seed:
-        raise ConfigError(f"{checkpoint} was written with run.seed={seed}: write run.seed={seed} to go on from it, "
-                          "or another run.dir to start anew")
+def _without_allowances(config: Config) -> Config:
+    """Forget what may differ from the checkpoint: it was said for this start, and config.yaml starts others."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"allow_changes": ()})})
 
 
 class _Run:
     """One run on one rank."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, run_dir: Path, tokenizer: Tokenizer, corpus: TokenCorpus, batches: Batches
+        self, config: Config, mesh: Mesh, run_dir: Path, tokenizer: Tokenizer, corpus: TokenCorpus, batches: Batches,
+        checkpoint: Path | None, standing: Standing,
     ) -> None:
+        """checkpoint: what the run goes on from. standing: where it stands."""
         self.config, self.mesh, self.run_dir, self.tokenizer = config, mesh, run_dir, tokenizer
         self.corpus, self.batches = corpus, batches
         self.engine: Engine = NativeEngine(config, mesh)
-        checkpoint = latest_checkpoint(run_dir)
         if checkpoint is not None:
-            self.engine.load(checkpoint)
+            self.engine.load(checkpoint, standing.peak)
         self.terminal = Terminal(self.engine.step_count, config.run.steps) if mesh.rank == 0 else None
         self.sinks: list[Sink] = self._open_sinks(checkpoint) if mesh.rank == 0 else []
         moe, monitor = config.moe, config.monitor
@@ -124,7 +123,7 @@ class _Run:
         self.tracer = Tracer(run_dir, mesh.rank, trace=monitor.trace_steps, profile=monitor.profile_steps)
         self.evaluation = Evaluation(config, mesh, corpus.held_out, tokenizer, run_dir)
         self.highest_loss = torch.full((), -math.inf, dtype=torch.float64, device=mesh.device)  # since the last line
-        self._greet(checkpoint)
+        self._greet(checkpoint, standing.notes)
 
     def loop(self) -> None:
         """Train to the last step, then leave."""
@@ -166,7 +165,7 @@ class _Run:
                 self.terminal.advance(step)
             if write or save:
                 break
-        self._refuse_divergence(losses, grad_norm)
+        self._refuse_divergence(loss=losses.cross_entropy.item(), gradient_norm=grad_norm.item())
         if write:
             metrics = self._figures(losses, grad_norm, lr, first, started)
             routing = routing_metrics(engine.model, self.mesh.world_group, num_layers=config.model.num_layers,
@@ -174,9 +173,10 @@ class _Run:
             with self._readable_errors():
                 moved = self.evaluation.follow(engine) if self._follows(step) else {}
                 evaluated = self.evaluation.run(engine) if evaluate else {}
+                self._refuse_divergence(**evaluated)  # the losses above are of the weights before this step
                 self._write({**metrics, **routing, **moved, **evaluated})
         if save:
-            checkpoint = engine.save(self.run_dir, self._files())
+            checkpoint = engine.save(self.run_dir, self._files(), self._state())
             for sink in self.sinks:
                 sink.saved(engine.step_count, checkpoint)
 
@@ -185,12 +185,12 @@ class _Run:
         every = self.config.monitor.moved_every
         return every is not None and step % every == 0
 
-    def _refuse_divergence(self, losses: StepLosses, grad_norm: Tensor) -> None:
-        """Stop before figures that are no numbers are logged or saved."""
-        loss, norm = losses.cross_entropy.item(), grad_norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(f"step {self.engine.step_count}: loss {loss}, gradient norm {norm}; try a lower "
-                                "optim.lr or a longer optim.warmup_steps; the last good checkpoint is "
+    def _refuse_divergence(self, **figures: float) -> None:
+        """Stop before figures that are no finite numbers are logged or saved."""
+        if not all(map(math.isfinite, figures.values())):
+            said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+            raise TrainingError(f"step {self.engine.step_count}: {said}; try a lower optim.lr or a longer "
+                                "optim.warmup_steps; the last good checkpoint is "
                                 f"{latest_checkpoint(self.run_dir) or 'none'}")
 
     def _figures(
@@ -201,7 +201,7 @@ class _Run:
         tokens_per_step = config.data.global_batch * config.data.seq_len
         speed = (step - first) * tokens_per_step / (time.perf_counter() - started)
         figures = {
-            "tokens": step * tokens_per_step,
+            "tokens": self.batches.position(step).tokens,
             "loss": losses.cross_entropy.item(),
             "loss_max": self.highest_loss.item(),
             "load_balance_loss": losses.load_balance.item(),
@@ -237,6 +237,12 @@ class _Run:
         """The texts that make a checkpoint complete in itself."""
         return {"config.yaml": self.config.to_yaml(), **self.tokenizer.files}
 
+    def _state(self) -> dict[str, Any]:
+        """Say how far into which text the run is; the names are a checkpoint's."""
+        position = self.batches.position(self.engine.step_count)
+        return {"sequences": position.sequences, "tokens": position.tokens,
+                "corpus": self.corpus.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+
     def _open_sinks(self, checkpoint: Path | None) -> list[Sink]:
         assert self.terminal is not None
         config = self.config
@@ -252,7 +258,7 @@ class _Run:
                                artifacts=config.monitor.wandb_artifacts))
         return sinks
 
-    def _greet(self, checkpoint: Path | None) -> None:
+    def _greet(self, checkpoint: Path | None, notes: Sequence[str]) -> None:
         if self.terminal is None:
             return
         count = count_parameters(self.config)
@@ -269,3 +275,5 @@ class _Run:
             left = self.config.run.steps - self.engine.step_count
             self.terminal.say(f"going on from {checkpoint}" + ("" if left > 0 else
                               f": the run is complete; write run.steps above {self.config.run.steps} for more"))
+            for note in notes:
+                self.terminal.say(note)

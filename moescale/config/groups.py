@@ -44,6 +44,8 @@ class RunConfig(Group):
     """Steps to train, in all."""
     timeout_seconds: float = Field(300.0, gt=0)
     """A rank that waits longer than this for the others ends the run."""
+    allow_changes: tuple[str, ...] = ()
+    """Keys or groups that may differ from the checkpoint's when a run goes on, this once, e.g. [model.window]."""
 
 
 class DataConfig(Group):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Self
 
 import yaml
@@ -50,6 +51,7 @@ class Config(Group):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self._check_allowed()
         refuse(self.data.tokenizer == "bytes" and self.model.vocab_size < 257,
                 f"model.vocab_size={self.model.vocab_size} is too small for data.tokenizer=bytes "
                 "(256 bytes and the start of a document): write at least 257")
@@ -62,3 +64,12 @@ class Config(Group):
                 "moe.router=sigmoid_bias balances by loads, of which parallel.over_budget=drop hides what is over: "
                 "write parallel.over_budget=passes")
         return self
+
+    def _check_allowed(self) -> None:
+        """Refuse names that are no keys, which would allow nothing."""
+        groups = {name: field.annotation for name, field in type(self).model_fields.items()}
+        known = [*groups, *(f"{name}.{key}" for name, group in groups.items() for key in group.model_fields)]  # type: ignore[union-attr]
+        for name in self.run.allow_changes:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            refuse(name not in known, f"run.allow_changes names {name}, which is no key: "
+                   + (f"did you mean {near[0]}?" if near else "write e.g. [model.window], or a group, e.g. [model]"))

@@ -1,4 +1,8 @@
-"""Share token windows out over ranks and micro-batches; the order depends on the seed and the step alone."""
+"""Share token windows out over ranks and micro-batches.
+
+The order is a function of the seed and the sequence's number, so that a run may go on with another number of sequences
+in a step.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +38,37 @@ class Batch:
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far into its data a run is after so many steps.
+
+    sequences: of the order seen so far; the one with this number comes next. tokens: seen in all, by which token
+    numbers go on when the length of a sequence or the order changes.
+    """
+
+    step: int = 0
+    sequences: int = 0
+    tokens: int = 0
+
+
+START = Position()
+
+
 class Batches:
     """The training sequences of every step, shared out over the batch ranks.
 
     The stream of tokens is cut into windows that overlap by the one token that is the last target. An epoch visits
     every window once, in an order drawn from the seed and the epoch; sequence numbers run on from epoch to epoch.
-    Nothing is kept from step to step, so any step can be asked for, on any number of ranks.
+    Nothing is kept from step to step, so any step from the start on can be asked for, on any number of ranks.
     """
 
-    def __init__(self, tokens: TokenSplit, *, seq_len: int, global_batch: int, seed: int) -> None:
+    def __init__(
+        self, tokens: TokenSplit, *, seq_len: int, global_batch: int, seed: int, start: Position = START
+    ) -> None:
+        """start: where a run stood when it went on with these settings."""
         self.tokens, self.seq_len, self.global_batch, self.seed = tokens, seq_len, global_batch, seed
-        self.num_windows = (tokens.num_tokens - 1) // seq_len
+        self.start = start
+        self.num_windows = num_windows(tokens, seq_len)
         if self.num_windows < 1:
             advice = (f"use data.seq_len={tokens.num_tokens - 1} or less, or more text" if tokens.num_tokens > 1
                       else "name more text in data.files")
@@ -52,22 +76,30 @@ class Batches:
                               f"{tokens.num_tokens}: {advice}")
         self._orders: dict[int, np.ndarray] = {}  # of the last epochs asked for
 
+    def position(self, step: int) -> Position:
+        """Return where the run is after so many steps, none before the start."""
+        sequences = (step - self.start.step) * self.global_batch
+        return Position(step, self.start.sequences + sequences, self.start.tokens + sequences * self.seq_len)
+
     def micro_batches(self, step: int, rank: int, num_ranks: int, micro_batch: int) -> list[Batch]:
         """Give one batch rank its sequences of one optimizer step, in order.
 
-        step: counted from 0. rank: among the num_ranks that share the global batch. micro_batch: sequences a Batch.
+        step: counted from 0, not before the start. rank: among the num_ranks that share the global batch.
+        micro_batch: sequences a Batch.
         """
         assert self.global_batch % num_ranks == 0
         assert 0 <= rank < num_ranks
         share = self.global_batch // num_ranks
         assert share % micro_batch == 0
-        first = step * self.global_batch + rank * share
+        first = self.position(step).sequences + rank * share
         return [_stack([self._sequence(number) for number in range(begin, begin + micro_batch)])
                 for begin in range(first, first + share, micro_batch)]
 
     def _sequence(self, number: int) -> np.ndarray:
         epoch, place = divmod(number, self.num_windows)
-        return _read(self.tokens, int(self._order(epoch)[place]) * self.seq_len, self.seq_len, number)
+        sequence = _read(self.tokens, int(self._order(epoch)[place]) * self.seq_len, self.seq_len, number)
+        sequence[-1] += self.start.tokens - self.start.sequences * self.seq_len  # no number twice in a run
+        return sequence
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -76,6 +108,11 @@ class Batches:
             generator = np.random.default_rng(np.random.SeedSequence((self.seed, epoch)))
             self._orders[epoch] = generator.permutation(self.num_windows)
         return self._orders[epoch]
+
+
+def num_windows(tokens: TokenSplit, seq_len: int) -> int:
+    """Count the sequences of an epoch."""
+    return (tokens.num_tokens - 1) // seq_len
 
 
 def held_out_batches(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from moescale.data.batches import Batch
 from moescale.model.language_model import LanguageModel
+from moescale.optim.schedule import Peak
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Engine(Protocol):
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """-> cross entropy in nats a target, over all ranks' batches"""
 
-    def save(self, run_dir: Path, files: dict[str, str]) -> Path:
-        """Write a checkpoint of this moment. files: small texts that belong to it."""
+    def save(self, run_dir: Path, files: dict[str, str], state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint of this moment. files, state: small texts and values that belong to it."""
 
-    def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint, whatever layout wrote it."""
+    def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
+        """Go on from a checkpoint, whatever layout wrote it. peak: where the learning rate falls from."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from moescale.model.language_model import LanguageModel, LossSums
 from moescale.ops.collectives import all_reduce_sum
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.optim.optimizer import STATE, build_optimizer
-from moescale.optim.schedule import learning_rate
+from moescale.optim.schedule import Peak, first_peak, learning_rate
 from moescale.parallel.balance import choices_counted, count_as_it_goes
 from moescale.parallel.expert import balance_by_bias, moe_layers
 from moescale.parallel.mesh import Mesh
@@ -38,6 +39,7 @@ class NativeEngine:
             self.pipeline = Pipeline(self.pieces, config, mesh)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.step_count = 0
+        self.peak = first_peak(config.optim)
 
     def forward_backward(self, batches: Sequence[Batch]) -> StepLosses:
         """Add up the gradients of this rank's micro-batches; every loss is a global sum over one global count."""
@@ -94,7 +96,7 @@ class NativeEngine:
     @property
     def learning_rate(self) -> float:
         """The rate of the step to come."""
-        return learning_rate(self.step_count, self.config.run.steps, self.config.optim)
+        return learning_rate(self.step_count, self.config.run.steps, self.config.optim, self.peak)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -134,18 +136,26 @@ class NativeEngine:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def save(self, run_dir: Path, files: dict[str, str]) -> Path:
-        """Write weights, optimizer state and step. The data's order and all random draws follow from seed and step."""
+    def save(self, run_dir: Path, files: dict[str, str], state: Mapping[str, Any]) -> Path:
+        """Write weights, optimizer state, step and where the learning rate falls from.
+
+        All random draws follow from the seed and the tokens' numbers. files, state: what else belongs to it.
+        """
         return save_checkpoint(
-            run_dir, self.step_count, self._tensors(), {"seed": self.config.run.seed}, files,
+            run_dir, self.step_count, self._tensors(),
+            {**state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files,
             keep=self.config.checkpoint.keep,
         )
 
-    def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint, whatever layout wrote it; a converted one may lack the optimizer's state."""
+    def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
+        """Go on from a checkpoint, whatever layout wrote it; a converted one may lack the optimizer's state.
+
+        peak: where the learning rate falls from; None is after the warm-up.
+        """
         prefix = "" if read_state(checkpoint).get("optimizer", True) else "model."
         tensors = {name: tensor for name, tensor in self._tensors().items() if name.startswith(prefix)}
         self.step_count = load_checkpoint(checkpoint, tensors, prefix=prefix)["step"]
+        self.peak = peak or first_peak(self.config.optim)
         for state in self.optimizer.state.values():
             state["step"].fill_(self.step_count)
 

@@ -1,21 +1,62 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step.
+
+It rises linearly over `optim.warmup_steps` to `optim.lr`, and then falls to `optim.final_lr_share` of that at step
+`run.steps`. Where it falls from is a value of its own, the `Peak`, which checkpoints keep: a run that goes on with
+other `run.steps` or another schedule falls from where its rate stands, so that the rate never jumps. Another
+`optim.lr` scales every rate to come.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from moescale.config import OptimConfig
 
 
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Warm up linearly, then fall to `final_lr_share` at the last step.
+@dataclass(frozen=True)
+class Peak:
+    """Where the fall of the learning rate begins. step: counted from 0. share: the rate there over `optim.lr`."""
 
-    step: from 0, of `steps`. -> the rate of that step
+    step: int
+    share: float
+
+
+def first_peak(config: OptimConfig) -> Peak:
+    """Return where a run that was never changed falls from: the full rate, after the warm-up."""
+    return Peak(config.warmup_steps, 1.0)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig, peak: Peak | None = None) -> float:
+    """Compute the rate of one step.
+
+    step: from 0, of `steps`. peak: where the fall begins; None is after the warm-up.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
-    done = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
+    return config.lr * _share(step, steps, config, peak or first_peak(config))
+
+
+def peak_after_change(
+    step: int, old_steps: int, old: OptimConfig, old_peak: Peak, steps: int, config: OptimConfig
+) -> Peak:
+    """Return where the fall begins for a run that goes on at this step with these settings instead of the old ones.
+
+    The same settings keep the peak. With others the rate falls from where it stands; within the warm-up it goes on
+    rising to the full rate. Another `optim.lr` alone is no other shape.
+    """
+    shape, old_shape = (
+        (length, some.warmup_steps, some.schedule, some.final_lr_share)
+        for length, some in ((steps, config), (old_steps, old)))
+    if shape == old_shape:
+        return old_peak
+    return first_peak(config) if step < config.warmup_steps else Peak(step, _share(step, old_steps, old, old_peak))
+
+
+def _share(step: int, steps: int, config: OptimConfig, peak: Peak) -> float:
+    if step < peak.step:
+        return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
-        return config.lr
+        return peak.share
+    done = min(1.0, (step - peak.step) / max(1, steps - 1 - peak.step))
     fall = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
-    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * fall)
+    lowest = min(config.final_lr_share, peak.share)
+    return lowest + (peak.share - lowest) * fall

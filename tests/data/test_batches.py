@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.config import ConfigError
-from moescale.data.batches import Batch, Batches, held_out_batches
+from moescale.data.batches import Batch, Batches, Position, held_out_batches
 from moescale.data.token_file import TokenSplit
 
 BOUNDARY = 256
@@ -93,6 +93,24 @@ def test_each_epoch_visits_each_window_once_in_another_order() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 3
     other = Batches(tokens, seq_len=9, global_batch=16, seed=2).micro_batches(0, 0, 1, 16)[0].tokens.tolist()
     assert [str(row) for row in other] != rows[:16]
+
+
+def test_each_stretch_of_a_run_goes_on_where_the_one_before_ended() -> None:
+    """Other sizes of a step, then other lengths of a sequence: no sequence and no number comes twice."""
+    tokens, start, numbers, rows = make_split(1000), Position(), [], []
+    for global_batch, num_steps in ((4, 3), (10, 2), (2, 5)):
+        batches = Batches(tokens, seq_len=9, global_batch=global_batch, seed=1, start=start)
+        for step in range(start.step, start.step + num_steps):
+            (batch,) = batches.micro_batches(step, 0, 1, global_batch)
+            numbers += batch.serial.flatten().tolist()
+            rows += batch.tokens.tolist()
+        start = batches.position(start.step + num_steps)
+    assert (start.sequences, start.tokens) == (42, 42 * 9)
+    whole = Batches(tokens, seq_len=9, global_batch=42, seed=1).micro_batches(0, 0, 1, 42)[0]
+    assert rows == whole.tokens.tolist()
+    other = Batches(tokens, seq_len=5, global_batch=3, seed=1, start=Position(start.step, 76, start.tokens))
+    numbers += other.micro_batches(start.step + 1, 0, 1, 3)[0].serial.flatten().tolist()
+    assert numbers == [*range(42 * 9), *range(42 * 9 + 3 * 5, 42 * 9 + 6 * 5)]
 
 
 def test_too_little_text_is_refused() -> None:

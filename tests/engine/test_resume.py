@@ -50,7 +50,7 @@ def run_steps(folder: Path, parallel: dict[str, int], resume: bool, save_at: int
         engine.step()
     if save_at:
         engine.evaluate(batches.micro_batches(0, mesh.batch_rank, mesh.batch_size, 2))
-        engine.save(folder, {"config.yaml": config.to_yaml()})
+        engine.save(folder, {"config.yaml": config.to_yaml()}, {})
     state = whole_tensors(engine)
     stop_mesh()
     return {"losses": losses, "state": state, "loaded": loaded}

@@ -10,7 +10,7 @@ from moescale.config import OptimConfig, parse_config
 from moescale.model.build import build_model
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.optim.optimizer import build_optimizer
-from moescale.optim.schedule import learning_rate
+from moescale.optim.schedule import first_peak, learning_rate, peak_after_change
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -21,6 +21,37 @@ def test_learning_rate_rises_then_falls(schedule: str) -> None:
     assert rates[4] == 2.0
     assert rates[20] == pytest.approx(2.0 if schedule == "constant" else 0.5)
     assert rates[12] == pytest.approx(2.0 if schedule == "constant" else 1.25)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("lengths", [(20, 30), (20, 12), (20, 40, 60), (20, 20), (8, 20)], ids=str)
+def test_a_schedule_that_changes_goes_on_where_it_stands(schedule: str, warmup: int, lengths: tuple[int, ...]) -> None:
+    config = OptimConfig(lr=2.0, warmup_steps=warmup, schedule=schedule, final_lr_share=0.25)
+    peak, steps, rates = first_peak(config), lengths[0], []
+    for length in lengths[1:]:
+        at = len(rates) + 9 if length != 12 else 9
+        rates += [learning_rate(step, steps, config, peak) for step in range(len(rates), at)]
+        new_peak = peak_after_change(at, steps, config, peak, length, config)
+        assert learning_rate(at, length, config, new_peak) == learning_rate(at, steps, config, peak)
+        peak, steps = new_peak, length
+    rates += [learning_rate(step, steps, config, peak) for step in range(len(rates), steps)]
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True), "never upward"
+    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.5)
+    unchanged = [learning_rate(step, steps, config) for step in range(steps)]
+    assert (rates == unchanged) == (schedule == "constant" or set(lengths) == {20})
+
+
+def test_a_change_of_the_schedule_itself() -> None:
+    old = OptimConfig(lr=2.0, schedule="constant")
+    assert peak_after_change(5, 20, old, first_peak(old), 20, OptimConfig(lr=1.0, schedule="constant")) == first_peak(
+        old), "another rate alone is no other shape"
+    falling = OptimConfig(lr=2.0, schedule="linear", final_lr_share=0.0)
+    peak = peak_after_change(10, 20, old, first_peak(old), 20, falling)
+    assert [learning_rate(step, 20, falling, peak) for step in (10, 19)] == [2.0, 0.0]
+    longer = OptimConfig(lr=2.0, warmup_steps=9)
+    early = peak_after_change(4, 20, OptimConfig(lr=2.0, warmup_steps=6), first_peak(longer), 20, longer)
+    assert early == first_peak(longer), "within the warm-up it goes on rising to the full rate"
 
 
 def test_norms_and_embeddings_do_not_decay() -> None:
