@@ -28,7 +28,7 @@ def load_model(path: Path) -> tuple[LanguageModel, Config, Path]:
     checkpoint = path if (path / "checkpoint.json").exists() else latest_checkpoint(path)
     if checkpoint is None:
         raise ConfigError(f"{path} holds no checkpoint: give a run directory or RUN/checkpoints/step_...")
-    config = load_config(checkpoint / "config.yaml")
+    config = load_config(checkpoint / "config.yaml", whole=True)
     model = build_model(config)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     for buffer in model.buffers():

@@ -66,7 +66,7 @@ def open_checkpoint(path: Path) -> Opened:
     beside = next((place / CONFIG for place in (path, folder, folder.parent) if (place / CONFIG).is_file()), None)
     if beside is None:
         raise ConfigError(f"{path} does not say which model it is: put the run's {CONFIG} into it")
-    config = load_config(beside)
+    config = load_config(beside, whole=True)
     names = sorted(file.name for file in folder.iterdir())
     ranks = sorted({int(found[2]) for name in names if (found := MODEL_FILE.fullmatch(name))})
     zero = {int(found[1]): name for name in names if (found := OPTIMIZER_FILE.fullmatch(name))}

@@ -86,7 +86,7 @@ def open_checkpoint(path: Path) -> Opened:
     folder = path if (path / MANIFEST).exists() else latest_checkpoint(path)
     assert folder is not None
     manifest = verify_checkpoint(folder)
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", whole=True)
     tensors = open_distributed(folder)
     atoms = native_atoms(config)
     if any(key.startswith(PLANES) for key in tensors):

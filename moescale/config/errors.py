@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
+LONGEST_MESSAGE = 2000  # characters
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Write out the characters that would break a line, steer a terminal or turn the text around, but those in `keep`.
+
+    Text comes from files of others, by names of tensors, tokens, folders and keys.
+    """
+    return HIDDEN.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
+
 
 class ConfigError(ValueError):
-    """A configuration that cannot work; the message says what to write instead."""
+    """A configuration or a file that cannot work; the message, of one line, says what to write instead."""
+
+    def __init__(self, message: str) -> None:
+        text = visible(message)
+        if len(text) > LONGEST_MESSAGE:
+            text = f"{text[: LONGEST_MESSAGE - 500]} ... {text[-500:]}"
+        super().__init__(text)
 
 
 class TrainingError(RuntimeError):
@@ -38,7 +56,13 @@ def check_width(name: str, width: int) -> None:
 
 
 def divisors(number: int) -> str:
-    return any_of([n for n in range(1, number + 1) if number % n == 0])
+    return any_of(factors(number))
+
+
+def factors(number: int) -> list[int]:
+    """List the numbers that divide another, in order, in the time of its square root."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return [*low, *(number // n for n in reversed(low) if n * n != number)]
 
 
 def any_of(choices: Sequence[int | str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -17,10 +18,12 @@ DEEPEST_JSON = 100  # levels of lists and objects
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading. Raises OSError, also for a pipe, a device or a folder, and never waits."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(0, "it is no regular file", str(path))
-    return open(descriptor, "rb")
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind == stat.S_IFREG:
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    number = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+    raise OSError(number, "it is a folder" if kind == stat.S_IFDIR else "it is no regular file", str(path))
 
 
 def read_bytes(path: str | Path, most: int = LARGEST_TEXT) -> bytes:
@@ -28,7 +31,7 @@ def read_bytes(path: str | Path, most: int = LARGEST_TEXT) -> bytes:
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise OSError(0, f"it has more than {most:,} bytes", str(path))
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return content
 
 

@@ -24,9 +24,20 @@ MEANS_NOTHING_ELSEWHERE = {  # a key of MoEConfig: the routers that it means som
 CAPACITY_KEYS = ("eval_capacity_factor", "min_capacity", "drop_by", "left_behind_choices")
 
 
+LARGEST_NUMBER = 10**12
+
+
 class Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False,
                               use_attribute_docstrings=True)  # the text below a key is its description
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> Self:
+        """Refuse what no run has, before anything counts up to it."""
+        for key, value in self:
+            if isinstance(value, int) and value > LARGEST_NUMBER:
+                raise ConfigError(f"{key} must be at most {LARGEST_NUMBER:,}")
+        return self
 
 
 def _check_project(name: str) -> str:
@@ -91,7 +102,7 @@ class ModelConfig(Group):
     """Rows of the embedding and the head: at least as many as the tokenizer has tokens."""
     d_model: int = Field(256, ge=8)
     """Features of a position between the layers."""
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=10_000)
     """Layers, each with one mixer and one channel mixer."""
     num_heads: int = Field(8, ge=1)
     """Query heads of attention."""
@@ -148,7 +159,7 @@ class ModelConfig(Group):
 
 
 class MoEConfig(Group):
-    num_experts: int = Field(8, ge=1)
+    num_experts: int = Field(8, ge=1, le=100_000)
     """Experts of a mixture, among which the router chooses."""
     top_k: int = Field(2, ge=1)
     """Experts that a token gets."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from moescale.config.errors import any_of, divisors, refuse, round_up
+from moescale.config.errors import any_of, divisors, factors, refuse, round_up
 from moescale.config.groups import ParallelConfig
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _check_experts(config: Config, parallel: ParallelConfig) -> None:
     for key, degree in (("ep", ep), ("etp", etp)):
         refuse(degree > 1 and config.num_moe_layers == 0,
                 f"parallel.{key}={degree}, but model.pattern has no moe layer: write parallel.{key}=1")
-    allowed = [n for n in range(1, sharing + 1) if sharing % (n * etp) == 0 and moe.num_experts % n == 0]
+    allowed = [n for n in factors(math.gcd(sharing, moe.num_experts)) if sharing % (n * etp) == 0]
     refuse(sharing % etp != 0 or moe.d_ff % etp != 0,
             f"parallel.etp={etp} must divide moe.d_ff={moe.d_ff} and dp_shard x cp x tp={sharing} "
             f"(the ranks that share one copy of the model): use {divisors(math.gcd(sharing, moe.d_ff))}")
@@ -123,8 +123,8 @@ def _settle_micro_batch(config: Config, parallel: ParallelConfig) -> int:
                 f"data.micro_batch={data.micro_batch} must divide a rank's share of {share} sequences "
                 f"(data.global_batch={data.global_batch} over {batch_ranks} ranks): use {divisors(share)}")
         return data.micro_batch
-    return share if parallel.pp == 1 else max(n for n in range(1, share + 1)
-                                              if share % n == 0 and (share // n >= parallel.pp or n == 1))
+    return share if parallel.pp == 1 else max(
+        n for n in factors(share) if share // n >= parallel.pp or n == 1)
 
 
 def _check_pipeline(config: Config, parallel: ParallelConfig, passes: int) -> None:

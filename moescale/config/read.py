@@ -12,18 +12,23 @@ import yaml
 from pydantic import ValidationError
 
 from moescale.config.errors import ConfigError, any_of, refuse
+from moescale.config.files import explain, read_text
+from moescale.config.nodes import LARGEST, compose
 from moescale.config.run import Config
 from moescale.config.values import check_key, group, homes, pairs, read_node, words
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, whole: bool = False) -> Config:
     """Read a run from YAML, its `base:` first, then the overrides `group.key=value`, the last of two counts.
 
-    Raises ConfigError with one line that says what to write instead.
+    whole: the file is a checkpoint's or a run's own, which names no other file. Raises ConfigError with one line that
+    says what to write instead.
     """
     refuse("=" in str(path) and not Path(path).exists(),
            f"{path}: the configuration comes first: write e.g. configs/quickstart.yaml {path}")
     base, values = _read_yaml(Path(path))
+    refuse(whole and base is not None, f"{path} has a base: line, which the configuration of a checkpoint or a run "
+                                       "never has: it was not loaded")
     if base is not None:
         above, parent = _read_yaml(Path(path).parent / base)
         refuse(above is not None, f"{path}: its base {base} has a base: line itself; only one level is allowed, "
@@ -53,8 +58,8 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         node: yaml.Node | None = yaml.ScalarNode("tag:yaml.org,2002:str", value)
         if value[0] in "[{'\"":
             try:
-                node = yaml.compose(value, Loader=yaml.BaseLoader)
-            except (yaml.YAMLError, RecursionError):
+                node = compose(value)
+            except yaml.YAMLError:
                 raise ConfigError(f"cannot read the value of the override {text!r} as YAML: close its brackets and "
                                   "quotes, or put the whole of it in quotes") from None
         assert node is not None, "a value that begins with a bracket or quote is one"
@@ -95,7 +100,7 @@ def _split_override(text: str, following: Sequence[str]) -> tuple[str, str, str]
 def _read_yaml(path: Path) -> tuple[str | None, dict[str, Any]]:
     """Read one file, its values by the types of their keys. -> its base, and its groups"""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        root = compose(read_text(path, LARGEST))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.5)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -104,9 +109,7 @@ def _read_yaml(path: Path) -> tuple[str | None, dict[str, Any]]:
         inside = path / "config.yaml"
         raise ConfigError(f"{path} is a folder: write " + (str(inside) if inside.exists() else "a YAML file")) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML text: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path} is nested too deeply to be a configuration") from None
+        raise ConfigError(f"{path} cannot be read as YAML text: {explain(error)}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if root is None or (isinstance(root, yaml.ScalarNode) and root.value in ("", "null", "~")):

@@ -23,6 +23,8 @@ from moescale.config.groups import (
 )
 from moescale.config.layout import settle
 
+MOST_EXPERTS = 1_000_000  # of all layers
+
 
 class Config(Group):
     run: RunConfig = Field(default_factory=RunConfig)
@@ -52,6 +54,9 @@ class Config(Group):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_allowed()
+        experts = self.model.num_layers * self.moe.num_experts
+        refuse(experts > MOST_EXPERTS, f"model.num_layers={self.model.num_layers} x moe.num_experts="
+               f"{self.moe.num_experts} is {experts:,} experts: write at most {MOST_EXPERTS:,}")
         refuse(self.data.tokenizer == "bytes" and self.model.vocab_size < 257,
                 f"model.vocab_size={self.model.vocab_size} is too small for data.tokenizer=bytes "
                 "(256 bytes and the start of a document): write at least 257")

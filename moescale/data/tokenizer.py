@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moescale.config import ConfigError, DataConfig
+from moescale.config.files import read_bytes, read_text
 
 # The first of these that a tokenizer knows ends its documents, and begins them, where none of the model's files says
 # otherwise; ends of text come before starts, whole texts before sentences.
@@ -291,8 +292,8 @@ def load_tokenizer(spec: str, begin: str | None = None, end: str | None = None) 
     if path.is_dir():
         raise ConfigError(f"data.tokenizer={spec} is a directory: write {path / 'tokenizer.json'}")
     try:
-        content = path.read_bytes()
-        files = {name: (path.parent / name).read_text(encoding="utf-8") for name in SETTINGS_FILES
+        content = read_bytes(path)
+        files = {name: read_text(path.parent / name) for name in SETTINGS_FILES
                  if (path.parent / name).is_file()}
     except FileNotFoundError:
         raise ConfigError(f"data.tokenizer={spec}: no such file: {advice}") from None

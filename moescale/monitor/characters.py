@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moescale.config.errors import visible
 from moescale.monitor.history import History
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -28,8 +29,9 @@ def furthest(loads: np.ndarray, count: int) -> list[tuple[int, int]]:
 
 def draw(run: History, width: int) -> str:
     """Draw the load of each layer and expert, the five worst, the trend. width: of the terminal, in characters"""
-    lines = [f"{run.name}, step {run.last['step']:,}: loss {run.last['loss']:.4f}, "
-             f"{run.last['tokens_per_second']:,.0f} tokens/s"]
+    figures = [form.format(run.last[key]) for key, form in (
+        ("loss", "loss {:.4f}"), ("tokens_per_second", "{:,.0f} tokens/s")) if key in run.last]
+    lines = [f"{visible(run.name)}, step {run.step:,}" + (": " if figures else "") + ", ".join(figures)]
     if len(run.frames):
         loads = run.loads[-1]
         lines += ["", "Load of each expert over its layer's mean, a layer a line "
@@ -43,7 +45,8 @@ def draw(run: History, width: int) -> str:
         if key in run.curves:
             values = run.curves[key].values
             lines.append(f"{name:>14} {values[0]:>8,.4g} {curve(values.tolist())} {values[-1]:,.4g}")
-    lines += ["", *(f"step {step:,}: {text}" for step, text in run.alerts[-5:])] if run.alerts else ["", "No alert."]
+    alerts = [f"step {step:,}: {visible(text)}" for step, text in run.alerts[-5:]]
+    lines += ["", *(alerts or ["No alert."])]
     return "\n".join(lines)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from moescale.config.files import open_regular
+
 FILE = "held_out_routing.npz"
 SHOWN_TOKENS = 768  # of which a page shows the text
 LIKELY = 8  # experts of which it shows the probability
+LARGEST = 1 << 30  # bytes of the file, unpacked
+MOST_CHOICES = 256  # experts of a token
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,45 @@ class HeldOutRouting:
     def load(directory: Path) -> HeldOutRouting | None:
         """-> what the last evaluation left; None where there is nothing to read"""
         try:
-            with np.load(directory / FILE, allow_pickle=False) as file:
-                values = {name: file[name] for name in file.files}
-            return HeldOutRouting(step=int(values.pop("step")), seq_len=int(values.pop("seq_len")), **values)
-        except (OSError, ValueError, KeyError, TypeError):
+            with open_regular(directory / FILE) as packed:
+                with zipfile.ZipFile(packed) as archive:  # a packed entry may become a thousand times as large
+                    sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+                if sum(sizes.values()) > LARGEST or sizes.keys() != {f"{name}.npy" for name in NAMES}:
+                    return None
+                packed.seek(0)
+                with np.load(packed, allow_pickle=False) as file:
+                    values = {name: file[name] for name in NAMES}
+            step, seq_len = (int(values.pop(name)) for name in ("step", "seq_len"))
+            found = HeldOutRouting(step=step, seq_len=seq_len, **values)
+            return found if found._is_whole() else None
+        except Exception:  # bytes that are no arrays can fail in any way, and the rest of the report stands without
             return None
+
+    def _is_whole(self) -> bool:
+        """Say whether the shapes, types and texts are those of one evaluation."""
+        tokens = len(self.pieces)
+        shape, seen = (len(self.layers), tokens), (len(self.layers), min(tokens, SHOWN_TOKENS))
+        numbers, shares, texts = (self.layers, self.expert, self.likely), (self.weight, self.probability), \
+            (self.pieces, self.kinds)
+        return (
+            0 <= self.step < 1 << 53 and self.seq_len >= 1 and self.layers.ndim == 1
+            and all(each.dtype.kind == "U" and each.shape == (tokens,) for each in texts)
+            and all(len(each.tolist()) == tokens for each in texts)  # raises ValueError where one holds no characters
+            and all(each.dtype.kind == "i" for each in numbers)
+            and all(each.dtype.kind == "f" and bool(np.isfinite(each).all()) for each in shares)
+            and self.expert.ndim == self.likely.ndim == 3 and self.expert.shape[:2] == shape
+            and self.likely.shape[:2] == seen
+            and self.expert.shape[2] <= MOST_CHOICES and self.likely.shape[2] <= LIKELY
+            and self.weight.shape == self.expert.shape and self.probability.shape == self.likely.shape
+        )
+
+    def fits(self, layers: Sequence[int], num_experts: int) -> bool:
+        """Say whether it is of a model with mixtures in these layers, of so many experts."""
+        return self.layers.tolist() == list(layers) and all(
+            not each.size or (each.min() >= -1 and each.max() < num_experts) for each in (self.expert, self.likely))
+
+
+NAMES = tuple(field.name for field in fields(HeldOutRouting))
 
 
 def moved(now: np.ndarray, before: np.ndarray, layers: Sequence[int], num_tokens: int) -> dict[str, float]:

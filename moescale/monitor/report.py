@@ -15,7 +15,7 @@ from moescale.config import ConfigError
 from moescale.monitor.characters import furthest
 from moescale.monitor.history import History
 from moescale.monitor.report_text import load_codes, text_section
-from moescale.monitor.svg import COLOURS, cell_map, line_chart, load_classes, share_classes
+from moescale.monitor.svg import COLOURS, as_html, cell_map, line_chart, load_classes, share_classes
 from moescale.planner.count import count_parameters
 
 PAGE = Path(__file__).parent / "page"
@@ -32,13 +32,18 @@ CURVES = {  # a key of metrics.jsonl: its title, its unit
     "moe/other_nodes": ("tokens that travel to other nodes", ""),
     "moe/moved": ("held-out tokens that changed experts", ""),
 }
+TILES = {  # a key of the last line: what it is called, how it is written
+    "loss": ("loss", "{:.4f}"), "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "moe/max_load": ("busiest expert", "{:.2f}x"), "moe/min_load": ("idlest", "{:.2f}x"),
+    "moe/dropped": ("dropped", "{:.1%}"),
+}
 LEGEND = '<p class="legend"><i class="k0"></i>none <i class="k1"></i>¼ <i class="k3"></i>½ <i class="k6"></i>mean ' \
          '<i class="k8"></i>2 <i class="k11"></i>4 times</p>'
 
 
 def write_report(runs: Sequence[History], path: Path) -> None:
     """Write the page of some runs, laid over each other. Raises ConfigError when it cannot be written."""
-    title = escape(" · ".join(run.name for run in runs))
+    title = as_html(" · ".join(run.name for run in runs))
     sections, moving = zip(*(_run(run, index) for index, run in enumerate(runs)), strict=True)
     body = [_heading(runs), _curves(runs), *sections]
     data = json.dumps(moving, separators=(",", ":")).replace("<", "\\u003c")
@@ -61,19 +66,14 @@ def _heading(runs: Sequence[History]) -> str:
     rows = []
     for index, run in enumerate(runs):
         count, last = count_parameters(run.config), run.last
-        tiles = {
-            "step": f"{last['step']:,} of {run.config.run.steps:,}", "loss": f"{last['loss']:.4f}",
-            "tokens/s": f"{last['tokens_per_second']:,.0f}",
-            "parameters": f"{_large(count.total)}, {_large(count.active)} active", "ranks": _layout(run),
-        }
+        tiles = {"step": f"{run.step:,} of {run.config.run.steps:,}",
+                 "parameters": f"{_large(count.total)}, {_large(count.active)} active", "ranks": _layout(run)}
+        tiles |= {title: form.format(last[key]) for key, (title, form) in TILES.items() if key in last}
         if "eval_loss" in run.curves:
             tiles["held-out loss"] = f"{run.curves['eval_loss'].values[-1]:.4f}"
-        if "moe/max_load" in last:
-            tiles |= {"busiest expert": f"{last['moe/max_load']:.2f}x", "idlest": f"{last['moe/min_load']:.2f}x",
-                      "dropped": f"{last['moe/dropped']:.1%}"}
         cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles.items())
-        alerts = "".join(f"<li>step {step:,}: {escape(text)}</li>" for step, text in run.alerts[-20:])
-        rows.append(f'<h1 class="run{index % COLOURS}">{escape(run.name)}</h1><dl class="tiles">{cells}</dl>'
+        alerts = "".join(f"<li>step {step:,}: {as_html(text)}</li>" for step, text in run.alerts[-20:])
+        rows.append(f'<h1 class="run{index % COLOURS}">{as_html(run.name)}</h1><dl class="tiles">{cells}</dl>'
                     + (f'<ul class="alerts">{alerts}</ul>' if alerts else '<p class="quiet">No alert.</p>'))
     return "<header>" + "".join(rows) + "</header>"
 
@@ -93,7 +93,8 @@ def _curves(runs: Sequence[History]) -> str:
 def _run(run: History, index: int) -> tuple[str, dict[str, Any]]:
     """What is shown of each run by itself. -> HTML, and what the script moves"""
     text, of_text = text_section(run, index)
-    config = f"<details><summary>Configuration of {escape(run.name)}</summary><pre>{escape(run.config.to_yaml())}</pre>"
+    config = (f"<details><summary>Configuration of {as_html(run.name)}</summary>"
+              f"<pre>{escape(run.config.to_yaml())}</pre>")
     loads = base64.b64encode(load_codes(run.loads).tobytes()).decode()
     moving = {"frames": run.frames.tolist(), "layers": run.layers, "experts": run.loads.shape[2], "loads": loads}
     return _loads(run, index) + text + _travel(run) + config + "</details>", moving | of_text
@@ -110,7 +111,8 @@ def _loads(run: History, index: int) -> str:
     worst = "".join(f"<li>layer {run.layers[row]}, expert {column}: {final[row, column]:.2f} times the mean</li>"
                     for row, column in furthest(final, 5))
     return (
-        f'<section><h2>Load of each expert <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2>{LEGEND}'
+        f'<section><h2>Load of each expert <span class="of run{index % COLOURS}">{as_html(run.name)}</span></h2>'
+        + LEGEND +
         f'<div class="pair"><figure><figcaption>rows over the layer\'s mean, each layer and expert '
         f'<span class="reading"></span></figcaption>{slider}'
         + cell_map(load_classes(final), layers, ("expert 0", f"expert {experts - 1}"), name=f"load{index}",
@@ -124,10 +126,9 @@ def _loads(run: History, index: int) -> str:
 
 
 def _travel(run: History) -> str:
-    matrix = run.last.get("moe/rows_between_ranks")
-    if matrix is None:
+    rows = run.rows
+    if not len(rows):
         return ""
-    rows = np.array(matrix, dtype=float)
     parallel = run.config.parallel
     ranks = parallel.dp_replicate * parallel.dp_shard * parallel.tp * parallel.cp * parallel.pp
     size = -(-ranks // len(rows))
@@ -138,12 +139,13 @@ def _travel(run: History) -> str:
     table = "".join(
         f"<tr><th>{name}</th><td>{sent:,.0f}</td><td>{received:,.0f}</td><td>{stays:,.0f}</td></tr>"
         for name, sent, received, stays in zip(names, away.sum(1), away.sum(0), rows.diagonal(), strict=True))
+    sent = run.last.get("moe/bytes_sent", 0) / 1e6
     return (
-        f'<section><h2>Rows between ranks</h2><p>In step {run.last["step"]:,}, all layers, on the way to the experts; '
-        f'{run.last["moe/bytes_sent"] / 1e6:,.1f} MB between ranks. As much comes back, and backward sends both again.'
+        f'<section><h2>Rows between ranks</h2><p>In step {run.step:,}, all layers, on the way to the experts; '
+        f'{sent:,.1f} MB between ranks. As much comes back, and backward sends both again.'
         '</p><div class="pair"><figure><figcaption>from (rows) to (columns) <span class="reading"></span></figcaption>'
         + cell_map(share_classes(rows), names, (names[0], names[-1]), label="rows between ranks",
-                   readings="\n".join(" ".join(map(str, line)) for line in matrix))
+                   readings="\n".join(" ".join(f"{value:.15g}" for value in line) for line in rows))
         + '</figure><table><thead><tr><th></th><th>sent</th><th>received</th><th>stayed</th></tr></thead><tbody>'
         + table + "</tbody></table></div></section>"
     )

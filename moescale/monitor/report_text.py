@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from moescale.config.errors import visible
 from moescale.monitor.content import CLASSES, content_classes, file_kinds, pair_preference, preference, repetition
 from moescale.monitor.held_out import SHOWN_TOKENS, HeldOutRouting
 from moescale.monitor.history import History
-from moescale.monitor.svg import COLOURS, cell_map, load_classes
+from moescale.monitor.svg import COLOURS, LINES, as_html, cell_map, load_classes
 
 ENOUGH_TOKENS = 20  # of a kind, to say who gets them
 MOST_KINDS = 24
@@ -26,9 +26,8 @@ MOST_PAIRS = 1_000_000  # layers x experts x experts
 
 def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
     """-> HTML of the last layer, and what the script shows of the others; both empty where nothing was kept"""
-    routing = HeldOutRouting.load(run.directory)
-    experts = run.config.moe.num_experts
-    if routing is None or not routing.expert.size:
+    routing, experts = HeldOutRouting.load(run.directory), run.config.moe.num_experts
+    if routing is None or not routing.expert.size or not routing.fits(run.layers, experts):
         return "", {}
     tables = {"kinds": _shares(routing, CLASSES, content_classes(routing), experts)}
     files = _shares(routing, *file_kinds(routing), experts)
@@ -44,7 +43,7 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
         + cell_map(load_classes(values[-1]), names, columns, label=TABLES[key], name=f"{key}{index}", readings=key)
         + "</figure>" for key, (names, values) in tables.items())
     html = (
-        f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{escape(run.name)}</span></h2><p>'
+        f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{as_html(run.name)}</span></h2><p>'
         f"Held-out text at step {routing.step:,}; a colour is a token's first expert, here in layer "
         f"<b>{routing.layers[-1]}</b>. Pointing at a token names its experts, their weights, and the router's largest "
         "probabilities.</p>"
@@ -70,7 +69,7 @@ def _shares(
 ) -> tuple[list[str], np.ndarray]:
     """-> of the kinds that enough tokens are of, the first MOST_KINDS: names, and [layers, kinds, experts]"""
     present = [kind for kind in range(len(names)) if (kinds == kind).sum() >= ENOUGH_TOKENS][:MOST_KINDS]
-    return [names[kind] for kind in present], preference(routing, kinds, len(names), experts)[:, present]
+    return [visible(names[kind]) for kind in present], preference(routing, kinds, len(names), experts)[:, present]
 
 
 def load_codes(loads: np.ndarray) -> np.ndarray:
@@ -97,7 +96,7 @@ def _coloured(routing: HeldOutRouting, index: int) -> str:
         look = f'style="--hue:{hue(experts[0])}"' if experts[0] >= 0 else 'class="none"'
         begins = "data-begins " if token and token % routing.seq_len == 0 else ""
         title = f"{title or 'no expert'}; probabilities {best}"
-        spans.append(f'<span {begins}{look} title="{title}">{escape(piece)}</span>')
+        spans.append(f'<span {begins}{look} title="{title}">{as_html(piece, LINES)}</span>')
     return f'<div class="text" data-run="{index}">{"".join(spans)}</div>'
 
 

@@ -10,10 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from moescale.config.errors import visible
 from moescale.monitor.history import Curve
 
 COLOURS = 6  # of runs
+LINES = "\n\t"  # what may stand in a text of several lines
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 170, 44, 20, 8, 8
+
+
+def as_html(text: str, keep: str = "") -> str:
+    """Make any text one that can stand in a page: markup, and what would turn or break the text, written out."""
+    return escape(visible(text, keep))
 
 
 def line_chart(title: str, curves: Sequence[tuple[str, int, Curve]], unit: str = "") -> str:
@@ -43,9 +50,9 @@ def line_chart(title: str, curves: Sequence[tuple[str, int, Curve]], unit: str =
     latest = "; ".join(f"{name if len(drawn) > 1 else ''} {_number(float(curve.values[-1]))}".strip()
                        for name, _, curve in drawn)
     axis = json.dumps({"x": [first, last, LEFT, WIDTH - RIGHT], "y": [low, high, HEIGHT - BOTTOM, TOP]})
-    return (f"<figure class=\"chart\" data-axis='{axis}'><figcaption>{escape(title)} "
-            f'<span class="reading">{escape(latest)}{escape(unit)}</span></figcaption>'
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}'
+    return (f"<figure class=\"chart\" data-axis='{axis}'><figcaption>{as_html(title)} "
+            f'<span class="reading">{as_html(latest)}{as_html(unit)}</span></figcaption>'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{as_html(title)}">{"".join(parts)}'
             '<path class="cursor" d=""/></svg></figure>')
 
 
@@ -69,12 +76,13 @@ def cell_map(classes: np.ndarray, rows: Sequence[str], columns: tuple[str, str],
     """
     height, width = classes.shape
     every = -(-height // 24)
-    names = "".join(f"<span>{escape(row) if index % every == 0 else ''}</span>" for index, row in enumerate(rows))
+    names = "".join(f"<span>{as_html(row) if index % every == 0 else ''}</span>" for index, row in enumerate(rows))
     pixels = min(480, max(15, 32 - 2 * height) * height)
-    return (f'<div class="map" data-map="{escape(name)}" data-readings="{escape(readings)}"><div class="rows">{names}'
+    said = as_html(readings, LINES)
+    return (f'<div class="map" data-map="{as_html(name)}" data-readings="{said}"><div class="rows">{names}'
             f'</div><svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" style="height:{pixels}px" '
-            f'role="img" aria-label="{escape(label)}">{cell_paths(classes)}</svg><div class="columns">'
-            f"<span>{escape(columns[0])}</span><span>{escape(columns[1])}</span></div></div>")
+            f'role="img" aria-label="{as_html(label)}">{cell_paths(classes)}</svg><div class="columns">'
+            f"<span>{as_html(columns[0])}</span><span>{as_html(columns[1])}</span></div></div>")
 
 
 def cell_paths(classes: np.ndarray) -> str:
