@@ -110,7 +110,8 @@ def _place(value: Any) -> _StorageInfo:
     path, offset, length = (found.get(key) for key in ("relative_path", "offset", "length"))
     if not isinstance(path, str) or len(path) > 1000 or found.get("transform_descriptors"):
         raise PickleError("holds a part that is not stored as it is")
-    shape_of((offset, length))
+    for number in (offset, length):  # bytes, each as large as a file
+        shape_of((number,))
     return _StorageInfo(path, offset, length)  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -247,6 +248,14 @@ def test_an_index_with_holes_is_refused(tmp_path: Path) -> None:
     index.state_dict_metadata["model.a"].chunks.clear()  # type: ignore[union-attr]
     _replace(folder, ".metadata", pickle.dumps(index))
     refused(folder, "does not hold the whole of model.a")
+
+
+def test_files_of_any_size_are_read(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    index = SafeReader(folder).read_metadata()
+    far = {name: dataclasses.replace(place, offset=2**40, length=2**40) for name, place in index.storage_data.items()}
+    _replace(folder, ".metadata", pickle.dumps(dataclasses.replace(index, storage_data=far)))
+    assert {place.offset for place in SafeReader(folder).read_metadata().storage_data.values()} == {2**40}
 
 
 FILES: list[object] = [
