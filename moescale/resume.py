@@ -62,6 +62,8 @@ def locate(config: Config, path: Path, overrides: Sequence[str]) -> Config:
         if converted and latest_checkpoint(run_dir) is None:
             raise ConfigError(f"{path} belongs to the converted weights in {home}, and run.dir={config.run.dir} would "
                               f"begin with random ones: leave run.dir out, or copy {home} to {config.run.dir} first")
+    else:  # by the name that was given now
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(home)})})
     if "tokenizer" in given.get("data", {}) or config.data.tokenizer in (None, "bytes"):
         return config
     places = [home / config.data.tokenizer, Path(config.data.tokenizer).expanduser()]

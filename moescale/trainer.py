@@ -233,8 +233,8 @@ class _Run:
                               f"{error.strerror}; the last good checkpoint is "
                               f"{latest_checkpoint(self.run_dir) or 'none'}") from None
 
-    def _files(self) -> dict[str, str]:
-        """The texts that make a checkpoint complete in itself."""
+    def _files(self) -> dict[str, str | bytes]:
+        """What makes a checkpoint complete in itself."""
         return {"config.yaml": self.config.to_yaml(), **self.tokenizer.files}
 
     def _state(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "moescale"
 MAY_IMPORT = {
     "config": set(), "ops": set(), "data": {"config"}, "optim": {"config", "ops"}, "layers": {"ops"},
     "mixers": {"ops", "layers"}, "moe": {"ops", "layers"}, "model": {"config", "ops", "layers", "mixers", "moe"},
-    "parallel": {"config", "ops", "layers", "mixers", "moe", "model", "planner"}, "checkpoint": {"config"},
+    "parallel": {"config", "ops", "layers", "mixers", "moe", "model", "planner"}, "checkpoint": {"config", "data"},
     "planner": {"config"}, "monitor": {"config", "moe", "planner"},
     "verify": {"checkpoint", "config", "data", "engine", "model", "moe", "monitor", "ops", "parallel"},
     "engine": {"config", "data", "model", "ops", "parallel", "optim", "checkpoint"},

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moescale.checkpoint import placement
+from moescale.checkpoint import hf, native, placement
 from moescale.checkpoint.convert import FORMATS, Change, Result, convert, open_source
 from moescale.checkpoint.experts import permute, reduce, replicate, upcycle
+from moescale.checkpoint.hf_config import write_notes
 from moescale.checkpoint.inspect import describe, print_description, print_fingerprints
 from moescale.checkpoint.loads import read_loads
 from moescale.checkpoint.mapped import Layout, Opened
@@ -73,8 +74,13 @@ def run(source: Path, destination: Path, options: Options, compare: Compare | No
     _report(result)
     for line in said:
         print(line)
+    for note in (*opened.notes, *(write_notes(opened.config if change is None else change.config)
+                                  if options.to == hf.NAME else ())):
+        print(f"note: {note}")
     print(f"{opened.format} {opened.path} -> {options.to} {destination}: {result.size_bytes:,} bytes "
           f"in {seconds:.1f} s ({result.size_bytes / seconds / 1e6:,.0f} MB/s)")
+    if options.to == native.NAME and opened.format != native.NAME:
+        print(f"train on: moescale train {destination}/config.yaml 'data.files=[texts/**/*.txt]'")
 
 
 def _change(source: Path, opened: Opened, options: Options) -> tuple[Change | None, bool]:

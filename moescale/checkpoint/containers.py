@@ -37,8 +37,11 @@ from moescale.config.files import inside as inside
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }
+POINTER = b"version https://git-lfs"
 LARGEST_HEADER = 100_000_000  # bytes, as the format itself says
 Sizes = Mapping[str, tuple[Shape, torch.dtype]]
 
@@ -48,6 +51,8 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
+            refuse_pointer(path, file.read(len(POINTER)))
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if length > min(LARGEST_HEADER, size - 8):
                 raise ValueError
@@ -55,12 +60,17 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         texts = header.pop("__metadata__", {})
         tensors = {}
         for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ConfigError(f"{path}: {name} has dtype {entry['dtype']}, which MoEScale cannot read: save the "
+                                  "model as float32 or bfloat16")
             begin, end = entry["data_offsets"]
             stored = stored_whole(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
             if begin < 0 or min(stored.shape, default=0) < 0 or end - begin != stored.size_bytes:
                 raise ValueError
             tensors[name] = stored
         ends = sorted(entry["data_offsets"] for entry in header.values())
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{path} is no safetensors file, or its header is damaged") from None
     if ends != sorted(ends) or any(one[1] > two[0] for one, two in pairwise(ends)):
@@ -199,3 +209,9 @@ def _unravel(index: int, shape: Shape) -> Shape:
         index, rest = divmod(index, size)
         offsets.append(rest)
     return tuple(reversed(offsets))
+
+
+def refuse_pointer(path: Path, content: bytes) -> None:
+    """Refuse what Git leaves in the place of a large file that was not downloaded. content: at least its first words"""
+    if content.startswith(POINTER):
+        raise ConfigError(f"{path} is a pointer of Git LFS and not the file itself: run `git lfs pull` there")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +26,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from moescale.checkpoint import deepspeed, hf, megatron_files, native
+from moescale.checkpoint.companions import with_companions, write_companions
 from moescale.checkpoint.containers import Sizes
 from moescale.checkpoint.fingerprint import Digest, digests, fingerprints, has_rows
+from moescale.checkpoint.hf_files import explain
 from moescale.checkpoint.journal import Journal
 from moescale.checkpoint.mapped import Layout, Opened, check_pieces, read_atom
 from moescale.checkpoint.region import Chunk, Shape, Stored, read_region, write_region
@@ -94,11 +97,14 @@ Check = Callable[[Opened, Opened, Mapping[str, str]], None]
 def open_source(path: Path) -> Opened:
     """Open a checkpoint of any known format. Raises ConfigError."""
     if not path.is_dir():
-        raise ConfigError(f"no such checkpoint: {path}")
+        hint = (": download the model first and give its folder" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+                else "")
+        raise ConfigError(f"no such checkpoint: {path}{hint}")
     for module in FORMATS.values():
         if module.detect(path):
-            return module.open_checkpoint(path)
-    raise ConfigError(f"{path} is no checkpoint of a known format: " + ", ".join(FORMATS))
+            opened = module.open_checkpoint(path)
+            return opened if opened.format == native.NAME else with_companions(opened, path)
+    raise ConfigError(explain(path) or f"{path} is no checkpoint of a known format: " + ", ".join(FORMATS))
 
 
 def convert(
@@ -117,6 +123,7 @@ def convert(
     if to != native.NAME:  # no other format takes the optimizer's state
         recipes = {name: recipe for name, recipe in recipes.items() if not name.startswith(native.PLANES)}
     target.refuse(config, layout, dtype)
+    config = native.settled(config, destination, source.files)
     atoms = native.native_atoms(config)
     if any(name.startswith(native.PLANES) for name in recipes):
         atoms = native.with_planes(atoms)
@@ -132,6 +139,8 @@ def convert(
     try:
         fresh = journal.fresh()
         places = target.create(fresh, config, layout, pieces, sizes, source)
+        if to != native.NAME:
+            write_companions(fresh, source.files, config, source.state.get("step", 0))
         for name, text in ({} if change is None else change.files).items():
             (fresh / name).write_text(text, encoding="utf-8")
         places = {key: _moved(stored, fresh, journal.data) for key, stored in places.items()}

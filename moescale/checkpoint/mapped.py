@@ -32,7 +32,7 @@ class Opened:
     """A checkpoint that lies on the disk, every tensor of which is accounted for.
 
     atoms: shapes of native tensors, each expert's apart. tensors, by key. left_out: tensors that are not read, and why.
-    files: texts to take along. state: small values that a run goes on from.
+    files: to take along, by name. state: small values that a run goes on from. notes: what the user should hear.
     """
 
     format: str
@@ -43,8 +43,9 @@ class Opened:
     tensors: Mapping[str, Stored]
     pieces: Sequence[Piece]
     left_out: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_pieces(self.atoms, {key: stored.shape for key, stored in self.tensors.items()}, self.pieces,

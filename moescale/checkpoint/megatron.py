@@ -147,9 +147,7 @@ def read_arguments(args: Namespace, source: str) -> Config:
             "norm_eps": get("norm_epsilon", get("layernorm_epsilon", 1e-5)),
             "tied_embeddings": not get("untie_embeddings_and_output_weights", False), "pattern": _pattern(mixtures),
         }
-        groups = {"model": model, "data": {"seq_len": get("seq_length", 2048), "tokenizer": "bytes"}}
-        if model["vocab_size"] < 257:
-            groups["data"]["tokenizer"] = "tokenizer.json"
+        groups = {"model": model, "data": {"seq_len": get("seq_length", 2048), "tokenizer": None}}
         if any(mixtures):
             groups["moe"] = _read_moe(get, activation, source)
     except (AttributeError, TypeError) as error:

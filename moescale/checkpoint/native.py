@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moescale.checkpoint.companions import TOKENIZER, read_companions
 from moescale.checkpoint.containers import Sizes, create_distributed, open_distributed
+from moescale.checkpoint.index import read_index
 from moescale.checkpoint.mapped import Layout, Opened
 from moescale.checkpoint.region import Shape, Stored, region
 from moescale.checkpoint.store import MANIFEST, latest_checkpoint, verify_checkpoint, write_manifest
@@ -91,8 +93,7 @@ def open_checkpoint(path: Path) -> Opened:
     atoms = native_atoms(config)
     if any(key.startswith(PLANES) for key in tensors):
         atoms = with_planes(atoms)
-    files = {name: (folder / name).read_text(encoding="utf-8") for name in ("tokenizer.json",)
-             if (folder / name).exists()}
+    files = read_companions(folder)
     return Opened(NAME, folder, config, Layout(), atoms, tensors, native_pieces(atoms, config.moe.num_experts),
                   files=files, state=manifest["state"])
 
@@ -110,27 +111,39 @@ def plan(config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Pie
     return native_pieces(atoms, config.moe.num_experts)
 
 
-def checkpoint_folder(folder: Path, state: Mapping[str, Any]) -> Path:
-    return folder / "checkpoints" / f"step_{state.get('step', 0):08d}"
+def settled(config: Config, destination: Path, files: Mapping[str, bytes]) -> Config:
+    """Name the run that is written, and the tokenizer that lies beside its configuration."""
+    tokenizer = TOKENIZER if TOKENIZER in files else config.data.tokenizer
+    run, data = config.run.model_copy(update={"dir": str(destination)}), config.data
+    return config.model_copy(update={"run": run, "data": data.model_copy(update={"tokenizer": tokenizer})})
+
+
+def _state(names: Iterable[str], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Say from where a run goes on. Without the optimizer's state it starts anew, with these weights."""
+    if any(name.startswith(PLANES) for name in names):
+        return {"step": 0, "seed": 0, **source}
+    return {"step": 0, "seed": source.get("seed", 0), "converted": True}
 
 
 def create(
     folder: Path, config: Config, layout: Layout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
 ) -> dict[str, Stored]:
     """Lay out a run directory with one checkpoint, a file a block."""
-    inner = checkpoint_folder(folder, opened.state)
+    inner = folder / "checkpoints" / f"step_{_state(sizes, opened.state)['step']:08d}"
     inner.mkdir(parents=True)
     files: dict[str, dict[str, Any]] = {}
     for key, size in sizes.items():
         block = key.partition("blocks.")[2].partition(".")[0]
         files.setdefault(f"__{int(block) + 1 if block else 0}_0.distcp", {})[key] = size
-    for name, text in {"config.yaml": config.to_yaml(), **opened.files}.items():
-        (inner / name).write_text(text, encoding="utf-8")
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    for name, content in {"config.yaml": config.to_yaml().encode(), **opened.files}.items():
+        (inner / name).write_bytes(content)
+        (folder / name).write_bytes(content)
     leading = {key: int(key.rpartition(".")[0].endswith(".experts")) for key in sizes}
     return create_distributed(inner, files, leading)
 
 
 def finish(folder: Path, opened: Opened) -> None:
     """Write the manifest, with the size and checksum of every file."""
-    write_manifest(checkpoint_folder(folder, opened.state), {"step": 0, "seed": 0, **opened.state})
+    (inner,) = (folder / "checkpoints").iterdir()
+    names = read_index(inner, {path.name for path in inner.iterdir()})
+    write_manifest(inner, _state(names, opened.state))

@@ -39,11 +39,12 @@ T = TypeVar("T")
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], files: dict[str, str], *, keep: int
+    run_dir: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], files: Mapping[str, str | bytes], *,
+    keep: int,
 ) -> Path:
     """Write a checkpoint and remove all but the last `keep`; every rank calls.
 
-    state: small values for the manifest. files: texts by name. -> its folder
+    state: small values for the manifest. files: small ones by name. -> its folder
     Raises ConfigError on every rank when it could not be written on any, and TrainingError when a tensor holds what is
     no finite number; what existed before stays.
     """
@@ -190,7 +191,7 @@ class _Writer(FileSystemWriter):
             raise (cause or error) from None
 
 
-def _make_room(partial: Path, files: dict[str, str]) -> None:
+def _make_room(partial: Path, files: Mapping[str, str | bytes]) -> None:
     """Clear away what killed runs left, and nothing else, and begin."""
     for left in partial.parent.glob("*.partial"):
         if LEFTOVER.fullmatch(left.name) and is_ours(left, UNMARKED):
@@ -198,8 +199,8 @@ def _make_room(partial: Path, files: dict[str, str]) -> None:
     if partial.exists() or partial.is_symlink():
         raise ConfigError(f"{partial} is in the way, and no run left it: move it away")
     make_marked(partial)
-    for name, text in files.items():
-        _write_synced(partial / name, text)
+    for name, content in files.items():
+        _write_synced(partial / name, content)
 
 
 def _write(partial: Path, tensors: dict[str, Tensor]) -> None:
@@ -359,9 +360,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def _write_synced(path: Path, content: str | bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 

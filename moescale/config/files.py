@@ -73,9 +73,13 @@ def explain(error: Exception) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Name a regular file of a checkpoint. Raises ConfigError for one that lies elsewhere, is a link, or is missing."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    """Name a regular file of a checkpoint. Raises ConfigError for one that lies elsewhere, or is missing.
+
+    In the Hugging Face cache the files of `snapshots/REVISION` are links into `blobs`, which lies beside `snapshots`.
+    """
+    path, real = folder / name, folder.resolve()
+    homes = [real, *(above.parent / "blobs" for above in real.parents if above.name == "snapshots")]
+    if not any(path.resolve().is_relative_to(home) for home in homes):
         raise ConfigError(f"{folder} names {name!r}, which leads out of it: it was not loaded")
     if not path.is_file():
         raise ConfigError(f"{folder} is damaged: {name} is missing")

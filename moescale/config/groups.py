@@ -62,8 +62,8 @@ class RunConfig(Group):
 class DataConfig(Group):
     files: tuple[LocalPath, ...] = ()
     """Paths and globs of the training text; none is the source of the running Python's own standard library."""
-    tokenizer: LocalPath = "bytes"
-    """`bytes`, or the path of a Hugging Face tokenizer.json."""
+    tokenizer: LocalPath | None = "bytes"
+    """`bytes`, or the path of a Hugging Face tokenizer.json; null is not known, of a model that came without one."""
     begin_token: str | None = None
     """The token before each document, by name; null is what the files beside the tokenizer.json say."""
     end_token: str | None = None

@@ -18,13 +18,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from moescale.config import ConfigError, DataConfig
-from moescale.config.files import read_bytes, read_text
+from moescale.config.files import parse_json, read_bytes
 
 # The first of these that a tokenizer knows ends its documents, and begins them, where none of the model's files says
 # otherwise; ends of text come before starts, whole texts before sentences.
 BOUNDARY_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "[EOS]", "[SEP]",  # noqa: RUF001
                   "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "[CLS]")
 SETTINGS_FILES = ("tokenizer_config.json", "generation_config.json", "config.json")  # beside a tokenizer.json
+COMPANIONS = ("tokenizer.json", *SETTINGS_FILES, "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+              "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")  # what goes where it goes
 MARK = "\N{REPLACEMENT CHARACTER}"
 WINDOW_TOKENS, KEPT_TOKENS = 64, 8  # that a stream decodes at a time, and as context of those that come
 
@@ -45,7 +47,7 @@ class Tokenizer(Protocol):
     name: as in the configuration. vocab_size: rows that a model needs: every id that text, a beginning or an end can
     have is below. num_ids: every id that has a meaning is below, special tokens included. begin, end: ids, equal where
     one token does both. stops: ids after which generated text is over. fingerprint: changes with the ids of a text.
-    files: the texts that make the tokenizer complete in itself, by name.
+    files: what makes the tokenizer complete in itself, for other programs too, by name.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Tokenizer(Protocol):
     end: int
     stops: frozenset[int]
     fingerprint: str
-    files: Mapping[str, str]
+    files: Mapping[str, bytes]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode texts one by one, without beginning or end; whatever stands in them is text, never a special token.
@@ -90,7 +92,7 @@ class ByteTokenizer:
     vocab_size = num_ids = 257
     stops = frozenset((256,))
     fingerprint = "bytes-1"
-    files: Mapping[str, str] = {}
+    files: Mapping[str, bytes] = {}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
@@ -122,14 +124,14 @@ class _ByteStream:
 class HuggingFaceTokenizer:
     """A tokenizer.json through the `tokenizers` library.
 
-    files: its text, and those of SETTINGS_FILES that lie beside it, by name. begin, end: names of tokens that come
+    files: it, and those of COMPANIONS that lie beside it, by name. begin, end: names of tokens that come
     before what the files say; None = as they say. Raises ConfigError.
     """
 
-    def __init__(self, name: str, files: Mapping[str, str], begin: str | None = None, end: str | None = None) -> None:
+    def __init__(self, name: str, files: Mapping[str, bytes], begin: str | None = None, end: str | None = None) -> None:
         from tokenizers import Tokenizer as Backend
 
-        content = files["tokenizer.json"]
+        content = files["tokenizer.json"].decode()
         self.name = name
         self._backend: Any = Backend.from_str(content)
         self._backend.no_truncation()  # a file may carry the settings of the model it was made for
@@ -151,10 +153,7 @@ class HuggingFaceTokenizer:
                                   if falls_back and re.fullmatch("<0x[0-9A-F]{2}>", token))
         digest = hashlib.sha256(content.encode()).hexdigest()
         self.fingerprint = f"tokenizer.json-2-{self.begin}-{self.end}-{digest}"
-        self.files: Mapping[str, str] = {file: text for file, text in files.items() if file != "config.json"}
-        if "config.json" in settings and "generation_config.json" not in settings:
-            ids = {key: settings["config.json"].get(key) for key in ("bos_token_id", "eos_token_id")}
-            self.files = {**self.files, "generation_config.json": json.dumps(ids, indent=2) + "\n"}  # all that counts
+        self.files: Mapping[str, bytes] = dict(files)
 
     def _boundaries(
         self, settings: Mapping[str, Mapping[str, Any]], begin: str | None, end: str | None
@@ -280,11 +279,15 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return [*found[:-1], found[-1] + stream.rest()] if found else []
 
 
-def load_tokenizer(spec: str, begin: str | None = None, end: str | None = None) -> Tokenizer:
+def load_tokenizer(spec: str | None, begin: str | None = None, end: str | None = None) -> Tokenizer:
     """Load the tokenizer that the configuration names: `bytes`, or the path of a tokenizer.json.
 
-    begin, end: data.begin_token and data.end_token. Raises ConfigError when a file is missing or no tokenizer.
+    begin, end: data.begin_token and data.end_token. Raises ConfigError when a file is missing or no tokenizer, and for
+    None, a tokenizer that nobody knows.
     """
+    if spec is None:
+        raise ConfigError("data.tokenizer is null, for the model came without its tokenizer: write the one that it was "
+                          "trained with, data.tokenizer=PATH/tokenizer.json (or bytes)")
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec).expanduser()
@@ -292,15 +295,14 @@ def load_tokenizer(spec: str, begin: str | None = None, end: str | None = None) 
     if path.is_dir():
         raise ConfigError(f"data.tokenizer={spec} is a directory: write {path / 'tokenizer.json'}")
     try:
-        content = read_bytes(path)
-        files = {name: read_text(path.parent / name) for name in SETTINGS_FILES
-                 if (path.parent / name).is_file()}
+        files = {name: read_bytes(path.parent / name) for name in COMPANIONS if (path.parent / name).is_file()}
+        files["tokenizer.json"] = read_bytes(path)  # whatever it is called there
     except FileNotFoundError:
         raise ConfigError(f"data.tokenizer={spec}: no such file: {advice}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.tokenizer={spec} cannot be read ({error}): {advice}") from None
     try:
-        return HuggingFaceTokenizer(spec, {"tokenizer.json": content.decode(), **files}, begin, end)
+        return HuggingFaceTokenizer(spec, files, begin, end)
     except ConfigError:
         raise
     except Exception as error:  # the library raises nothing narrower
@@ -335,10 +337,10 @@ def _unknown(model: Mapping[str, Any]) -> str | None:
     return model.get("unk_token") if index is None else model["vocab"][index][0]
 
 
-def _settings(name: str, file: str, text: str) -> dict[str, Any]:
+def _settings(name: str, file: str, content: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
+        values = parse_json(content.decode("utf-8-sig"))
+    except ValueError:
         values = None
     if not isinstance(values, dict):
         raise ConfigError(f"data.tokenizer={name}: {file} beside it is not a JSON object: mend it, or take it away")

@@ -45,7 +45,7 @@ class Engine(Protocol):
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """-> cross entropy in nats a target, over all ranks' batches"""
 
-    def save(self, run_dir: Path, files: dict[str, str], state: Mapping[str, Any]) -> Path:
+    def save(self, run_dir: Path, files: Mapping[str, str | bytes], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint of this moment. files, state: small texts and values that belong to it."""
 
     def load(self, checkpoint: Path, peak: Peak | None = None) -> None:

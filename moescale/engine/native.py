@@ -136,7 +136,7 @@ class NativeEngine:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def save(self, run_dir: Path, files: dict[str, str], state: Mapping[str, Any]) -> Path:
+    def save(self, run_dir: Path, files: Mapping[str, str | bytes], state: Mapping[str, Any]) -> Path:
         """Write weights, optimizer state, step and where the learning rate falls from.
 
         All random draws follow from the seed and the tokens' numbers. files, state: what else belongs to it.

@@ -57,7 +57,7 @@ def essence(config: Config) -> dict[str, Any]:
     model = config.model.model_dump(exclude={"pattern", "init", "z_loss_coefficient"})
     dense = config.num_moe_layers < config.model.num_layers
     unused = set() if dense else {"d_ff", "activation"}
-    moe = config.moe.model_dump(exclude={"load_balance_coefficient"}) if config.num_moe_layers else {}
+    moe = config.moe.model_dump(exclude={"load_balance_coefficient", "balance_over"}) if config.num_moe_layers else {}
     return {**{key: value for key, value in model.items() if key not in unused}, "layers": config.model.layers, **moe}
 
 

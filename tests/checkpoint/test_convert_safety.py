@@ -76,9 +76,14 @@ def test_a_tensor_too_many(source: Path) -> None:
 def test_a_tensor_twice(source: Path) -> None:
     """In two files, and, as a header that lies, twice in one place."""
     tensors = load_file(source / FILE)
-    save_file({"model.norm.weight": tensors["model.norm.weight"]}, source / "other.safetensors")
+    first, second = (source / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    shutil.copy(source / FILE, first)
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, second)
+    (source / FILE).rename(source.parent / FILE)
     refused(source, "model.norm.weight twice")
-    (source / "other.safetensors").unlink()
+    first.unlink()
+    second.unlink()
+    (source.parent / FILE).rename(source / FILE)
     data = (source / FILE).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -107,19 +112,22 @@ def test_a_truncated_shard(source: Path) -> None:
 
 
 def test_an_index_that_leads_astray(source: Path) -> None:
+    shard = "model-00001-of-00001.safetensors"
+    (source / FILE).rename(source / shard)
+
     def index(**names: str) -> None:
         (source / hf.INDEX).write_text(json.dumps({"weight_map": {
-            **dict.fromkeys(load_file(source / FILE), FILE), **names}}))
+            **dict.fromkeys(load_file(source / shard), shard), **names}}))
 
     index(**{"model.norm.weight": "gone.safetensors"})
     refused(source, "gone.safetensors is missing")
-    shutil.copy(source / FILE, source.parent / "outside.safetensors")
+    shutil.copy(source / shard, source.parent / "outside.safetensors")
     index(**{"model.norm.weight": "../outside.safetensors"})
     refused(source, "'../outside.safetensors', which leads out of it")
     (source / "link.safetensors").symlink_to(source.parent / "outside.safetensors")
     index(**{"model.norm.weight": "link.safetensors"})
     refused(source, "'link.safetensors', which leads out of it")
-    index(**{"ghost.weight": FILE})
+    index(**{"ghost.weight": shard})
     refused(source, "ghost.weight is missing")
 
 

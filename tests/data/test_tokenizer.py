@@ -103,7 +103,7 @@ def test_beginning_and_end_by_the_models_own_files(
     copy = path.parent / "copy"  # as a checkpoint holds it
     copy.mkdir()
     for name, text in tokenizer.files.items():
-        (copy / name).write_text(text)
+        (copy / name).write_bytes(text)
     moved = load_tokenizer(str(copy / "tokenizer.json"), **keys)
     assert (moved.begin, moved.end, moved.stops) == (tokenizer.begin, tokenizer.end, tokenizer.stops)
     assert moved.fingerprint == tokenizer.fingerprint
