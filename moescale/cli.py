@@ -1,4 +1,4 @@
-"""The command line: `moescale train | config | generate | verify | convert | report | dashboard`."""
+"""The command line: `moescale train | config | generate | evaluate | verify | convert | report | dashboard`."""
 
 from __future__ import annotations
 
@@ -124,6 +124,31 @@ def generate(
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+
+
+@app.command(no_args_is_help=True, context_settings=TAKES_OVERRIDES)
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its last one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Other text, e.g. data.files=[texts/*.md].")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Measure how well a trained model predicts text, on one process: loss, perplexity, bits a byte.
+
+    The text is all that the run held out, or all of the files that are named.
+
+    moescale evaluate runs/quickstart
+
+    moescale evaluate runs/quickstart 'data.files=[texts/**/*.md]' --json
+    """
+    with _one_line_errors(checkpoint):
+        from moescale.scoring import evaluate_checkpoint
+
+        found, notes = evaluate_checkpoint(checkpoint, overrides or [])
+        for note in notes:
+            typer.echo(f"moescale: {note}", err=True)
+        typer.echo(found.as_json() if json else found.as_text())
 
 
 @app.command(no_args_is_help=True, context_settings=TAKES_OVERRIDES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
 
 
-def load_model(path: Path) -> tuple[LanguageModel, Config, Path]:
-    """Load weights without optimizer state. path: a checkpoint or a run directory.
+def load_model(path: Path, overrides: Sequence[str] = ()) -> tuple[LanguageModel, Config, Path]:
+    """Load weights without optimizer state. path: a checkpoint or a run directory. overrides: of its configuration.
 
     -> the model, the run's configuration, and the checkpoint that was read
     """
@@ -28,7 +28,7 @@ def load_model(path: Path) -> tuple[LanguageModel, Config, Path]:
     checkpoint = path if (path / "checkpoint.json").exists() else latest_checkpoint(path)
     if checkpoint is None:
         raise ConfigError(f"{path} holds no checkpoint: give a run directory or RUN/checkpoints/step_...")
-    config = load_config(checkpoint / "config.yaml", whole=True)
+    config = load_config(checkpoint / "config.yaml", overrides, whole=True)
     model = build_model(config)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     for buffer in model.buffers():

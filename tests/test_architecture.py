@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "verify": {"checkpoint", "config", "data", "engine", "model", "moe", "monitor", "ops", "parallel"},
     "engine": {"config", "data", "model", "ops", "parallel", "optim", "checkpoint"},
 }
-FREE = {"cli", "trainer", "evaluate", "generate", "resume", "__init__", "__main__"}
+FREE = {"cli", "trainer", "evaluate", "generate", "scoring", "resume", "__init__", "__main__"}
 FOREIGN = {"deepspeed", "megatron", "wandb", "wandb_workspaces", "transformers", "triton"}
 ENVIRONMENT = {"parallel/mesh.py", "parallel/ranks.py", "cli.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))

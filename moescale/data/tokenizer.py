@@ -68,8 +68,14 @@ class Tokenizer(Protocol):
     def encode_special(self, text: str) -> np.ndarray:
         """Encode a text in which special tokens are written out, each as its id. -> [tokens]"""
 
+    def encode_published(self, text: str) -> np.ndarray:
+        """Encode a text as other programs do: the same, with the tokens that the tokenizer itself puts around it."""
+
     def special_tokens(self, text: str) -> list[str]:
         """-> the special tokens whose names stand in the text"""
+
+    def token_name(self, index: int) -> str:
+        """-> the token of an id, as it stands in the vocabulary"""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids back into text, dropping beginnings and ends; what is not text becomes the replacement character."""
@@ -100,8 +106,13 @@ class ByteTokenizer:
     def encode_special(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
+    encode_published = encode_special
+
     def special_tokens(self, text: str) -> list[str]:
         return []
+
+    def token_name(self, index: int) -> str:
+        return str(index)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(index for index in map(int, ids) if index < self.end).decode(errors="replace")
@@ -225,14 +236,23 @@ class HuggingFaceTokenizer:
         return np.array(spelt, dtype=np.int64)
 
     def encode_special(self, text: str) -> np.ndarray:
+        return self._encode_special(text, False)
+
+    def encode_published(self, text: str) -> np.ndarray:
+        return self._encode_special(text, not text.startswith(self.token_name(self.begin)))
+
+    def _encode_special(self, text: str, around: bool) -> np.ndarray:
         self._backend.encode_special_tokens = False
         try:
-            return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+            return np.array(self._backend.encode(text, add_special_tokens=around).ids, dtype=np.int64)
         finally:
             self._backend.encode_special_tokens = True
 
     def special_tokens(self, text: str) -> list[str]:
         return [token for token in self._special if token in text]
+
+    def token_name(self, index: int) -> str:
+        return str(self._backend.id_to_token(index))
 
     def decode(self, ids: Iterable[int]) -> str:
         kept = [index for index in map(int, ids) if index not in (self.begin, self.end)]

@@ -1,13 +1,13 @@
 """A small Hugging Face tokenizer for the tests of this folder."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
 
-MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+from tests import tokenizers as tokenizer_files
+
 TEXT = "def hello(name):\n    return f'hello {name}, this is a document'\n"
 
 
@@ -36,34 +36,8 @@ def train_tokenizer(tmp_path: Path) -> Callable[..., Path]:
     return train
 
 
+
 @pytest.fixture
 def write_metaspace(tmp_path: Path) -> Callable[..., Path]:
-    """Give a function from a folder's name to the tokenizer.json in it of a new tokenizer shaped as Llama's.
-
-    A mark stands for the space, a first space is added and taken off again, other characters are several bytes; <s>
-    begins a text. extra: further added tokens, special or not. Further arguments: settings beside it, by file.
-    """
-
-    def write(folder: str, extra: dict[str, bool] | None = None, **settings: object) -> Path:
-        pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), MARK, *"abhelo",
-                  MARK + "a", MARK + "h", MARK + "he", MARK + "hel", MARK + "hell", MARK + "hello"]
-        vocabulary = {piece: index for index, piece in enumerate(pieces)}
-        merges = [(MARK, "a"), *((MARK + "hello"[:length], "hello"[length]) for length in range(5))]
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE(
-            vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        backend.normalizer = tokenizers.normalizers.Sequence([
-            tokenizers.normalizers.Prepend(MARK), tokenizers.normalizers.Replace(" ", MARK)])
-        backend.decoder = tokenizers.decoders.Sequence([
-            tokenizers.decoders.Replace(MARK, " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
-            tokenizers.decoders.Strip(" ", 1, 0)])
-        backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        added = {"<unk>": True, "<s>": True, "</s>": True, **(extra or {})}
-        for token, special in added.items():
-            backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
-        (tmp_path / folder).mkdir()
-        for name, values in settings.items():
-            (tmp_path / folder / f"{name}.json").write_text(json.dumps(values))
-        backend.save(str(tmp_path / folder / "tokenizer.json"))
-        return tmp_path / folder / "tokenizer.json"
-
-    return write
+    """Give a function from a folder's name, and what `tests.tokenizers` takes, to a tokenizer.json as Llama's."""
+    return lambda folder, *others, **settings: tokenizer_files.write_metaspace(tmp_path / folder, *others, **settings)

@@ -1,0 +1,162 @@
+"""How well a trained model predicts text, on one process: held-out loss, and likelihoods as harnesses ask for them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from moescale.checkpoint.store import read_state
+from moescale.config import ConfigError, DataConfig
+from moescale.data.batches import held_out_batches
+from moescale.data.token_file import prepare_tokens
+from moescale.data.tokenizer import tokenizer_of_checkpoint
+from moescale.generate import load_model
+
+EVALUATION_KEYS = ("data.", "monitor.eval_sequences", "precision.compute")  # that an evaluation may change
+SEQUENCES_A_PASS, PASSES_AT_HAND = 16, 64
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found.
+
+    checkpoint, step: of the model. split: `held-out`, the run's own, or `files`, all of those
+    that were named. loss: nats
+    a token. documents, tokens, bytes: of the split; tokens that were predicted, which are fewer where
+    monitor.eval_sequences limits them, are scored_tokens.
+    """
+
+    checkpoint: str
+    step: int
+    split: str
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    scored_tokens: int
+    tokens: int
+    documents: int
+    bytes: int
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def as_text(self) -> str:
+        what = "held-out documents of the run" if self.split == "held-out" else "documents of the files named"
+        return (f"{self.split} loss {self.loss:.4f} nats a token, perplexity {self.perplexity:.4g}, "
+                f"{self.bits_per_byte:.4f} bits a byte\n"
+                f"{self.scored_tokens:,} tokens predicted, of {self.tokens:,} tokens and {self.bytes:,} bytes in "
+                f"{self.documents:,} {what}\n{self.checkpoint}, step {self.step:,}")
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> tuple[Evaluated, list[str]]:
+    """Predict the run's held-out documents, or all documents of other files. path: a checkpoint or a run directory.
+
+    overrides: `key=value` of EVALUATION_KEYS; data.files names other files. Raises ConfigError.
+    -> what was found, and lines that the user should know
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for key in keys:
+        if not key.startswith(EVALUATION_KEYS):
+            raise ConfigError(f"{key} cannot change in an evaluation: write data.files=[...], another key of data, "
+                              f"{' or '.join(EVALUATION_KEYS[1:])}")
+    model, config, checkpoint = load_model(path, overrides)
+    state = read_state(checkpoint)
+    own = "data.files" not in keys and "data.held_out_files" not in keys
+    data = _with_own_tokenizer(config.data, checkpoint, state["step"], "data.tokenizer" in keys)
+    if "data.files" in keys:
+        data = data.model_copy(update={"held_out_files": data.files})
+    corpus = prepare_tokens(data)
+    notes = []
+    if own and state.get("corpus") not in (None, corpus.fingerprint):
+        notes.append("the texts are not those that the run was trained with, so that some may have been trained on")
+    split, seq_len = corpus.held_out, data.seq_len
+    limit = config.monitor.eval_sequences if "monitor.eval_sequences" in keys else split.num_tokens
+    total, scored = 0.0, 0
+    device = next(model.parameters()).device
+    parts = max(1, math.ceil(min(limit, split.num_tokens / seq_len) / (SEQUENCES_A_PASS * PASSES_AT_HAND)))
+    with torch.no_grad():
+        for part in range(parts):
+            for batch in held_out_batches(split, seq_len=seq_len, num_sequences=limit, rank=part, num_ranks=parts,
+                                          micro_batch=SEQUENCES_A_PASS):
+                batch = batch.to(device)
+                sums = model(batch.tokens, targets=batch.targets, positions=batch.positions, serial=batch.serial)
+                total += float(sums[0])
+                scored += int((batch.targets >= 0).sum())
+    loss = total / scored
+    if not math.isfinite(loss):
+        raise ConfigError(f"the loss of {checkpoint} is not a finite number: take an earlier checkpoint")
+    bits = loss * split.num_tokens / split.text_bytes / math.log(2)
+    return Evaluated(str(checkpoint), state["step"], "held-out" if own else "files", loss, math.exp(min(loss, 700.0)),
+                     bits, scored, split.num_tokens, split.num_documents, split.text_bytes), notes
+
+
+def _with_own_tokenizer(data: DataConfig, checkpoint: Path, step: int, other: bool) -> DataConfig:
+    """Name the checkpoint's own copy of its tokenizer. other: the user has named one."""
+    if other or data.tokenizer == "bytes":
+        return data
+    tokenizer = tokenizer_of_checkpoint(data, checkpoint, step)
+    begin, end = (tokenizer.token_name(index) for index in (tokenizer.begin, tokenizer.end))
+    return data.model_copy(update={"tokenizer": tokenizer.name, "begin_token": begin, "end_token": end})
+
+
+class Scorer:
+    """Log-likelihoods of text under a checkpoint, in nats, as lm-evaluation-harness (0.4) defines them.
+
+    path: a checkpoint or a run directory. Text is encoded as the tokenizer itself does, with the tokens that it puts
+    before a text; data.seq_len is the longest context. Raises ConfigError.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.model, config, checkpoint = load_model(Path(path))
+        self.tokenizer = tokenizer_of_checkpoint(config.data, checkpoint, read_state(checkpoint)["step"])
+        self.context, self.num_rows = config.data.seq_len, config.model.vocab_size
+
+    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        """Score a continuation, given the text before it.
+
+        Spaces at the end of the context count to the continuation. -> its log-likelihood, and whether each of its
+        tokens is the likeliest one
+        """
+        if not context:
+            ids = self.tokenizer.encode_special(continuation).tolist()
+            begin = self.tokenizer.begin
+            return self._score(ids[:1], ids[1:]) if ids[:1] == [begin] else self._score([begin], ids)
+        text = context.rstrip()
+        before, whole = (self.tokenizer.encode_published(part).tolist() for part in (text, context + continuation))
+        return self._score(before or [self.tokenizer.begin], whole[len(before) :])
+
+    def loglikelihood_rolling(self, text: str) -> float:
+        """Score a whole text, window by window, each token once. -> its log-likelihood"""
+        return sum(self._score(before, wanted)[0] for before, wanted in self._windows(
+            self.tokenizer.encode_published(text).tolist()))
+
+    def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """-> pairs of ids known and ids to be predicted; windows after the first know one id of the one before"""
+        size = self.context
+        if ids:
+            yield [self.tokenizer.begin], ids[:size]
+        for start in range(size, len(ids), size):
+            end = min(start + size, len(ids))
+            yield ids[max(0, end - size - 1) : start], ids[start:end]
+
+    @torch.no_grad()
+    def _score(self, before: list[int], wanted: list[int]) -> tuple[float, bool]:
+        """before: ids that are known, cut at the front where the context is too short. wanted: those that follow."""
+        if len(wanted) > self.context:
+            raise ConfigError(f"a continuation of {len(wanted)} tokens is longer than data.seq_len={self.context}: "
+                              "score it as a whole text")
+        if not wanted:
+            return 0.0, True
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([(before + wanted)[-self.context - 1 :]], device=device)
+        if int(ids.max()) >= self.num_rows:
+            raise ConfigError("the text holds a special token for which the model has no row: leave it out")
+        scores = self.model.logits(ids[:, :-1])[0, -len(wanted) :].log_softmax(-1)
+        targets = ids[0, -len(wanted) :]
+        total = scores.double().gather(1, targets.unsqueeze(1)).sum()
+        return float(total), bool((scores.argmax(-1) == targets).all())
