@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +16,12 @@ from typing import Annotated
 import typer
 
 from moescale import __version__
+from moescale.cluster.launch import read_launch
 from moescale.config import (
+    Config,
     ConfigError,
-    LostRanksError,
+    Silenced,
+    Stopped,
     TrainingError,
     check_local,
     describe,
@@ -27,6 +31,7 @@ from moescale.config import (
 )
 
 TAKES_OVERRIDES = {"ignore_unknown_options": True}  # `--optim.lr=1` comes in, and is told how it is written
+BROKEN_PIPE_STATUS = 141  # as of a command whose reader is gone: 128 + SIGPIPE
 
 app = typer.Typer(
     help="Train mixtures of experts, from one laptop process to a torchrun cluster.",
@@ -66,12 +71,22 @@ def train(
     checkpoints/. Every key of the YAML can be changed on the command line as group.key=value, with null, true and
     [a, b] as there; the last of two counts. moescale config shows all of them.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is said in one line
     with _one_line_errors(config):
-        settled = load_config(config, overrides or [])
-        from moescale.resume import locate  # torch comes in only when there is something to do
+        overrides = overrides or []
+        if read_launch().size == 1:
+            settled = load_config(config, overrides)  # before torch comes in, which takes seconds
+
+            def read() -> Config:
+                return locate(settled, config, overrides)
+        else:
+            def read() -> Config:
+                return locate(load_config(config, overrides), config, overrides)
+
+        from moescale.resume import locate
         from moescale.trainer import train as run
 
-        run(locate(settled, config, overrides or []))
+        run(read)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -311,11 +326,7 @@ def convert(
 def _one_line_errors(
     *paths: Path | None, stopped: str = "stopped; the same command goes on from the last checkpoint"
 ) -> Iterator[None]:
-    """End on the user's mistakes with one line and exit status 2; what all ranks know, rank 0 alone says.
-
-    paths: that the command was given.
-    """
-    speaks = os.environ.get("RANK", "0") == "0"
+    """End on the user's mistakes with one line and exit status 2. paths: that the command was given."""
     try:
         for path in paths:
             _refuse_url(path)
@@ -324,13 +335,16 @@ def _one_line_errors(
         message, status = str(error), 2
     except TrainingError as error:
         message, status = str(error), 1
-        speaks = speaks or isinstance(error, LostRanksError)
+    except Stopped as error:
+        message, status = str(error), error.status
     except KeyboardInterrupt:
         message, status = stopped, 130
+    except Silenced as error:
+        raise typer.Exit(error.status) from None
     else:
         return
-    if speaks:
-        print(f"moescale: {message}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # a terminal that is gone
+        print(f"moescale: {message}", file=sys.stderr, flush=True)
     raise typer.Exit(status)
 
 
@@ -348,12 +362,31 @@ def main() -> None:
     One of many ranks then leaves at once: the interpreter, while it is taken down, aborts on a thread of gloo that is
     yet to let go of a collective's tensors, one run in ten on a busy machine.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - one that was closed, for as long as this runs
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    status: str | int | None
     try:
         app()
+        status = 0
     except SystemExit as end:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
+        status = end.code
+    except BrokenPipeError:
+        status = BROKEN_PIPE_STATUS
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(status if isinstance(status, int) else int(status is not None))
+    _close_what_cannot_be_written()
+    sys.exit(status)
+
+
+def _close_what_cannot_be_written() -> None:
+    """Lead a standard output that is closed or full into nothing, or the interpreter would fail on it at its end."""
+    try:
         sys.stdout.flush()
-        sys.stderr.flush()
-        status = end.code or 0
-        os._exit(status if isinstance(status, int) else 1)
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import math
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,12 @@ import torch
 from torch import Tensor
 
 from moescale.checkpoint.store import latest_checkpoint
-from moescale.config import Config, ConfigError, TrainingError
+from moescale.cluster.agreement import Agreement
+from moescale.cluster.directory import choose_checkpoint, shared_directory
+from moescale.cluster.identity import describe_run, refuse_differences
+from moescale.cluster.launch import read_launch
+from moescale.cluster.stopping import Order, Orders, StopRequests, die_with_launcher
+from moescale.config import Config, ConfigError, Stopped, TrainingError
 from moescale.data.batches import Batches
 from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import Tokenizer, check_vocabulary, configured_tokenizer
@@ -30,40 +33,85 @@ from moescale.monitor.terminal import Terminal
 from moescale.monitor.trace import Tracer
 from moescale.monitor.wandb import Wandb
 from moescale.parallel.lost_ranks import name_lost_ranks
-from moescale.parallel.mesh import Mesh, first_rank, node_ranks, start_mesh, stop_mesh, world_size
+from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
 from moescale.resume import Standing, go_on
 
+MISTAKE_SECONDS = 10.0  # that a rank waits for the others before it says alone what is wrong
 
-def train(config: Config) -> None:
+
+def train(config: Config | Callable[[], Config]) -> None:
     """Run from the last checkpoint of the run directory, or from the start, to the last step.
 
-    Raises ConfigError, before any process group starts wherever that is possible, and TrainingError.
+    config: or what reads it, which may fail on one rank alone. Raises ConfigError and TrainingError on the rank that is
+    to say so, Silenced on the others, and Stopped where the run was asked to end before its last step.
     """
-    config = config.for_world(world_size(), node_ranks())
-    _check_packages(config)
-    run_dir = Path(config.run.dir).expanduser()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.dir={config.run.dir} cannot be made: {error.strerror}: write another") from None
-    with _claimed(run_dir) if first_rank() else nullcontext():
-        data, tokenizer = config.data, configured_tokenizer(config.data)
-        check_vocabulary(tokenizer, config.model.vocab_size)
-        corpus = prepare_tokens(data)
-        checkpoint = latest_checkpoint(run_dir)
-        standing = Standing() if checkpoint is None else go_on(checkpoint, config, corpus, tokenizer)
+    started, launch = time.monotonic(), read_launch()
+    if launch.elastic:
+        die_with_launcher()
+    ranks = Agreement(launch)
+    with StopRequests() as requests:
+        try:
+            with ranks.one_voice(), requests.told_apart():
+                _train(config if callable(config) else lambda: config, ranks, requests, started)
+        finally:
+            stop_mesh()
+
+
+def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests, started: float) -> None:
+    config = _meet(load, ranks)
+    refuse_differences(ranks, describe_run(config), "start every rank with the same configuration and code")
+    ranks.together(lambda: _check_packages(config))
+    with shared_directory(ranks, config.run.dir) as run_dir:
+        tokenizer, corpus = ranks.together(lambda: _prepare(config))
+        refuse_differences(ranks, {"the tokenizer": tokenizer.fingerprint, "the text": corpus.fingerprint},
+                           "give every rank the same files in data.files and data.tokenizer")
+        checkpoint = choose_checkpoint(ranks, run_dir)
+        standing = Standing() if checkpoint is None else ranks.together(
+            lambda: go_on(checkpoint, config, corpus, tokenizer))
+        data = config.data
         batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
                           start=standing.start)
         config = _without_allowances(config)
+        mesh = start_mesh(config, ranks.store)
+        run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing)
+        orders = Orders(requests, mesh.device, save_minutes=config.checkpoint.every_minutes,
+                        limit_minutes=config.run.time_limit_minutes, started=started)
+        requests.hold()
         try:
-            mesh = start_mesh(config)
-            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing)
             with name_lost_ranks(run.engine.model, config.run.timeout_seconds):
-                run.loop()
-        finally:
-            stop_mesh()
+                run.loop(orders)
+        except Stopped as stop:
+            ranks.keep_word(stop.status)
+            raise
+
+
+def _meet(load: Callable[[], Config], ranks: Agreement) -> Config:
+    """Settle the configuration for the ranks that were started, and find them. Raises ConfigError."""
+    try:
+        config = load().for_world(ranks.launch.size, ranks.launch.node_ranks)
+    except ConfigError as error:
+        problem = error
+    else:
+        ranks.meet(config.run.timeout_seconds)
+        return ranks.together(lambda: config)
+
+    def fail() -> Config:
+        raise problem
+
+    try:
+        ranks.meet(MISTAKE_SECONDS)
+    except ConfigError:
+        fail()
+    return ranks.together(fail)
+
+
+def _prepare(config: Config) -> tuple[Tokenizer, TokenCorpus]:
+    """Read what the run needs of files that may be gone later."""
+    tokenizer = configured_tokenizer(config.data)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer, prepare_tokens(config.data)
 
 
 def _check_packages(config: Config) -> None:
@@ -73,29 +121,6 @@ def _check_packages(config: Config) -> None:
         if asked and importlib.util.find_spec(package) is None:
             raise ConfigError(f"monitor.{key} needs the package {package}: pip install 'moescale[{extra}]', "
                               f"or write monitor.{key}={off}")
-
-
-@contextmanager
-def _claimed(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory, so that no two runs write into it; a process that ends lets go."""
-    folder = os.open(run_dir, os.O_RDONLY)
-    deadline = time.monotonic() + 10  # ranks of a run that was killed may be about to end
-    try:
-        while True:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(f"run.dir={run_dir} is in use by another run: wait for it, or write another "
-                                      "run.dir") from None
-                time.sleep(0.2)
-                continue
-            except OSError:
-                pass  # a file system without locks
-            break
-        yield
-    finally:
-        os.close(folder)
 
 
 def _without_allowances(config: Config) -> Config:
@@ -125,13 +150,13 @@ class _Run:
         self.highest_loss = torch.full((), -math.inf, dtype=torch.float64, device=mesh.device)  # since the last line
         self._greet(checkpoint, standing.notes)
 
-    def loop(self) -> None:
-        """Train to the last step, then leave."""
+    def loop(self, orders: Orders) -> None:
+        """Train to the last step, then leave. Raises Stopped where the run is asked to end before."""
         try:
             if self._follows(self.engine.step_count) and self.engine.step_count < self.config.run.steps:
                 self.evaluation.follow(self.engine)  # with what the first look to come is compared, resumed or not
             while self.engine.step_count < self.config.run.steps:
-                self._stretch()
+                self._stretch(orders)
             if self.terminal is not None:
                 self.terminal.summarize()
                 self.terminal.say(f"figures in {self.run_dir}/metrics.jsonl, weights in "
@@ -141,8 +166,8 @@ class _Run:
                 sink.close()
             self.tracer.close()
 
-    def _stretch(self) -> None:
-        """Run up to the next step that is logged, evaluated or saved, and do what falls due there."""
+    def _stretch(self, orders: Orders) -> None:
+        """Run up to the next step that is logged, evaluated or saved, and do what falls due there. Raises Stopped."""
         engine, config = self.engine, self.config
         started, first = time.perf_counter(), engine.step_count
         while True:
@@ -163,7 +188,8 @@ class _Run:
             self.highest_loss.copy_(torch.maximum(self.highest_loss, losses.cross_entropy))
             if self.terminal is not None:
                 self.terminal.advance(step)
-            if write or save:
+            order = Order() if write else orders.after(step)
+            if write or save or order.save:
                 break
         self._refuse_divergence(loss=losses.cross_entropy.item(), gradient_norm=grad_norm.item())
         if write:
@@ -175,10 +201,15 @@ class _Run:
                 evaluated = self.evaluation.run(engine) if evaluate else {}
                 self._refuse_divergence(**evaluated)  # the losses above are of the weights before this step
                 self._write({**metrics, **routing, **moved, **evaluated})
-        if save:
+            order = orders.ask(step)  # an evaluation takes its time
+        if save or order.save:
             checkpoint = engine.save(self.run_dir, self._files(), self._state())
+            orders.saved()
             for sink in self.sinks:
                 sink.saved(engine.step_count, checkpoint)
+            if order.stop and not last:
+                raise Stopped(f"stopped by {order.stop} after step {step} of {config.run.steps}; the same command goes "
+                              f"on from {checkpoint}", order.status)
 
     def _follows(self, step: int) -> bool:
         """Whether it is time to see how far the routing has moved."""

@@ -14,14 +14,15 @@ PACKAGE = Path(__file__).parent.parent / "moescale"
 MAY_IMPORT = {
     "config": set(), "ops": set(), "data": {"config"}, "optim": {"config", "ops"}, "layers": {"ops"},
     "mixers": {"ops", "layers"}, "moe": {"ops", "layers"}, "model": {"config", "ops", "layers", "mixers", "moe"},
-    "parallel": {"config", "ops", "layers", "mixers", "moe", "model", "planner"}, "checkpoint": {"config", "data"},
+    "parallel": {"cluster", "config", "ops", "layers", "mixers", "moe", "model", "planner"},
+    "checkpoint": {"config", "data"}, "cluster": {"config", "checkpoint"},
     "planner": {"config"}, "monitor": {"config", "moe", "planner"},
     "verify": {"checkpoint", "config", "data", "engine", "model", "moe", "monitor", "ops", "parallel"},
     "engine": {"config", "data", "model", "ops", "parallel", "optim", "checkpoint"},
 }
 FREE = {"cli", "trainer", "evaluate", "generate", "scoring", "resume", "__init__", "__main__"}
 FOREIGN = {"deepspeed", "megatron", "wandb", "wandb_workspaces", "transformers", "triton"}
-ENVIRONMENT = {"parallel/mesh.py", "parallel/ranks.py", "cli.py"}
+ENVIRONMENT = {"cluster/launch.py", "parallel/ranks.py", "cli.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -4,6 +4,9 @@ A checkpoint is a folder `RUN/checkpoints/step_00000100`: tensors as `*.distcp`,
 such as config.yaml, and `checkpoint.json`, the manifest with the size and checksum of every other file. It is written
 beside its place and renamed, so that a kill at any moment leaves the last good one. Weights that are cut over ranks
 must be DTensors: of plain tensors under one name only one rank's is kept.
+
+On a network disk what one node wrote may be seen late on another. Rank 0 looks at every file where it lies, and each
+rank reads back a neighbour's, before the folder is renamed and before an older checkpoint is removed.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -28,28 +32,32 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moescale.checkpoint.index import INDEX, SafeReader, read_index
 from moescale.checkpoint.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
-from moescale.config import ConfigError, TrainingError
+from moescale.config import ConfigError, LostRanksError, TrainingError
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 NAME = re.compile(r"step_(\d{8,})")
 LEFTOVER = re.compile(r"step_\d{8,}(\.old)?\.partial")
 UNMARKED = re.compile(r"__\d+_\d+\.distcp|\.metadata|config\.yaml|tokenizer\.json")  # what older versions left
+SEEN_SECONDS = 60.0  # until a node sees on a network disk what another one has written
 T = TypeVar("T")
 
 
 def save_checkpoint(
     run_dir: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], files: Mapping[str, str | bytes], *,
-    keep: int,
+    keep: int, group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write a checkpoint and remove all but the last `keep`; every rank calls.
 
-    state: small values for the manifest. files: small ones by name. -> its folder
+    state: small values for the manifest. files: small ones by name. group: of all ranks, through which they speak,
+    whose time-out is that of the save; None = the default one. -> its folder
     Raises ConfigError on every rank when it could not be written on any, and TrainingError when a tensor holds what is
     no finite number; what existed before stays.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    spoilt = _not_finite(tensors)
+    ranks = _Ranks(group)
+    with _limited(f"saving step {step}"):
+        spoilt = _not_finite(tensors, ranks)
     if spoilt is not None:
         good = latest_checkpoint(run_dir)
         raise TrainingError(f"step {step}: {spoilt} holds values that are no finite numbers, and nothing was saved; "
@@ -57,41 +65,47 @@ def save_checkpoint(
                             f"{good or 'none'}")
     partial = folder.with_suffix(".partial")
     try:
-        _on_first_rank(lambda: _make_room(partial, files))
-        _together(lambda: _write(partial, tensors))
-        own = _together(lambda: _check_sums(partial, f"__{_rank()}_*"))
-        listing = {name: sums for part in _gather(own) for name, sums in part.items()}
-        _on_first_rank(lambda: _finish(partial, folder, {"step": step, **state}, listing))
+        with _limited(f"saving step {step}"):
+            ranks.on_first(lambda: _make_room(partial, files))
+            ranks.together(lambda: _write(partial, tensors, ranks))
+            own = ranks.together(lambda: _check_sums(partial, f"__{ranks.rank}_*"))
+            listing = {name: sums for part in ranks.gather(own) for name, sums in part.items()}
+            ranks.together(lambda: _look(partial, listing, ranks))
+            ranks.on_first(lambda: _finish(partial, folder, {"step": step, **state}, listing))
     except _Failed as error:
-        if _rank() == 0:
+        if ranks.rank == 0:
             discard(partial)
         good = latest_checkpoint(run_dir)
         raise ConfigError(f"no checkpoint of step {step} could be written to {folder.parent}: {error}; "
                           f"the last good one is {good.name if good else 'none'}") from None
-    if _rank() == 0:
+    if ranks.rank == 0:
         _remove_old(folder.parent, keep)
     return folder
 
 
-def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, prefix: str = "") -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], *, prefix: str = "", group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
     """Fill the tensors, plain or cut in any layout, in place; every rank calls.
 
-    prefix: only names that begin with it are expected. -> the state, with `step`
+    prefix: only names that begin with it are expected. group: as in `save_checkpoint`. -> the state, with `step`
     Raises ConfigError for a folder that is damaged, for a checkpoint of another model, and for values that are no
     finite numbers.
     """
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = _Ranks(group)
     try:
-        manifest = _together(lambda: _read_manifest(folder))
-        files = manifest["files"]
-        _together(lambda: _verify(folder, {name: files[name] for name in sorted(files)[_rank() :: ranks]}))
-        names = {name for part in _gather(list(tensors)) for name in part}  # a pipeline's ranks hold other tensors
-        _together(lambda: _compare(folder, read_index(folder, files), tensors, names, prefix))
-        _together(lambda: _read_folder(folder, tensors))
-        spoilt = _not_finite(tensors)
-        if spoilt is not None:
-            raise _Failed(f"{folder}: {spoilt} holds values that are no finite numbers; "
-                          f"{_advice(folder, _last_finite(folder, tensors))}")
+        with _limited(f"loading {folder}"):
+            manifest = ranks.together(lambda: _read_manifest(folder))
+            files = manifest["files"]
+            share = sorted(files)[ranks.rank :: ranks.size]
+            ranks.together(lambda: _verify(folder, {name: files[name] for name in share}))
+            names = {name for part in ranks.gather(list(tensors)) for name in part}  # a pipeline's ranks hold others
+            ranks.together(lambda: _compare(folder, read_index(folder, files), tensors, names, prefix))
+            ranks.together(lambda: _read(SafeReader(folder), tensors, ranks))
+            spoilt = _not_finite(tensors, ranks)
+            if spoilt is not None:
+                raise _Failed(f"{folder}: {spoilt} holds values that are no finite numbers; "
+                              f"{_advice(folder, _last_finite(folder, tensors, ranks))}")
     except _Failed as error:
         raise ConfigError(str(error)) from None
     return dict(manifest["state"])
@@ -116,6 +130,14 @@ def write_manifest(folder: Path, state: dict[str, Any]) -> None:
     _write_synced(folder / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
 
 
+def missing_file(folder: Path) -> str | None:
+    """-> the first file that a checkpoint's manifest lists and that is not there in its size. Raises ConfigError."""
+    for name, (size, _) in _read_manifest(folder)["files"].items():
+        if _unlike(folder / name, size, None) is not None:
+            return str(name)
+    return None
+
+
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """Find the whole checkpoint of the highest step."""
     return max(_all(run_dir / "checkpoints"), key=_step, default=None)
@@ -134,39 +156,59 @@ class _Failed(Exception):
     """Some rank could not do its part; the same text on every rank."""
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+class _Ranks:
+    """The ranks that save or load together; this one alone where there is no group."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.alone = not dist.is_initialized()
+        self.rank = 0 if self.alone else dist.get_rank(group)
+        self.size = 1 if self.alone else dist.get_world_size(group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """-> what every rank gives"""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Let every rank do its part, and all fail if one does, so that none waits for it. -> what this one's gave"""
+        problem: str | None = None
+        bug: Exception | None = None
+        try:
+            result = work()
+        except CheckpointException as error:  # raised on all ranks by torch, with each rank's own error in it
+            problem = next((_describe(failure[0]) for failure in error.failures.values()), str(error))
+        except LostRanksError:
+            raise
+        except Exception as error:
+            problem = _describe(error)
+            bug = None if isinstance(error, (OSError, ConfigError, RuntimeError)) else error
+        problems = [text for text in self.gather(problem) if text is not None]
+        if bug is not None:
+            raise bug
+        if problems:
+            raise _Failed(problems[0])
+        return result
+
+    def on_first(self, work: Callable[[], None]) -> None:
+        """Let rank 0 do something for all."""
+        self.together(work if self.rank == 0 else lambda: None)
 
 
-def _gather(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _together(work: Callable[[], T]) -> T:
-    """Let every rank do its part, and all fail if one does, so that none waits for it. -> what this rank's work gave"""
-    problem: str | None = None
-    bug: Exception | None = None
+@contextmanager
+def _limited(task: str) -> Iterator[None]:
+    """Name what was under way, and the key of its limit, where a rank did not come in time or is gone."""
     try:
-        result = work()
-    except CheckpointException as error:  # raised on all ranks by torch, with each rank's own error in it
-        problem = next((_describe(failure[0]) for failure in error.failures.values()), str(error))
-    except Exception as error:
-        problem = _describe(error)
-        bug = None if isinstance(error, (OSError, ConfigError, RuntimeError)) else error
-    problems = [text for text in _gather(problem) if text is not None]
-    if bug is not None:
-        raise bug
-    if problems:
-        raise _Failed(problems[0])
-    return result
-
-
-def _on_first_rank(work: Callable[[], None]) -> None:
-    _together(work if _rank() == 0 else lambda: None)
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, LostRanksError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        cause = " ".join(str(error).split())[:200]
+        raise LostRanksError(f"rank {dist.get_rank()}, {task}: {cause}; see what other ranks say first. If the disk "
+                             "only needs longer, raise checkpoint.timeout_seconds") from None
 
 
 def _describe(error: BaseException) -> str:
@@ -203,19 +245,41 @@ def _make_room(partial: Path, files: Mapping[str, str | bytes]) -> None:
         _write_synced(partial / name, content)
 
 
-def _write(partial: Path, tensors: dict[str, Tensor]) -> None:
+def _write(partial: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> None:
     with _without_warnings():
         writer = _Writer(partial, single_file_per_rank=True, sync_files=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.alone)
 
 
-def _read(reader: FileSystemReader, tensors: dict[str, Tensor]) -> None:
+def _read(reader: FileSystemReader, tensors: dict[str, Tensor], ranks: _Ranks) -> None:
     with _without_warnings():
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.alone)
 
 
-def _read_folder(folder: Path, tensors: dict[str, Tensor]) -> None:
-    _read(SafeReader(folder), tensors)
+def _look(partial: Path, listing: dict[str, list[int]], ranks: _Ranks) -> None:
+    """See that what the ranks wrote lies there: rank 0 for all sizes, each rank for a neighbour's bytes."""
+    neighbour = f"__{(ranks.rank - 1) % ranks.size}_"
+    read = {name for name in listing if ranks.size > 1 and name.startswith(neighbour)}
+    deadline = time.monotonic() + SEEN_SECONDS
+    for name in sorted(listing if ranks.rank == 0 else read):
+        size, crc = listing[name]
+        while (problem := _unlike(partial / name, size, crc if name in read else None)) is not None:
+            if time.monotonic() > deadline:
+                writer = name.removeprefix("__").partition("_")[0]
+                raise ConfigError(f"{name}, which rank {writer} wrote, {problem} where rank {ranks.rank} looks, after "
+                                  f"{SEEN_SECONDS:g} s: run.dir must lie where every node sees it")
+            time.sleep(0.2)
+
+
+def _unlike(file: Path, size: int, crc: int | None) -> str | None:
+    """-> how a file differs from what its writer says, if it does. crc: None = not looked at"""
+    try:
+        found = file.stat().st_size
+        if found != size:
+            return f"has {found} of {size} bytes"
+        return None if crc is None or _check_sums(file.parent, file.name)[file.name][1] == crc else "has other bytes"
+    except (OSError, KeyError):
+        return "is missing"
 
 
 @contextmanager
@@ -290,19 +354,23 @@ def _advice(folder: Path, good: Path | None) -> str:
     return f"remove {remove} to " + (f"go on from {good.name}" if good else "start anew")
 
 
-def _last_finite(folder: Path, tensors: dict[str, Tensor]) -> Path | None:
+def _last_finite(folder: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> Path | None:
     """Read earlier checkpoints over the tensors, the last one first, until one holds finite numbers alone."""
-    for older in _older(folder):
+
+    def read(name: str) -> None:
+        _read(SafeReader(folder.with_name(name)), tensors, ranks)
+
+    for name in ranks.gather([older.name for older in _older(folder)])[0]:  # those that the first rank sees
         try:
-            _together(partial(_read_folder, older, tensors))
+            ranks.together(partial(read, name))
         except _Failed:
             continue
-        if _not_finite(tensors) is None:
-            return older
+        if _not_finite(tensors, ranks) is None:
+            return folder.with_name(name)
     return None
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+def _not_finite(tensors: Mapping[str, Tensor], ranks: _Ranks) -> str | None:
     """Name a tensor that holds what is no finite number on some rank, the same on all; None if there is none."""
     parts = {name: getattr(tensor, "_local_tensor", tensor).detach() for name, tensor in tensors.items()
              if tensor.is_floating_point()}
@@ -311,7 +379,7 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     # finite numbers may have too large a sum, so then each is looked at
     own = next((name for (name, part), good in zip(parts.items(), finite, strict=True)
                 if not good and not bool(part.isfinite().all())), None)
-    return next((name for name in _gather(own) if name is not None), None)
+    return next((name for name in ranks.gather(own) if name is not None), None)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -36,6 +36,25 @@ class LostRanksError(TrainingError):
     """Ranks that did not meet; every rank that notices says where it stood."""
 
 
+class Stopped(BaseException):
+    """A run that was asked to end, and did so in good order; the message says where it can go on.
+
+    No Exception, so that nothing on the way out takes it for a fault. status: with which the process leaves.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Silenced(Exception):
+    """Another rank says what ended the run; this one leaves with the same status and no word."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 def refuse(condition: bool, message: str) -> None:
     if condition:
         raise ConfigError(message)

@@ -21,6 +21,7 @@ MEANS_NOTHING_ELSEWHERE = {  # a key of MoEConfig: the routers that it means som
     "drop_by": WITH_CAPACITY, "eval_capacity_factor": WITH_CAPACITY, "min_capacity": (*WITH_CAPACITY, "expert_choice"),
     "balance_over": ("mixtral", "sigmoid_bias", *WITH_CAPACITY),
 }
+LONGEST_SECONDS = 7 * 24 * 3600  # of what waits; a longer time is one that was mistyped
 CAPACITY_KEYS = ("eval_capacity_factor", "min_capacity", "drop_by", "left_behind_choices")
 
 
@@ -53,8 +54,10 @@ class RunConfig(Group):
     """Decides the first weights, the order of the data and every random draw."""
     steps: int = Field(1000, ge=1)
     """Steps to train, in all."""
-    timeout_seconds: float = Field(300.0, gt=0)
+    timeout_seconds: float = Field(300.0, ge=1, le=LONGEST_SECONDS)
     """A rank that waits longer than this for the others ends the run."""
+    time_limit_minutes: float | None = Field(None, gt=0, le=LONGEST_SECONDS / 60)
+    """Minutes after its start at which the run finishes its step, saves and leaves with exit status 75."""
     allow_changes: tuple[str, ...] = ()
     """Keys or groups that may differ from the checkpoint's when a run goes on, this once, e.g. [model.window]."""
 
@@ -342,8 +345,12 @@ class PrecisionConfig(Group):
 class CheckpointConfig(Group):
     every: int = Field(1000, ge=1)
     """Steps between two checkpoints; the last step is always saved."""
+    every_minutes: float | None = Field(None, gt=0, le=LONGEST_SECONDS / 60)
+    """Minutes after the last checkpoint at which another one is written, beside those that steps ask for."""
     keep: int = Field(3, ge=1)
     """Checkpoints that are kept, the newest ones."""
+    timeout_seconds: float = Field(1800.0, ge=1, le=LONGEST_SECONDS)
+    """A rank that waits longer than this for the others to write or read a checkpoint ends the run."""
 
 
 class MonitorConfig(Group):

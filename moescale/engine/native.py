@@ -144,7 +144,7 @@ class NativeEngine:
         return save_checkpoint(
             run_dir, self.step_count, self._tensors(),
             {**state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files,
-            keep=self.config.checkpoint.keep,
+            keep=self.config.checkpoint.keep, group=self.mesh.checkpoint_group,
         )
 
     def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
@@ -154,10 +154,11 @@ class NativeEngine:
         """
         prefix = "" if read_state(checkpoint).get("optimizer", True) else "model."
         tensors = {name: tensor for name, tensor in self._tensors().items() if name.startswith(prefix)}
-        self.step_count = load_checkpoint(checkpoint, tensors, prefix=prefix)["step"]
+        state = load_checkpoint(checkpoint, tensors, prefix=prefix, group=self.mesh.checkpoint_group)
+        self.step_count = state["step"]
         self.peak = peak or first_peak(self.config.optim)
-        for state in self.optimizer.state.values():
-            state["step"].fill_(self.step_count)
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(self.step_count)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name; sharded tensors as DTensors."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,11 +16,37 @@ from moescale.monitor.metrics import Metrics
 from moescale.monitor.routing import ExpertLoad, expert_loads
 
 
+class _View:
+    """Standard output as a view of the run: what it cannot show is left out, all of it where it is closed or full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._broken = False
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding or "utf-8"
+        self._try(lambda: self._stream.write(text.encode(encoding, "replace").decode(encoding)))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        if not self._broken:
+            try:
+                work()
+            except (OSError, ValueError):
+                self._broken = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Terminal:
     """A sink for standard output."""
 
     def __init__(self, first_step: int, steps: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, file=cast(TextIO, _View(sys.stdout)))
         self.steps = steps
         self._losses: list[float] = []
         self._experts: list[ExpertLoad] = []

@@ -10,7 +10,7 @@ from types import FrameType
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moescale.config import LostRanksError
+from moescale.config import LostRanksError, TrainingError
 from moescale.ops.exchange import CommunicationError
 
 
@@ -19,6 +19,8 @@ def name_lost_ranks(model: nn.Module, timeout_seconds: float) -> Iterator[None]:
     """Raise LostRanksError, one line with rank, place and sizes, where ranks do not meet within the time-out."""
     try:
         yield
+    except TrainingError:
+        raise
     except RuntimeError as error:
         known = isinstance(error, CommunicationError)
         if not known and not isinstance(error, dist.DistError) and "gloo" not in str(error):

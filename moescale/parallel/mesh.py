@@ -1,11 +1,7 @@
-"""The views of one world. The only place of the package, beside the command line, that reads the environment."""
+"""The views of one world."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moescale.config import Config, ParallelConfig
+from moescale.cluster.launch import read_launch
+from moescale.config import Config, ConfigError, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,7 @@ class Mesh:
     expert: axes (..., ep_etp), the ranks among which tokens travel; the same as ep unless etp is used.
     nodes: axes (..., ep_nodes, ep_node), the same ranks by node; where tokens travel among the nodes first.
     data: axes (pp_batch, cp, tp), of tokens. sequence: axes (outer, cp_tp), the ranks that share a sequence.
+    checkpoint_group: all ranks, with the time-out of a checkpoint.
     """
 
     rank: int
@@ -41,6 +39,7 @@ class Mesh:
     nodes: DeviceMesh | None = None
     data: DeviceMesh | None = None
     sequence: DeviceMesh | None = None
+    checkpoint_group: dist.ProcessGroup | None = None
 
     @property
     def batch_size(self) -> int:
@@ -83,32 +82,36 @@ class Mesh:
 
 def world_size() -> int:
     """How many ranks were started, by torchrun or anything that sets WORLD_SIZE; one without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return read_launch().size
 
 
 def node_ranks() -> int:
     """How many ranks were started on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+    return read_launch().node_ranks
 
 
-def first_rank() -> bool:
-    """Whether this process is the one that speaks and writes for all."""
-    return os.environ.get("RANK", "0") == "0"
+def start_mesh(config: Config, store: dist.Store | None = None) -> Mesh:
+    """Join the other ranks and lay out the views. config: settled by `Config.for_world`.
 
-
-def start_mesh(config: Config) -> Mesh:
-    """Join the other ranks and lay out the views. config: settled by `Config.for_world`."""
-    size, local_rank, parallel = world_size(), int(os.environ.get("LOCAL_RANK", "0")), config.parallel
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _die_with_parent()
+    store: where the ranks find each other; None = at MASTER_ADDR and MASTER_PORT.
+    """
+    launch, parallel = read_launch(), config.parallel
+    size, local_rank = launch.size, launch.local_rank
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"LOCAL_RANK={local_rank}, but this node shows {torch.cuda.device_count()} GPUs: start one "
+                          "rank a GPU, e.g. with torchrun --nproc-per-node gpu")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if size == 1:
         return Mesh(0, local_rank, 1, device, parallel)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.run.timeout_seconds))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=timedelta(seconds=config.run.timeout_seconds),
+            store=store, rank=-1 if store is None else launch.rank, world_size=-1 if store is None else size,
+        )
+    saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.checkpoint.timeout_seconds))
     fsdp, outer = parallel.dp_shard * parallel.cp, (parallel.pp, parallel.dp_replicate)
     sharing = fsdp * parallel.tp
     views: dict[str, dict[str, int]] = {
@@ -131,13 +134,7 @@ def start_mesh(config: Config) -> Mesh:
         made["data"] = init_device_mesh(device.type, (size // pieces, parallel.cp, parallel.tp),
                                         mesh_dim_names=("pp_batch", "cp", "tp"))
         made["sequence"] = init_device_mesh(device.type, (size // pieces, pieces), mesh_dim_names=("outer", "cp_tp"))
-    return Mesh(dist.get_rank(), local_rank, size, device, parallel, **made)
-
-
-def _die_with_parent() -> None:
-    """End with torchrun when it is killed: ranks that live on would write beside the run that takes over."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    return Mesh(dist.get_rank(), local_rank, size, device, parallel, checkpoint_group=saving, **made)
 
 
 def stop_mesh() -> None:

@@ -285,7 +285,7 @@ def test_a_checkpoint_with_weights_that_are_no_numbers_is_refused(
     run: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as blind:  # as an earlier version, which did not look
-        blind.setattr(store, "_not_finite", lambda tensors: None)
+        blind.setattr(store, "_not_finite", lambda *args: None)
         blind.setattr("moescale.trainer._Run._refuse_divergence", lambda *args, **figures: None)
         assert run.train("run.steps=7", "optim.lr=1e300")[0] == 0
     said = run.refused()

@@ -1,0 +1,178 @@
+"""The run directory, which every rank must see, and the checkpoint in it that all of them go on from."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moescale.checkpoint.store import MANIFEST, latest_checkpoint, missing_file
+from moescale.cluster.agreement import Agreement, ranks_text
+from moescale.config import ConfigError
+
+SEEN_SECONDS = 30.0  # until a node sees on a network disk what another one has written
+CLAIM_SECONDS = 10.0  # ranks of a run that was killed may be about to end
+
+
+@contextmanager
+def shared_directory(ranks: Agreement, name: str) -> Iterator[Path]:
+    """Make and hold the run directory, as rank 0, and see to it that every rank sees it; nothing empty is left behind.
+
+    Raises ConfigError, with the hosts that see another one.
+    """
+    path = Path(name).expanduser()
+    first = ranks.launch.rank == 0
+    made = [folder for folder in (path, *path.parents) if not folder.exists()] if first else []
+    claim: int | None = None
+    try:
+        if first:
+            claim = ranks.together(lambda: _claim(path, name))
+        else:
+            ranks.together(lambda: None)
+        if ranks.launch.size > 1:
+            _probe(ranks, path, name)
+        yield path
+    finally:
+        if claim is not None:
+            os.close(claim)
+        with suppress(OSError):  # not empty: a run's
+            for folder in made:
+                folder.rmdir()
+
+
+def _claim(path: Path, name: str) -> int:
+    """Make the directory and lock it, so that no two runs write into it; a process that ends lets go."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"run.dir={name} cannot be made: {error.strerror}: write another") from None
+    deadline = time.monotonic() + CLAIM_SECONDS
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(folder)
+                raise ConfigError(f"run.dir={path} is in use by another run: wait for it, or write another "
+                                  "run.dir") from None
+            time.sleep(0.2)
+            continue
+        except OSError:
+            pass  # a file system without locks
+        return folder
+
+
+def _probe(ranks: Agreement, path: Path, name: str) -> None:
+    """Write a file that all ranks must see, and see one that each node writes."""
+    rank = ranks.launch.rank
+    probe = path / str(ranks.on_first(lambda: _write(path / f".probe-{secrets.token_hex(6)}", name)))
+    answers = ranks.launch.local_rank == 0
+    own = probe.with_name(f"{probe.name}.{rank}")
+    try:
+        seen = _wait(probe.exists)
+        problem = None
+        if seen and answers:
+            try:
+                _write(own, name)
+            except ConfigError as error:
+                problem = str(error)
+        ranks.settle([seen, problem], lambda said: _refuse_unseen(said, ranks.hosts, name))
+        answering = ranks.settle(answers, lambda said: [rank for rank, answer in enumerate(said) if answer])
+        ranks.on_first(lambda: _refuse_unanswered(probe, answering, ranks.hosts, name))
+    finally:
+        for file in ([own, probe] if rank == 0 else [own]):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+def _write(file: Path, name: str) -> str:
+    try:
+        file.write_text("")
+    except OSError as error:
+        raise ConfigError(f"run.dir={name} cannot be written: {error.strerror}") from None
+    return file.name
+
+
+def _refuse_unseen(said: Sequence[tuple[bool, str | None]], hosts: Sequence[str], name: str) -> None:
+    blind = [rank for rank, (seen, _) in enumerate(said) if not seen]
+    if blind:
+        places = ", ".join(sorted({hosts[rank] for rank in blind}))
+        raise ConfigError(f"run.dir={name}: {ranks_text(blind)} ({places}) did not see within {SEEN_SECONDS:g} s what "
+                          f"rank 0 ({hosts[0]}) wrote there: write the absolute path of a directory that all nodes "
+                          "share")
+    for rank, (_, problem) in enumerate(said):
+        if problem is not None:
+            raise ConfigError(f"rank {rank} on {hosts[rank]}: {problem}")
+
+
+def _refuse_unanswered(probe: Path, answering: Sequence[int], hosts: Sequence[str], name: str) -> None:
+    for rank in answering:
+        if not _wait(probe.with_name(f"{probe.name}.{rank}").exists):
+            raise ConfigError(f"run.dir={name}: rank 0 ({hosts[0]}) did not see within {SEEN_SECONDS:g} s what rank "
+                              f"{rank} ({hosts[rank]}) wrote there: write a directory that all nodes share")
+
+
+def choose_checkpoint(ranks: Agreement, run_dir: Path) -> Path | None:
+    """Let rank 0 choose the checkpoint to go on from, and see to it that every rank sees that very one, whole.
+
+    -> its folder, None to start anew. Raises ConfigError, with the hosts that lack it and what they lack.
+    """
+    choice = ranks.on_first(lambda: _describe(latest_checkpoint(run_dir)))
+    if choice is None:
+        return None
+    name, manifest, whole = choice
+    folder = run_dir / "checkpoints" / str(name)
+    if not whole:
+        return folder  # damaged for all ranks alike, which loading says better
+    lacking = _wait_for_nothing(lambda: _lacking(folder, manifest))
+    ranks.settle(lacking, lambda said: _refuse_lacking(said, ranks.hosts, folder))
+    return folder
+
+
+def _describe(folder: Path | None) -> tuple[str, str, bool] | None:
+    if folder is None:
+        return None
+    manifest = _hash(folder / MANIFEST)
+    return folder.name, manifest, _lacking(folder, manifest) is None
+
+
+def _lacking(folder: Path, manifest: str) -> str | None:
+    """-> what is not there of a checkpoint, or not as rank 0 sees it; None when it is whole"""
+    try:
+        if _hash(folder / MANIFEST) != manifest:
+            return f"another {MANIFEST} in"
+        name = missing_file(folder)
+        return None if name is None else f"no whole {name} in"
+    except (OSError, ConfigError):
+        return f"no {MANIFEST} in"
+
+
+def _refuse_lacking(said: Sequence[str | None], hosts: Sequence[str], folder: Path) -> None:
+    blind = [rank for rank, lacking in enumerate(said) if lacking is not None]
+    if blind:
+        places = ", ".join(sorted({hosts[rank] for rank in blind}))
+        raise ConfigError(f"{ranks_text(blind)} ({places}) saw {said[blind[0]]} {folder} within {SEEN_SECONDS:g} s, "
+                          f"from which rank 0 ({hosts[0]}) goes on: wait until the disk shows it there, or write "
+                          "a run.dir that all nodes share")
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _wait(there: Callable[[], bool]) -> bool:
+    return _wait_for_nothing(lambda: None if there() else "missing") is None
+
+
+def _wait_for_nothing(missing: Callable[[], str | None]) -> str | None:
+    """Look again and again until nothing is missing, for a while. -> what still is"""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while (lacking := missing()) is not None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return lacking

@@ -1,0 +1,239 @@
+"""Ranks settle things before they compute, and speak with one voice when they end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moescale.cluster import agreement, directory
+from moescale.cluster.agreement import Agreement, ranks_text
+from moescale.cluster.directory import choose_checkpoint, shared_directory
+from moescale.cluster.identity import describe_run, refuse_differences
+from moescale.cluster.launch import read_launch
+from moescale.config import Config, ConfigError, LostRanksError, Silenced, parse_config
+from moescale.parallel.ranks import run_ranks
+
+
+def met(work: Callable[..., Any], *args: Any) -> tuple[str, int | str]:
+    """Meet as this rank, and do something. -> how it ended, and the words or the status of it"""
+    ranks = Agreement(read_launch())
+    try:
+        with ranks.one_voice():
+            ranks.meet(20)
+            return "good", work(ranks, *args)
+    except Silenced as end:
+        return "silent", end.status
+    except (ConfigError, LostRanksError, RuntimeError) as error:
+        return "said", str(error)
+
+
+def settle_twice(ranks: Agreement) -> Any:
+    first = ranks.settle(ranks.launch.rank, sum)
+    return [first, ranks.settle(ranks.launch.rank * 10, max), len(ranks.hosts)]
+
+
+def test_rank_0_chooses_from_what_all_say() -> None:
+    assert run_ranks(3, met, settle_twice, timeout_seconds=40) == [("good", [3, 20, 3])] * 3
+
+
+def fail_on(ranks: Agreement, who: int, error: Exception) -> None:
+    def work() -> None:
+        if ranks.launch.rank in (who, -who):
+            raise error
+
+    ranks.together(work)
+    ranks.settle(None, len)
+    if ranks.launch.rank == 2:
+        raise RuntimeError("only rank 2 comes so far")
+    ranks.settle(None, len)
+
+
+def test_an_error_of_one_rank_is_said_once_by_name() -> None:
+    results = run_ranks(3, met, fail_on, 1, ConfigError("no such file: text"), timeout_seconds=40)
+    host = read_launch().host
+    assert results == [("said", f"rank 1 on {host}: no such file: text"), ("silent", 2), ("silent", 2)]
+
+
+def test_what_no_rank_expects_is_said_by_the_rank_that_meets_it() -> None:
+    """Others are waiting for it, and leave with the same status."""
+    results = run_ranks(3, met, fail_on, 5, ConfigError(""), timeout_seconds=40)
+    assert results == [("silent", 1), ("silent", 1), ("said", "only rank 2 comes so far")]
+
+
+def test_a_rank_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(agreement, "FAREWELL_SECONDS", 0.1)
+
+    def outside(ranks: Agreement) -> Any:
+        if ranks.launch.rank == 1:
+            ranks._beating.set()  # as good as dead: it says no more that it lives
+            time.sleep(4)
+            return None
+        ranks._patience = 1.0
+        return ranks.settle(None, len)
+
+    said = run_ranks(2, met, outside, timeout_seconds=40)[0]
+    assert said[0] == "said"
+    assert "nothing was heard of rank 1" in str(said[1])
+
+
+def meet_again(attempts: int) -> list[tuple[str, Any]]:
+    """Find each other anew in a store that still holds what those before said, as after a launcher's restart."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    first = Agreement(read_launch())
+    first.meet(20)
+    results: list[tuple[str, Any]] = [("good", first.settle(first.launch.rank, sum))]
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    for attempt in range(1, attempts):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+        results.append(met(lambda ranks: ranks.settle(ranks.launch.rank, sum)))
+    first._say_goodbye()  # the store lives in the first rank
+    return results
+
+
+def test_ranks_that_are_started_again_find_each_other_in_the_same_store() -> None:
+    assert run_ranks(3, meet_again, 3, timeout_seconds=60) == [[("good", 3)] * 3] * 3
+
+
+def stopped_before() -> tuple[str, Any]:
+    first = Agreement(read_launch())
+    first.meet(20)
+    assert first._kept is not None
+    first._kept.set("stopped", "75")
+    first.settle(0, len)
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"}
+    again = met(settle_twice)
+    first._say_goodbye()
+    return again
+
+
+def test_ranks_that_left_when_asked_to_are_not_started_again() -> None:
+    assert run_ranks(2, stopped_before, timeout_seconds=40) == [("silent", 75)] * 2
+
+
+def alone_of_two(rank: int) -> tuple[str, Any]:
+    if rank != read_launch().rank:
+        return "absent", 0
+    ranks = Agreement(read_launch())
+    try:
+        ranks.meet(1.5)
+    except ConfigError as error:
+        return "said", str(error)
+    return "good", 0
+
+
+@pytest.mark.parametrize(("rank", "named"), [(0, "1 of 2 ranks came"), (1, "did not find rank 0")])
+def test_a_meeting_to_which_nobody_comes_ends_in_time(rank: int, named: str) -> None:
+    started = time.monotonic()
+    results = run_ranks(2, alone_of_two, rank, timeout_seconds=40)
+    assert time.monotonic() - started < 15
+    assert named in results[rank][1]
+    assert "run.timeout_seconds=1.5" in results[rank][1]
+
+
+def test_a_host_that_no_one_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "1"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=no\.such\.host\.invalid.*no host of this name"):
+        Agreement(read_launch()).meet(1)
+
+
+def config(**groups: dict[str, Any]) -> Config:
+    return parse_config({"data": {"micro_batch": 1}, **groups}, "test").for_world(1)
+
+
+def compare(ranks: Agreement, configs: list[Config]) -> None:
+    refuse_differences(ranks, describe_run(configs[ranks.launch.rank]), "mend it")
+
+
+@pytest.mark.parametrize(("changes", "values"), [
+    ({"optim": {"lr": 0.5}}, ("optim.lr", "0.001", "0.5")), ({"run": {"seed": 7}}, ("run.seed", "0", "7")),
+    ({"run": {"dir": "elsewhere"}}, ("run.dir", "runs/default", "elsewhere")),
+    ({"run": {"timeout_seconds": 40.0}}, ("run.timeout_seconds", "300", "40")),
+    ({"moe": {"load_balance_coefficient": 5.0}}, ("moe.load_balance_coefficient", "5")),
+    ({"parallel": {"recompute": "full"}}, ("parallel.recompute", "none", "full")),
+    ({"monitor": {"every": 3}}, ("monitor.every", "10", "3")),
+])
+def test_a_rank_of_another_configuration_is_named_with_key_and_values(changes: dict, values: tuple[str, ...]) -> None:
+    results = run_ranks(2, met, compare, [config(), config(**changes)], timeout_seconds=40)
+    assert results[1] == ("silent", 2)
+    assert results[0][0] == "said"
+    for word in (*values, "rank 0", "rank 1", read_launch().host):
+        assert word in str(results[0][1])
+
+
+def test_paths_of_a_node_may_differ() -> None:
+    own = config(data={"cache_dir": "/tmp/own", "micro_batch": 1})
+    assert run_ranks(2, met, compare, [config(), own], timeout_seconds=40) == [("good", None)] * 2
+
+
+def see(ranks: Agreement, places: list[Path]) -> Any:
+    """Look for the run directory and its last checkpoint, at a place of each rank's own."""
+    directory.SEEN_SECONDS = 1.0  # type: ignore[assignment]
+    os.chdir(places[ranks.launch.rank])
+    with shared_directory(ranks, "run") as run_dir:
+        found = choose_checkpoint(ranks, run_dir)
+        return None if found is None else found.name
+
+
+def make_checkpoint(run_dir: Path, step: int) -> Path:
+    from tests.checkpoint.test_store import save
+
+    return save(run_dir, step, keep=9)
+
+
+def test_a_directory_that_is_not_shared_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        place.mkdir()
+    results = run_ranks(2, met, see, places, timeout_seconds=40)
+    assert results[1] == ("silent", 2)
+    assert "run.dir=run" in str(results[0][1])
+    assert "rank 1" in str(results[0][1])
+    assert read_launch().host in str(results[0][1])
+    assert sorted(tmp_path.rglob("*")) == places
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_chooses(tmp_path: Path) -> None:
+    assert run_ranks(2, met, see, [tmp_path] * 2, timeout_seconds=40) == [("good", None)] * 2
+    make_checkpoint(tmp_path / "run", 5)
+    make_checkpoint(tmp_path / "run", 10)
+    assert run_ranks(2, met, see, [tmp_path] * 2, timeout_seconds=40) == [("good", "step_00000010")] * 2
+    assert not list((tmp_path / "run").glob(".probe*"))
+
+
+def late(ranks: Agreement, place: Path, spoil: str, seconds: float) -> Any:
+    """Rank 1 sees the newest checkpoint late, in part, or another one of that name."""
+    if ranks.launch.rank == 1:
+        began, real = time.monotonic(), directory._lacking
+
+        def lacking(folder: Path, manifest: str) -> str | None:
+            assert folder.name == "step_00000010", "rank 0's, not this rank's own choice"
+            return spoil if time.monotonic() - began < seconds else real(folder, manifest)
+
+        directory._lacking = lacking
+    return see(ranks, [place, place])
+
+
+@pytest.mark.parametrize("seconds", [0.5, 9.0])
+def test_a_checkpoint_that_one_rank_sees_late_is_waited_for_or_refused(tmp_path: Path, seconds: float) -> None:
+    for step in (5, 10):
+        make_checkpoint(tmp_path / "run", step)
+    results = run_ranks(2, met, late, tmp_path, "no checkpoint.json in", seconds, timeout_seconds=40)
+    if seconds < 1:
+        assert results == [("good", "step_00000010")] * 2
+        return
+    assert results[1] == ("silent", 2)
+    assert "rank 1" in str(results[0][1])
+    assert "step_00000010" in str(results[0][1])
+
+
+def test_ranks_are_written_as_spans() -> None:
+    assert ranks_text([1]) == "rank 1"
+    assert ranks_text([3, 0, 1, 2, 7]) == "ranks 0-3, 7"

@@ -1,0 +1,285 @@
+"""A run that is asked to end, or whose ranks die, loses nothing but the step under way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from moescale import trainer
+from moescale.checkpoint import store
+from moescale.cli import app
+from moescale.engine.native import NativeEngine
+from moescale.evaluate import Evaluation
+from tests.end_to_end.test_command_line import ROOT, TINY
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, its tokens, and a configuration; the run in `whole` was never disturbed."""
+    folder = tmp_path_factory.mktemp("stopping")
+    (folder / "text").mkdir()
+    for number in range(8):
+        (folder / "text" / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    data = {**TINY["data"], "files": [f"{folder}/text/*.txt"], "cache_dir": str(folder / "cache"), "micro_batch": 1}
+    monitor = {**TINY["monitor"], "moved_every": None}
+    config = {**TINY, "run": {"steps": STEPS}, "data": data, "monitor": monitor,
+              "checkpoint": {"every": 1000, "keep": 3}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    assert start(folder, "whole")[0] == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """See that a run gives back the signals that it listened to."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)]
+    yield
+    assert before == [signal.getsignal(number) for number in (
+        signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)]
+
+
+def start(folder: Path, run: str, *words: str) -> tuple[int, str]:
+    """Train in this process. -> exit status, output"""
+    result = CliRunner().invoke(app, ["train", str(folder / "tiny.yaml"), f"run.dir={folder / run}", *words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def saved(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("checkpoints/*"))
+
+
+def once(times: int, work: Callable[[], object], real: Callable) -> Callable:
+    """Do something just before the call of that number."""
+    calls = iter(range(1, 10**6))
+
+    def call(*args: object, **kwargs: object) -> object:
+        if next(calls) == times:
+            work()
+        return real(*args, **kwargs)
+
+    return call
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(("number", "status"), [
+    (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130),
+], ids=lambda value: getattr(value, "name", value))
+def test_a_signal_lets_the_step_be_finished_and_saved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
+) -> None:
+    run = f"run_{number.name}"
+    monkeypatch.setattr(NativeEngine, "step", once(4, send(number), NativeEngine.step))
+    ended, output = start(folder, run)
+    monkeypatch.undo()
+    assert ended == status
+    assert saved(folder / run) == ["step_00000004"]
+    assert number.name in output
+    assert "step_00000004" in output.splitlines()[-1]
+    assert start(folder, run)[0] == 0
+    assert losses(folder / run) == losses(folder / "whole")
+
+
+def test_limits_of_time_save_and_stop(folder: Path) -> None:
+    status, output = start(folder, "limited", "run.time_limit_minutes=1e-3", "run.steps=100000")
+    assert status == 75
+    assert "run.time_limit_minutes" in output
+    assert saved(folder / "limited")
+    assert start(folder, "often", "checkpoint.every_minutes=1e-6")[0] == 0
+    assert saved(folder / "often") == [f"step_{step:08d}" for step in range(STEPS - 2, STEPS + 1)]
+
+
+def test_a_signal_during_an_evaluation_or_a_save_lets_it_be_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Evaluation, "run", once(1, send(signal.SIGTERM), Evaluation.run))
+    assert start(folder, "evaluating", "monitor.eval_every=5")[0] == 75
+    assert saved(folder / "evaluating") == ["step_00000005"]
+    assert "eval_loss" in (folder / "evaluating/metrics.jsonl").read_text().splitlines()[-1]
+    monkeypatch.undo()
+    monkeypatch.setattr(store, "_finish", once(1, send(signal.SIGTERM), store._finish))
+    assert start(folder, "saving", "checkpoint.every=5")[0] == 75
+    assert "step_00000005" in saved(folder / "saving")
+
+
+def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        monkeypatch.setattr(trainer, "prepare_tokens", once(1, send(number), trainer.prepare_tokens))
+        assert start(folder, "early")[0] == status
+        monkeypatch.undo()
+        assert not (folder / "early").exists()
+
+
+def test_a_second_interrupt_ends_a_save_and_says_that_it_was_stopped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press_twice() -> None:
+        send(signal.SIGINT)()
+        time.sleep(1.2)
+        send(signal.SIGINT)()
+
+    monkeypatch.setattr(store._Writer, "write_data", once(1, press_twice, store._Writer.write_data))
+    status, output = start(folder, "interrupted", "checkpoint.every=5")
+    assert status == 130
+    assert "stopped" in output.splitlines()[-1]
+    monkeypatch.undo()
+    assert start(folder, "interrupted")[0] == 0
+    assert losses(folder / "interrupted") == losses(folder / "whole")
+
+
+def test_a_tokenizer_that_goes_away_after_the_start_ends_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<|endoftext|>": 0, "[UNK]": 1, "the": 2, "quick": 3, "brown": 4, "fox": 5, "lazy": 6}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    place = folder / "tokenizer.json"
+    tokenizer.save(str(place))
+    monkeypatch.setattr(NativeEngine, "step", once(2, place.unlink, NativeEngine.step))
+    text = place.read_text()
+    assert start(folder, "gone", f"data.tokenizer={place}", "monitor.eval_every=3", "checkpoint.every=3")[0] == 0
+    assert not place.exists()
+    assert (folder / "gone" / "checkpoints" / f"step_{STEPS:08d}" / "tokenizer.json").read_text() == text
+
+
+def launch(folder: Path, run: str, *words: str, restarts: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "--max-restarts", str(restarts), "-m", "moescale", "train", str(folder / "tiny.yaml"),
+               f"run.dir={folder / run}", "parallel.ep=2", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """-> the processes that it started"""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == launcher.pid and fields[0] != "Z":
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_for_steps(launcher: subprocess.Popen, run: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < steps:
+        assert time.monotonic() < deadline, "no steps"
+        assert launcher.poll() is None, launcher.communicate()[0]
+        time.sleep(0.02)
+
+
+def end(launcher: subprocess.Popen) -> str:
+    try:
+        return launcher.communicate(timeout=150)[0]
+    finally:
+        launcher.kill()
+
+
+MANY = 60  # steps, so that there is time to disturb them
+SLOW_STEPS = ("data.seq_len=256", "monitor.eval_sequences=1", f"run.steps={MANY}")
+
+
+def test_a_signal_to_one_rank_of_two_ends_both_after_the_same_step(folder: Path) -> None:
+    launcher = launch(folder, "one_of_two", "run.steps=100000", restarts=1)
+    wait_for_steps(launcher, folder / "one_of_two", 3)
+    os.kill(ranks_of(launcher)[1], signal.SIGUSR1)
+    output = end(launcher)
+    assert "exitcode  : 75" in output
+    assert output.count("moescale: ") == 1, "and those that torchrun starts again leave at once"
+    (checkpoint,) = saved(folder / "one_of_two")
+    assert losses(folder / "one_of_two")[-1][0] == int(checkpoint[5:])
+
+
+def whole_on_two(folder: Path) -> list[tuple[int, float]]:
+    if not (folder / "whole_on_two").exists():
+        launcher = launch(folder, "whole_on_two", *SLOW_STEPS)
+        output = end(launcher)
+        assert launcher.returncode == 0, output
+    return losses(folder / "whole_on_two")
+
+
+def disturb(folder: Path, tries: int, draw: random.Random) -> None:
+    """Kill a rank at a random moment, time after time, in the first attempt or a later one."""
+    expected = whole_on_two(folder)
+    for number in range(tries):
+        run = f"killed_{number}"
+        launcher = launch(folder, run, *SLOW_STEPS, "checkpoint.every=5", "run.timeout_seconds=60", restarts=3)
+        time.sleep(3.0)
+        deadline = time.monotonic() + draw.random() * 14
+        while time.monotonic() < deadline and launcher.poll() is None:
+            time.sleep(0.05)
+        ranks = ranks_of(launcher)
+        if ranks:
+            os.kill(draw.choice(ranks), signal.SIGKILL)
+        output = end(launcher)
+        print(f"try {number}: killed {'one of ' + str(len(ranks)) if ranks else 'none'}, status {launcher.returncode}")
+        assert launcher.returncode == 0, output
+        assert losses(folder / run) == expected
+
+
+def test_ranks_that_are_killed_are_started_again_and_give_the_same_losses(folder: Path) -> None:
+    launcher = launch(folder, "killed", "run.steps=120", "checkpoint.every=20", restarts=3)
+    wait_for_steps(launcher, folder / "killed", 30)
+    os.kill(ranks_of(launcher)[0], signal.SIGKILL)
+    before = losses(folder / "killed")
+    output = end(launcher)
+    assert launcher.returncode == 0, output
+    assert "going on from" in output
+    after = losses(folder / "killed")
+    assert [step for step, _ in after] == list(range(1, 121))
+    assert after[: len(before)] == before, "some of these were done twice"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_rank_killed_at_any_moment_changes_nothing(folder: Path) -> None:
+    disturb(folder, int(os.environ.get("TRIES", "20")), random.Random(1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_signal_at_any_moment_loses_nothing_but_the_step_under_way(folder: Path) -> None:
+    expected, draw = whole_on_two(folder), random.Random(2)
+    for number in range(10):
+        run = f"signalled_{number}"
+        launcher = launch(folder, run, *SLOW_STEPS)
+        time.sleep(2.0 + draw.random() * 12)
+        launcher.send_signal(signal.SIGTERM)
+        output = end(launcher)
+        seen = losses(folder / run) if (folder / run / "metrics.jsonl").exists() else []
+        kept = saved(folder / run)
+        print(f"try {number}: {len(seen)} steps logged, {kept}, status {launcher.returncode}")
+        assert [f"step_{seen[-1][0]:08d}"] == kept if seen else not kept, output
+        launcher = launch(folder, run, *SLOW_STEPS)
+        output = end(launcher)
+        assert launcher.returncode == 0, output
+        assert losses(folder / run) == expected
