@@ -286,7 +286,7 @@ class _Run:
         mode, project = config.monitor.wandb, config.monitor.wandb_project
         if mode != "off":
             sinks.append(Wandb(self.run_dir, project, mode, config.model_dump(mode="json"), resumed_from=checkpoint,
-                               artifacts=config.monitor.wandb_artifacts))
+                               artifacts=config.monitor.wandb_artifacts, say=self.terminal.say))
         return sinks
 
     def _greet(self, checkpoint: Path | None, notes: Sequence[str]) -> None:

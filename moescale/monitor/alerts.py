@@ -61,7 +61,7 @@ class Alerts:
             if len(load) > self.top_k and mean > 0 and spread < COLLAPSED:
                 yield f"collapse {layer}", (f"collapse: layer {layer} uses {effective:.1f} of its {len(load)} experts, "
                                             "counted by load")
-        shares = [line["moe/dropped"] for line in self.lines if "moe/dropped" in line]
+        shares = [line["moe/dropped_share"] for line in self.lines if "moe/dropped_share" in line]
         if shares and min(shares) > self.dropped_limit:
             yield "dropped", (f"drops: {shares[-1]:.0%} of the choices have no row, more than "
                               f"monitor.alert_dropped={self.dropped_limit}")

@@ -40,7 +40,7 @@ def draw(run: History, width: int) -> str:
         lines += ["", "Furthest from the mean: " + ", ".join(
             f"L{run.layers[row]}E{column} {loads[row, column]:.2f}x" for row, column in furthest(loads, 5))]
     lines += ["", "Trend"]
-    for key, name in (("loss", "loss"), ("moe/max_load", "busiest expert"), ("moe/dropped", "share dropped"),
+    for key, name in (("loss", "loss"), ("moe/max_load", "busiest expert"), ("moe/dropped_share", "share dropped"),
                       ("moe/entropy", "router entropy"), ("tokens_per_second", "tokens/s")):
         if key in run.curves:
             values = run.curves[key].values

@@ -24,7 +24,7 @@ CURVES = {  # a key of metrics.jsonl: its title, its unit
     "tokens_per_second": ("throughput", " tokens/s"), "grad_norm": ("gradient norm", ""),
     "moe/max_load": ("load of the busiest expert over the mean", ""),
     "moe/min_load": ("load of the idlest expert over the mean", ""),
-    "moe/load_cv": ("coefficient of variation of the load", ""), "moe/dropped": ("share dropped", ""),
+    "moe/load_cv": ("coefficient of variation of the load", ""), "moe/dropped_share": ("share dropped", ""),
     "moe/capacity_used": ("share of slots used", ""), "moe/dead_experts": ("experts without a row", ""),
     "moe/entropy": ("entropy of the router", " nats"), "moe/confidence": ("largest probability of a token", ""),
     "load_balance_loss": ("balance loss", " (1 = balanced)"), "router_z_loss": ("router z-loss", ""),
@@ -35,7 +35,7 @@ CURVES = {  # a key of metrics.jsonl: its title, its unit
 TILES = {  # a key of the last line: what it is called, how it is written
     "loss": ("loss", "{:.4f}"), "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "moe/max_load": ("busiest expert", "{:.2f}x"), "moe/min_load": ("idlest", "{:.2f}x"),
-    "moe/dropped": ("dropped", "{:.1%}"),
+    "moe/dropped_share": ("dropped", "{:.1%}"),
 }
 LEGEND = '<p class="legend"><i class="k0"></i>none <i class="k1"></i>¼ <i class="k3"></i>½ <i class="k6"></i>mean ' \
          '<i class="k8"></i>2 <i class="k11"></i>4 times</p>'

@@ -125,7 +125,7 @@ def _summary(metrics: Mapping[str, Any]) -> dict[str, float]:
     for key in ("dropped_share", "entropy", "confidence", "capacity_used", "other_ranks", "other_nodes"):
         each = values(metrics, key).values()
         if each:
-            summary[key.removesuffix("_share")] = sum(each) / len(each)
+            summary[key] = sum(each) / len(each)
     if "other_ranks" in summary:
         summary["bytes_sent"] = sum(values(metrics, "bytes_sent").values())
     return {f"moe/{key}": _short(value) for key, value in summary.items()}

@@ -3,65 +3,156 @@
 from __future__ import annotations
 
 import json
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from moescale.monitor.metrics import Metrics
+from moescale.monitor.metrics import Metrics, replace_text
 from moescale.monitor.routing import values
 
+Mode = Literal["auto", "offline", "online"]
 MAX_KEYS = 200
+SECONDS_TO_OPEN, SECONDS_TO_CLOSE = 30, 60  # that a run waits for wandb at most
+MOST_WAITING = 1000  # logged steps
 OF_LAYERS = ("max_load", "entropy", "dropped_share")  # curves of each layer, as far as there are keys for them
 
 
 class Wandb:
-    """A sink that opens one run of wandb in the run directory, the same one when a run goes on."""
+    """A sink that opens one run of wandb in the run directory, the same one when a run goes on.
+
+    It is a view of a run, and never ends or delays one: a thread does all that wandb is asked for, and what fails is
+    said in one line. Each step is sent once. Where a run goes on from a checkpoint before steps that were sent, those
+    stay as they are there, since wandb takes nothing back.
+    """
 
     def __init__(
-        self, run_dir: Path, project: str, mode: Literal["auto", "offline", "online"], config: dict[str, Any], *,
-        artifacts: bool = False, resumed_from: Path | None = None,
+        self, run_dir: Path, project: str, mode: Mode, config: dict[str, Any], *,
+        artifacts: bool = False, resumed_from: Path | None = None, say: Callable[[str], None] = print,
     ) -> None:
         """mode: auto = online where wandb knows a key, otherwise offline. config: shown beside the run.
 
         artifacts: also keep the configuration, the layout, this package's code, and where each checkpoint lies.
-        resumed_from: the checkpoint that the run goes on from.
+        resumed_from: the checkpoint that the run goes on from; without one this is another run. say: takes a line.
         """
         try:
             import wandb
         except ImportError:
-            raise ValueError("monitor.wandb needs the package wandb: pip install 'moescale[wandb]', "
-                             "or write monitor.wandb=off") from None
-        self._wandb = wandb
-        if mode == "auto":
-            mode = "online" if knows_key() else "offline"
-        before = sorted((run_dir / "wandb").glob("*run-*-*"))
-        self._run = wandb.init(
-            project=project, name=run_dir.name, dir=str(run_dir), mode=mode, config=config, resume="allow",
-            id=before[-1].name.rpartition("-")[2] if before else None,
-        )
-        self._run.define_metric("*", step_metric="step")
-        self._artifacts = artifacts
-        if artifacts:
-            self._log_origin(run_dir / "config.yaml", config, resumed_from)
+            raise ValueError("monitor.wandb needs the package wandb: pip install wandb, or write "
+                             "monitor.wandb=off") from None
+        self._wandb, self._say, self._artifacts = wandb, say, artifacts
+        self._run_dir, self._state_file = run_dir, run_dir / "wandb" / "moescale.json"
+        self._state = _read_state(self._state_file) if resumed_from is not None else {}
+        self._told = self._skipped = False
         self._history: list[np.ndarray] = []  # [layers], the load of each layer's busiest expert, step by step
+        self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue(MOST_WAITING)
+        self._opened = threading.Event()
+        self._thread = threading.Thread(target=self._serve, args=(project, mode, config, resumed_from), daemon=True)
+        self._thread.start()
+        self._opened.wait(SECONDS_TO_OPEN + 5)
 
     def write(self, step: int, metrics: Metrics) -> None:
+        self._ask(lambda: self._log(step, metrics))
+
+    def saved(self, step: int, checkpoint: Path) -> None:
+        if self._artifacts:
+            self._ask(lambda: self._run.log_artifact(self._checkpoint(checkpoint), aliases=[checkpoint.name]))
+
+    def close(self) -> None:
+        self._ask(None)
+        self._thread.join(SECONDS_TO_CLOSE)
+        if self._thread.is_alive():
+            self._complain(f"does not end within {SECONDS_TO_CLOSE} s")
+            # Takes back the hook with which wandb would wait for its service when the process ends.
+            teardown = threading.Thread(target=_quietly, args=(self._wandb.teardown,), daemon=True)
+            teardown.start()
+            teardown.join(1)
+
+    def _ask(self, job: Callable[[], object] | None) -> None:
+        """Hand on what is to be done, or drop it where too much waits."""
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            self._complain("is too slow")
+
+    def _serve(self, project: str, mode: Mode, config: dict[str, Any], resumed_from: Path | None) -> None:
+        """Open the run, do what is asked for, and finish; the thread's own."""
+        try:
+            with self._failures():
+                self._open(project, mode, config)
+                if self._artifacts:
+                    self._log_origin(self._run_dir / "config.yaml", config, resumed_from)
+                self._opened.set()
+                while (job := self._jobs.get()) is not None:
+                    job()
+                self._run.finish()
+        finally:
+            self._opened.set()
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Say what failed, and let go of wandb."""
+        try:
+            yield
+        except Exception as error:  # of which wandb, its service and the network have many
+            self._complain(_reason(error))
+            _quietly(self._wandb.teardown)
+
+    def _open(self, project: str, mode: Mode, config: dict[str, Any]) -> None:
+        quiet = self._wandb.Settings(silent=True)
+        self._wandb.setup(quiet)
+        online = mode != "offline" and knows_key()
+        if mode == "online" and not online:  # wandb would ask for it, and wait for an answer
+            self._say("wandb has no key here: the run is kept offline; wandb login, then wandb sync, sends it")
+        identity = self._state.get("id") or uuid.uuid4().hex[:8]
+        begin = partial(self._wandb.init, project=project, name=self._run_dir.name, dir=str(self._run_dir), id=identity,
+                        resume="allow", config=config, settings=self._wandb.Settings(init_timeout=SECONDS_TO_OPEN))
+        try:
+            self._run = begin(mode="online" if online else "offline")
+        except Exception as error:
+            if not online:
+                raise
+            self._say(f"wandb cannot be reached ({_reason(error)}): the run is kept offline, for wandb sync")
+            _quietly(self._wandb.teardown)  # its service still holds the run
+            self._wandb.setup(quiet)
+            self._run = begin(mode="offline")
+        self._run.define_metric("*", step_metric="step")
+        if self._state:
+            self._run.config.update(config, allow_val_change=True)
+        self._state = {"id": identity, "step": self._state.get("step", 0)}
+
+    def _complain(self, reason: str) -> None:
+        if not self._told:
+            self._told = True
+            self._say(f"wandb: {reason}: it may lack figures, which are all in {self._run_dir}/metrics.jsonl; the run "
+                      "goes on")
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        """Send the figures of one step, unless wandb has some of it already."""
+        sent = self._state["step"]
+        if step <= sent:
+            if not self._skipped:
+                self._skipped = True
+                self._say(f"wandb has the steps up to {sent} from before, which stay as they are there")
+            return
         shown = {key: value for key, value in metrics.items()
                  if isinstance(value, int | float) and not key.startswith("moe/layer_")}
         shown.update(self._pictures(metrics))
         for quantity in OF_LAYERS:
             each = self._of_layers(metrics, quantity)
             if len(shown) + len(each) < MAX_KEYS:
-                shown.update({f"moe/layer_{layer:02d}/{quantity.removesuffix('_share')}": value
-                              for layer, value in each.items()})
-        self._run.log({"step": step, **shown})
+                shown.update({f"moe/layer_{layer:02d}/{quantity}": value for layer, value in each.items()})
+        self._run.log({"step": step, **shown}, step=step)
         for text in metrics.get("alerts", []):
             self._run.alert(title=text.partition(":")[0], text=f"step {step}: {text}", level="WARN")
-
-    def saved(self, step: int, checkpoint: Path) -> None:
-        if self._artifacts:
-            self._run.log_artifact(self._checkpoint(checkpoint), aliases=[checkpoint.name])
+        self._state["step"] = step
+        replace_text(self._state_file, json.dumps(self._state))
 
     def _log_origin(self, config_file: Path, config: dict[str, Any], resumed_from: Path | None) -> None:
         """Say what the run is made of; wandb by itself notes the git commit of the working directory."""
@@ -82,9 +173,6 @@ class Wandb:
         artifact = self._wandb.Artifact(f"checkpoint-{self._run.id}", "model")
         artifact.add_reference(checkpoint.resolve().as_uri(), checksum=False)  # which would read all the weights
         return artifact
-
-    def close(self) -> None:
-        self._run.finish()
 
     def _of_layers(self, metrics: Metrics, quantity: str) -> dict[int, float]:
         if quantity != "max_load":
@@ -109,6 +197,26 @@ class Wandb:
         if biases.size:
             pictures["moe/expert_bias_histogram"] = self._wandb.Histogram(biases.flatten().tolist())
         return pictures
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read which run wandb has of this directory, and up to which step; of earlier versions its folder says which."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {"id": str(state["id"]), "step": int(state["step"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        before = sorted(path.parent.glob("*run-*-*"))
+        return {"id": before[-1].name.rpartition("-")[2]} if before else {}
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or its kind."""
+    return next((line.strip()[:120] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    with suppress(Exception):
+        action()
 
 
 def knows_key() -> bool:

@@ -15,7 +15,7 @@ SECTIONS: dict[str, dict[str, list[str] | str]] = {  # panels by title: keys tha
     },
     "Load of the experts": {
         "busiest and idlest over the mean": ["moe/max_load", "moe/min_load"],
-        "coefficient of variation": ["moe/load_cv"], "share dropped": ["moe/dropped"],
+        "coefficient of variation": ["moe/load_cv"], "share dropped": ["moe/dropped_share"],
         "experts without a row": ["moe/dead_experts"], "busiest expert of each layer": "moe/layer_[0-9]+/max_load",
     },
     "Router": {

@@ -21,7 +21,7 @@ from moescale.monitor.held_out import FILE, HeldOutRouting
 from tests.monitor.test_report import make_run, make_text
 
 TURNED = "\N{RIGHT-TO-LEFT OVERRIDE}"
-FIGURES = ("loss", "tokens_per_second", "moe/max_load", "moe/min_load", "moe/dropped", "moe/bytes_sent",
+FIGURES = ("loss", "tokens_per_second", "moe/max_load", "moe/min_load", "moe/dropped_share", "moe/bytes_sent",
            "moe/rows_between_ranks", "moe/layer_00/tokens_per_expert", "moe/layer_01/tokens_per_expert", "alerts")
 ODD = (  # texts of JSON; none leaves the key out
     None, "NaN", "-Infinity", "1e999", "1e308", "1" + "0" * 400, '"text"', "true", "null", "[]", "{}", "[[]]", "[1]",

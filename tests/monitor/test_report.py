@@ -33,7 +33,7 @@ def make_run(run: Path, *, layers: int, experts: int, steps: int, dead: int = 1)
     lines = []
     for step in range(1, steps + 1):
         line = {"step": 10 * step, "loss": 3 / step, "tokens_per_second": 1000.0, "moe/max_load": 2.0,
-                "moe/min_load": 0.0, "moe/dropped": 0.0, "moe/bytes_sent": 1e6,
+                "moe/min_load": 0.0, "moe/dropped_share": 0.0, "moe/bytes_sent": 1e6,
                 "moe/rows_between_ranks": [[5, 7], [11, 13]]}
         for layer in range(layers):
             load = [expert + layer + step % 2 + 1 for expert in range(experts)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from moescale.trainer import train
 
 wandb = pytest.importorskip("wandb")
 LAYERS, EXPERTS = 48, 128
+ROOT = Path(__file__).parent.parent.parent
 
 
 def make_metrics(step: int) -> dict[str, Any]:
@@ -38,7 +41,11 @@ def make_metrics(step: int) -> dict[str, Any]:
 
 def read_back(run_dir: Path) -> list[dict[str, Any]]:
     (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(file.parent)]
+    return read_segment(file.parent)
+
+
+def read_segment(folder: Path) -> list[dict[str, Any]]:
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder)]
     output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
@@ -56,7 +63,7 @@ def test_an_offline_run_holds_all_that_was_promised(tmp_path: Path, monkeypatch:
     last = rows[-1]
     keys = {key.partition(".")[0] for key in last if not key.startswith("_")}  # wandb adds "._type" and so on
     assert len(keys) <= 200
-    assert keys >= {"loss", "moe/max_load", "moe/dropped", "moe/entropy", "moe/load_map", "moe/load_history",
+    assert keys >= {"loss", "moe/max_load", "moe/dropped_share", "moe/entropy", "moe/load_map", "moe/load_history",
                     "moe/load_histogram", "moe/expert_bias_histogram", "moe/layer_00/max_load", "moe/layer_47/entropy"}
     assert last["moe/max_load"] == make_metrics(20)["moe/max_load"]
     assert last["moe/load_map._type"] == "image-file"
@@ -67,10 +74,70 @@ def test_an_offline_run_holds_all_that_was_promised(tmp_path: Path, monkeypatch:
     (config,) = (record["run"]["config"]["update"] for record in records if record["type"] == "run")
     assert config["parallel"] == {"ep": 4}, "the layout is part of the configuration"
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/moe/*.png"))) == 4
-    identity = next(tmp_path.glob("wandb/offline-run-*")).name.rpartition("-")[2]
-    again = Wandb(tmp_path, "test", "offline", {})
-    again.close()
-    assert {folder.name.rpartition("-")[2] for folder in tmp_path.glob("wandb/offline-run-*")} == {identity}
+
+
+def test_a_run_that_goes_on_sends_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off at step 30, it goes on from the checkpoint of step 10; then it is trained anew."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    said: list[str] = []
+    for resumed, steps in ((None, (10, 20, 30)), (Path("step_10"), (20, 30, 40, 50)), (None, (10,))):
+        time.sleep(1.1)  # wandb names its folders by the second
+        sink = Wandb(tmp_path, "test", "offline", {"optim": {"lr": len(steps)}}, resumed_from=resumed, say=said.append)
+        for step in steps:
+            sink.write(step, {"loss": 1.0 / step})
+        sink.close()
+    segments = sorted(tmp_path.glob("wandb/offline-run-*"))
+    rows = [[record["history"]["item"] for record in read_segment(folder) if record["type"] == "history"]
+            for folder in segments]
+    assert [[(row["step"], row["_step"]) for row in each] for each in rows] == [
+        [(10, 10), (20, 20), (30, 30)], [(40, 40), (50, 50)], [(10, 10)]], "each goes on behind what was sent"
+    first, second, anew = (folder.name.rpartition("-")[2] for folder in segments)
+    assert first == second != anew
+    assert len(said) == 1
+    assert "30" in said[0]
+
+
+FAILING = """
+import os, signal, subprocess, sys, time
+import moescale.monitor.wandb as ours
+from pathlib import Path
+how, folder = sys.argv[1:]
+ours.SECONDS_TO_OPEN, ours.SECONDS_TO_CLOSE = 3, 2
+started = time.monotonic()
+if how in ("unreachable", "wrong"):
+    os.environ.update(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40 if how == "unreachable" else "short")
+sink = ours.Wandb(Path(folder), "test", "offline" if how in ("killed", "stopped") else "online", {})
+sink.write(1, {"loss": 2.0})
+if how in ("killed", "stopped"):
+    time.sleep(1)
+    services = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+    for service in services:
+        os.kill(int(service), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+for step in range(2, 50):
+    sink.write(step, {"loss": 1.0})
+sink.close()
+print(f"took {time.monotonic() - started:.0f}")
+if how == "stopped":
+    for service in services:
+        os.kill(int(service), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["unreachable", "wrong", "missing", "killed", "stopped"])
+def test_a_view_of_a_run_never_ends_or_delays_it(tmp_path: Path, how: str) -> None:
+    """No server, a wrong key, none, a service that was killed or stands still: one line, and what could be kept."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment.update(HOME=str(tmp_path), WANDB_CONFIG_DIR=str(tmp_path / "home"), PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", FAILING, how, str(tmp_path)], capture_output=True, text=True,
+                          timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    line, took = done.stdout.splitlines()
+    assert line.startswith("wandb")
+    assert int(took.split()[1]) < 20
+    if how in ("unreachable", "wrong", "missing"):
+        rows = [record for record in read_back(tmp_path) if record["type"] == "history"]
+        assert len(rows) == 49, "kept offline"
 
 
 def test_artifacts_hold_what_a_run_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
