@@ -26,6 +26,7 @@ from moescale.config import (
     check_local,
     describe,
     load_config,
+    memory_asked,
     parse_config,
     read_overrides,
 )
@@ -341,6 +342,11 @@ def _one_line_errors(
         message, status = stopped, 130
     except Silenced as error:
         raise typer.Exit(error.status) from None
+    except (MemoryError, RuntimeError, OSError) as error:
+        asked = memory_asked(error)
+        if asked is None:
+            raise
+        message, status = f"out of memory: {asked} could not be had; a machine with more, or less to do, is needed", 1
     else:
         return
     with suppress(OSError, ValueError):  # a terminal that is gone

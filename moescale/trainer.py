@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moescale.checkpoint.store import latest_checkpoint
@@ -19,7 +22,7 @@ from moescale.cluster.directory import choose_checkpoint, shared_directory
 from moescale.cluster.identity import describe_run, refuse_differences
 from moescale.cluster.launch import read_launch
 from moescale.cluster.stopping import Order, Orders, StopRequests, die_with_launcher
-from moescale.config import Config, ConfigError, Stopped, TrainingError
+from moescale.config import Config, ConfigError, Stopped, TrainingError, any_of, memory_asked
 from moescale.data.batches import Batches
 from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import Tokenizer, check_vocabulary, configured_tokenizer
@@ -74,17 +77,39 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
         batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
                           start=standing.start)
         config = _without_allowances(config)
-        mesh = start_mesh(config, ranks.store)
-        run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing)
-        orders = Orders(requests, mesh.device, save_minutes=config.checkpoint.every_minutes,
-                        limit_minutes=config.run.time_limit_minutes, started=started)
-        requests.hold()
-        try:
-            with name_lost_ranks(run.engine.model, config.run.timeout_seconds):
-                run.loop(orders)
-        except Stopped as stop:
-            ranks.keep_word(stop.status)
+        with _named_memory(config):
+            mesh = start_mesh(config, ranks.store)
+            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing)
+            orders = Orders(requests, mesh.device, save_minutes=config.checkpoint.every_minutes,
+                            limit_minutes=config.run.time_limit_minutes, started=started)
+            requests.hold()
+            try:
+                with name_lost_ranks(run.engine.model, config.run.timeout_seconds):
+                    run.loop(orders)
+            except Stopped as stop:
+                ranks.keep_word(stop.status)
+                raise
+
+
+@contextmanager
+def _named_memory(config: Config) -> Iterator[None]:
+    """Say what was asked for and what to write instead, where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        asked = memory_asked(error)
+        if asked is None:
             raise
+        data, parallel, count = config.data, config.parallel, count_parameters(config)
+        micro_batch = data.micro_batch or 1
+        smaller = max((n for n in range(1, micro_batch) if micro_batch % n == 0), default=None)
+        advice = [f"data.micro_batch={smaller}"] if smaller else []
+        advice += ["parallel.recompute=full"] if parallel.recompute != "full" else []
+        advice += [f"a data.seq_len below {data.seq_len}", "more ranks for parallel.dp_shard", "a smaller model"]
+        raise TrainingError(f"out of memory: {asked} could not be had, with data.micro_batch={micro_batch}, "
+                            f"data.seq_len={data.seq_len} and parallel.recompute={parallel.recompute}; weights, "
+                            f"gradients and optimizer state take {16 * count.total / 2**30:,.1f} GiB over all ranks: "
+                            f"write {any_of(advice)}") from None
 
 
 def _meet(load: Callable[[], Config], ranks: Agreement) -> Config:
@@ -119,8 +144,8 @@ def _check_packages(config: Config) -> None:
     for key, asked, off, package, extra in (("wandb", monitor.wandb != "off", "off", "wandb", "wandb"),
                                             ("trace", monitor.trace is not None, "null", "pyarrow", "trace")):
         if asked and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"monitor.{key} needs the package {package}: pip install 'moescale[{extra}]', "
-                              f"or write monitor.{key}={off}")
+            raise ConfigError(f"monitor.{key} needs the package {package}: pip install -e '.[{extra}]' in "
+                              f"MoEScale's folder, or write monitor.{key}={off}")
 
 
 def _without_allowances(config: Config) -> Config:
@@ -147,6 +172,7 @@ class _Run:
         self.alerts = Alerts(top_k=moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
         self.tracer = Tracer(run_dir, mesh.rank, trace=monitor.trace_steps, profile=monitor.profile_steps)
         self.evaluation = Evaluation(config, mesh, corpus.held_out, tokenizer, run_dir)
+        self.began = time.perf_counter()
         self.highest_loss = torch.full((), -math.inf, dtype=torch.float64, device=mesh.device)  # since the last line
         self._greet(checkpoint, standing.notes)
 
@@ -240,12 +266,28 @@ class _Run:
             "grad_norm": grad_norm.item(),
             "lr": lr,
             "tokens_per_second": speed,
+            "time": round(time.time(), 3),
+            "seconds": round(time.perf_counter() - self.began, 3),
+            "memory_bytes": self._peak_memory(),
         }
         if self.mesh.device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(), config.precision.compute)
             if peak is not None:
                 figures["mfu"] = model_flops_per_token(config) * speed / (peak * self.mesh.world_size)
         return figures
+
+    def _peak_memory(self) -> int:
+        """Give the most memory that a rank has taken so far: of its device, or of its process."""
+        device = self.mesh.device
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        largest = torch.tensor(peak, dtype=torch.int64, device=device)
+        if self.mesh.world_group is not None:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.mesh.world_group)
+        return int(largest)
 
     def _write(self, metrics: dict[str, Any]) -> None:
         self.highest_loss.fill_(-math.inf)

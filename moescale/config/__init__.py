@@ -6,7 +6,16 @@ group starts.
 """
 
 from moescale.config.describe import describe, differing_keys, written
-from moescale.config.errors import ConfigError, LostRanksError, Silenced, Stopped, TrainingError, check_local
+from moescale.config.errors import (
+    ConfigError,
+    LostRanksError,
+    Silenced,
+    Stopped,
+    TrainingError,
+    any_of,
+    check_local,
+    memory_asked,
+)
 from moescale.config.groups import (
     SIGMOID_BIAS_KEYS,
     CheckpointConfig,
@@ -27,6 +36,6 @@ from moescale.config.run import Config
 __all__ = [
     "SIGMOID_BIAS_KEYS", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LayerConfig", "LostRanksError",
     "MoEConfig", "ModelConfig", "MonitorConfig", "OptimConfig", "ParallelConfig", "PrecisionConfig", "RunConfig",
-    "Silenced", "Stopped", "TrainingError", "check_local", "describe", "differing_keys", "load_config", "parse_config",
-    "read_overrides", "sequence_pieces", "written",
+    "Silenced", "Stopped", "TrainingError", "any_of", "check_local", "describe", "differing_keys", "load_config",
+    "memory_asked", "parse_config", "read_overrides", "sequence_pieces", "written",
 ]

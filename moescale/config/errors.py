@@ -55,6 +55,22 @@ class Silenced(Exception):
         self.status = status
 
 
+OUT_OF_MEMORY = re.compile(r"out of memory|can(not|'t) allocate memory|unable to allocate|ALLOC_FAILED|"
+                           r"storage size calculation overflowed", re.IGNORECASE)
+
+
+def memory_asked(error: BaseException) -> str | None:
+    """Say how much memory was asked for in vain; none where an error is another one."""
+    said = str(error)
+    if not isinstance(error, MemoryError) and not (
+            isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(said)):
+        return None
+    size = re.search(r"allocate ([0-9.]+) ?([KMGTP]i?B|bytes)", said)
+    if size is None:
+        return "more than there is"
+    return f"{float(size[1]) / 2**30:,.2f} GiB" if size[2] == "bytes" else f"{size[1]} {size[2]}"
+
+
 def refuse(condition: bool, message: str) -> None:
     if condition:
         raise ConfigError(message)

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from moescale.config.files import open_regular
+
 Metrics = Mapping[str, Any]
+MEASURED = ("tokens_per_second", "time", "seconds", "memory_bytes", "mfu")  # which no two runs have alike
 
 
 class Sink(Protocol):
@@ -28,10 +31,11 @@ class JsonLines:
         """first_step: the step that comes next; lines from it on belong to a run that was cut off."""
         self.path = path
         if path.exists():
-            text = path.read_text(encoding="utf-8")
-            kept = "".join(line + "\n" for line in text.splitlines() if _step(line) < first_step)
-            if kept != text:
-                replace_text(path, kept)
+            with open_regular(path) as file:
+                lines = file.read().split(b"\n")
+            kept = b"".join(line + b"\n" for line in lines if _step(line) < first_step)
+            if kept != b"\n".join(lines):
+                replace_bytes(path, kept)
 
     def write(self, step: int, metrics: Metrics) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -46,17 +50,22 @@ class JsonLines:
 
 def replace_text(path: Path, text: str) -> None:
     """Put a text in the place of a file's, whole or not at all."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Put bytes in the place of a file's, whole or not at all."""
     beside = path.with_name(path.name + ".partial")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _step(line: str) -> float:
-    """The step of a line; infinity for one that was cut off in the middle."""
+def _step(line: bytes) -> float:
+    """The step of a line; infinity for one that was cut off in the middle, or is not text at all."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return float("inf")

@@ -44,8 +44,8 @@ class Wandb:
         try:
             import wandb
         except ImportError:
-            raise ValueError("monitor.wandb needs the package wandb: pip install wandb, or write "
-                             "monitor.wandb=off") from None
+            raise ValueError("monitor.wandb needs the package wandb: pip install -e '.[wandb]' in MoEScale's "
+                             "folder, or write monitor.wandb=off") from None
         self._wandb, self._say, self._artifacts = wandb, say, artifacts
         self._run_dir, self._state_file = run_dir, run_dir / "wandb" / "moescale.json"
         self._state = _read_state(self._state_file) if resumed_from is not None else {}

@@ -34,7 +34,7 @@ def make_workspace(entity: str, project: str) -> Any:
         import wandb_workspaces.workspaces as workspaces
     except ImportError:
         raise ConfigError("moescale dashboard needs the package wandb-workspaces: "
-                          "pip install 'moescale[wandb]'") from None
+                          "pip install -e '.[wandb]' in MoEScale's folder") from None
     def lines(title: str, keys: Any) -> Any:
         return reports.LinePlot(title=title, x="step", **{"metric_regex" if isinstance(keys, str) else "y": keys})
 

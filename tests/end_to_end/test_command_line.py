@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 import moescale
 from moescale.cli import app
+from moescale.config import memory_asked
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
@@ -202,3 +204,55 @@ def test_one_of_many_ranks_leaves_without_taking_the_interpreter_down(arguments:
                            timeout=60)
     assert ended.returncode == status
     assert "Usage" in ended.stdout + ended.stderr
+
+
+def test_no_memory_is_one_line_with_what_to_change(here: Path) -> None:
+    """An activation of terabytes, weights of terabytes, and what a library says that has none left."""
+    def complaint(*overrides: str) -> str:
+        status, output = run(*overrides)
+        assert status == 1, output
+        (line,) = (line for line in output.splitlines() if line.startswith("moescale: "))
+        return line
+
+    line = complaint("model.d_ff=100000000000", "model.pattern={channel_mixer: feed_forward}", "run.dir=wide")
+    assert "iB" in line
+    assert "parallel.recompute=full" in line
+    assert "data.seq_len" in line
+    line = complaint("moe.d_ff=100000000000", "parallel.recompute=full", "run.dir=many")
+    assert "recompute" not in line.partition(": write ")[2], "what is done already is no advice"
+
+
+@pytest.mark.parametrize(("error", "asked"), [
+    (MemoryError(), "more than"),
+    (MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000,)"), "7.28 TiB"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity"), "20.00 GiB"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes."), "1.00 GiB"),
+    (OSError(12, "Cannot allocate memory"), "more than"), (RuntimeError("mat1 and mat2 cannot be multiplied"), None),
+    (ValueError("out of memory"), None),
+])
+def test_what_memory_was_asked_for(error: Exception, asked: str | None) -> None:
+    found = memory_asked(error)
+    assert (found is None) == (asked is None)
+    assert asked is None or asked in str(found)
+
+
+def test_time_memory_and_damaged_ends_of_metrics(here: Path) -> None:
+    """Bytes that are no text, half a line and lines of steps to be done again: the run goes on, the report is drawn."""
+    assert run("run.steps=6", "checkpoint.every=3", "monitor.every=1")[0] == 0
+    metrics = here / "run/metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    figures = [json.loads(line) for line in lines]
+    assert all(abs(line["time"] - time.time()) < 600 for line in figures)
+    assert all(0 < early["seconds"] < late["seconds"] for early, late in pairwise(figures))
+    assert all(1e7 < line["memory_bytes"] < 1e12 for line in figures)
+    ends = (b"\xff\xfe\x00half", lines[0][:50], b"[" * 100_000 + b"\n" + b"\x00" * 4096,
+            b'{"step": null}\n{"step": 1e999}\n' + '{"step": "é"}\n'.encode("latin1"))
+    for number, end in enumerate(ends):
+        metrics.write_bytes(b"".join(lines) + end)
+        result = CliRunner().invoke(app, ["report", "run", "--terminal"])
+        assert result.exit_code == 0, (end[:20], result.output)
+        assert run(f"run.steps={7 + number}", "checkpoint.every=100", "monitor.every=1")[0] == 0
+        after = metrics.read_bytes()
+        assert [json.loads(line)["step"] for line in after.splitlines()] == list(range(1, 8 + number)), end[:20]
+        assert after.startswith(b"".join(lines)), "whole lines stay as they are"
+        lines = after.splitlines(keepends=True)
