@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moescale.checkpoint.mapped import Layout
+from moescale.checkpoint.megatron_arguments import refuse_unknown
 from moescale.checkpoint.table import (
     Row,
     Transform,
@@ -103,6 +104,8 @@ OTHER_NAMES = {  # what a layer's norms are called where they are fused with the
     PLAIN_NORM: FUSED_NORM, MOE_NORM: DENSE_NORM,
 }
 STYLES = ("torch_dist", *OF_RANKS)
+BALANCE = {"seq_aux_loss": "sequence", "aux_loss": "micro_batch", "global_aux_loss": "global_batch"}
+POLICIES = {"position": "position", "probability": "probs"}  # ours: theirs
 
 
 def ungated(rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -119,37 +122,40 @@ def read_arguments(args: Namespace, source: str) -> Config:
         value = getattr(args, name, default)
         return default if value is None else value
 
-    wrong = {
-        "normalization": get("normalization", "LayerNorm") != "RMSNorm",
-        "add_bias_linear": get("add_bias_linear", False), "add_qkv_bias": get("add_qkv_bias", False),
-        "qk_layernorm": get("qk_layernorm", False),
-        "position_embedding_type": get("position_embedding_type", "rope") not in ("rope", "none"),
-        "rotary_percent": get("rotary_percent", 1.0) != 1.0, "rotary_interleaved": get("rotary_interleaved", False),
-        "multi_latent_attention": get("multi_latent_attention", False), "mtp_num_layers": bool(get("mtp_num_layers")),
-        "apply_layernorm_1p": get("apply_layernorm_1p", False), "squared_relu": get("squared_relu", False),
-        "moe_shared_expert_gate": get("moe_shared_expert_gate", False),
-    }
-    for name, bad in wrong.items():
+    if not hasattr(args, "num_layers"):
+        raise ConfigError(f"{source} holds no arguments of Megatron-LM's training script (`args`) that say what the "
+                          "model is")
+    refuse_unknown(vars(args), source)
+    epsilons = {value for value in (get("norm_epsilon"), get("layernorm_epsilon")) if value is not None}
+    window = get("window_size")
+    for name, bad in {
+        "normalization": get("normalization", "LayerNorm") != "RMSNorm", "layernorm_epsilon": len(epsilons) > 1,
+        "position_embedding_type": get("position_embedding_type", "learned_absolute") not in ("rope", "none")
+        and not get("use_rotary_position_embeddings", False),
+        "window_size": window is not None and not _is_causal(window),
+        "moe_layer_freq": not isinstance(get("moe_layer_freq", 1), (int, list, tuple)),
+    }.items():
         if bad:
             raise ConfigError(f"{source}: {name}={get(name)!r} cannot be expressed by MoEScale")
     try:
         layers, heads, d_model = args.num_layers, args.num_attention_heads, args.hidden_size
         activation = "swiglu" if get("swiglu", False) else "gelu"
-        window = get("window_size")
         mixtures = _mixtures(get("moe_layer_freq", 1), layers) if get("num_experts") else [False] * layers
         model = {
             "vocab_size": get("padded_vocab_size", get("vocab_size")), "d_model": d_model, "num_layers": layers,
             "num_heads": heads,
             "num_kv_heads": get("num_query_groups", heads) if get("group_query_attention", False) else heads,
             "head_dim": get("kv_channels", d_model // heads), "d_ff": get("ffn_hidden_size", 4 * d_model),
-            "activation": activation, "window": None if not window else window[0] + 1,
-            "positions": get("position_embedding_type", "rope"), "rope_theta": float(get("rotary_base", 10000)),
-            "norm_eps": get("norm_epsilon", get("layernorm_epsilon", 1e-5)),
+            "activation": activation, "window": window[0] + 1 if window and window[0] >= 0 else None,
+            "positions": "none" if get("position_embedding_type") == "none" else "rope",
+            "rope_theta": float(get("rotary_base", 10000)),
+            "norm_eps": epsilons.pop() if epsilons else 1e-5,
             "tied_embeddings": not get("untie_embeddings_and_output_weights", False), "pattern": _pattern(mixtures),
         }
         groups = {"model": model, "data": {"seq_len": get("seq_length", 2048), "tokenizer": None}}
         if any(mixtures):
             groups["moe"] = _read_moe(get, activation, source)
+            groups["moe"] |= _read_balance(get, groups["data"], source)
     except (AttributeError, TypeError) as error:
         raise ConfigError(f"{source}: its arguments are not whole ({error})") from None
     return parse_config(groups, source)
@@ -168,28 +174,77 @@ def _pattern(mixtures: list[bool]) -> list[dict[str, str]]:
                 if all(kind == kinds[index % size] for index, kind in enumerate(kinds)))
 
 
+def _is_causal(window: Any) -> bool:
+    """Say whether these are the positions before and after a query that it sees, those after it hidden anyway."""
+    return isinstance(window, (list, tuple)) and len(window) == 2 and all(type(part) is int for part in window)
+
+
 def _read_moe(get: Any, activation: str, source: str) -> dict[str, Any]:
-    top_k, score = get("moe_router_topk", 2), get("moe_router_score_function", "softmax")
-    width = get("moe_ffn_hidden_size", get("ffn_hidden_size"))
+    """Read what routes. Raises ConfigError for what MoEScale's routers do not compute."""
+    experts, top_k = get("num_experts"), get("moe_router_topk", 2)
+    score, scaling = get("moe_router_score_function", "softmax"), get("moe_router_topk_scaling_factor", 1.0)
+    sigmoid, before = score == "sigmoid", get("moe_router_pre_softmax", False)
+    width, shared = get("moe_ffn_hidden_size", get("ffn_hidden_size")), get("moe_shared_expert_intermediate_size", 0)
+    capacity = get("moe_expert_capacity_factor", -1)
+    groups = get("moe_router_num_groups", 1) if get("moe_router_group_topk") else 1
+    for name, bad in {
+        "moe_router_score_function": score not in ("softmax", "sigmoid"),
+        "moe_router_enable_expert_bias": sigmoid != get("moe_router_enable_expert_bias", False),
+        "moe_router_topk": sigmoid and top_k == 1,  # its weight would be the score as it is, not a share of one
+        "moe_router_pre_softmax": not sigmoid and before and top_k != 1,
+        "moe_router_topk_scaling_factor": not sigmoid and scaling != 1,
+        "moe_router_num_groups": not sigmoid and groups > 1,
+        "moe_router_group_topk": groups > 1 and top_k < get("moe_router_group_topk"),
+        "moe_expert_capacity_factor": capacity >= 0 and (sigmoid or not before),
+        "moe_token_drop_policy": get("moe_token_drop_policy", "probs") not in POLICIES.values(),
+        "moe_shared_expert_intermediate_size": shared % width != 0,
+    }.items():
+        if bad:
+            raise ConfigError(f"{source}: {name}={get(name)!r} with {score} scores and the best {top_k} of {experts} "
+                              "experts cannot be expressed by MoEScale")
     moe = {
-        "num_experts": get("num_experts"), "top_k": top_k, "d_ff": width, "activation": activation,
-        "num_shared_experts": get("moe_shared_expert_intermediate_size", 0) // width,
-        "load_balance_coefficient": get("moe_aux_loss_coeff", 0.0),
-        "router_z_coefficient": get("moe_z_loss_coeff", 0.0), "jitter": get("moe_input_jitter_eps", 0.0),
-        "router": "mixtral",
+        "num_experts": experts, "top_k": top_k, "d_ff": width, "activation": activation,
+        "num_shared_experts": shared // width, "router_z_coefficient": get("moe_z_loss_coeff", 0.0),
+        "jitter": get("moe_input_jitter_eps", 0.0), "router": "mixtral",
     }
-    if score == "sigmoid":
+    if sigmoid:
         moe |= {
-            "router": "sigmoid_bias", "routed_scaling": get("moe_router_topk_scaling_factor", 1.0),
-            "num_expert_groups": get("moe_router_num_groups", 1), "top_k_groups": get("moe_router_group_topk", 1),
+            "router": "sigmoid_bias", "routed_scaling": float(scaling), "num_expert_groups": groups,
+            "top_k_groups": get("moe_router_group_topk", 1),
             "bias_update_rate": get("moe_router_bias_update_rate", 0.001),
         }
-    elif get("moe_router_pre_softmax", False):
-        if top_k != 1:
-            raise ConfigError(f"{source}: moe_router_pre_softmax with moe_router_topk={top_k} cannot be expressed by "
-                              "MoEScale")
-        moe |= {"router": "switch", "capacity_factor": get("moe_expert_capacity_factor")}
+    elif before:
+        moe["router"] = "switch"
+        if capacity >= 0:
+            policies = {theirs: ours for ours, theirs in POLICIES.items()}
+            moe |= {"capacity_factor": capacity, "eval_capacity_factor": capacity,
+                    "drop_by": policies[get("moe_token_drop_policy", "probs")]}
     return moe
+
+
+def _read_balance(get: Any, data: dict[str, Any], source: str) -> dict[str, Any]:
+    """Read which balance loss acts, and over which tokens. data: keys of that group, for what the scope needs
+
+    Both losses are experts x sum over experts of share of the choices x mean probability, summed over layers, and both
+    coefficients its factor beside a mean loss a token: they are equal where the tokens are.
+    """
+    kinds, coefficients = get("moe_router_load_balancing_type", "aux_loss"), get("moe_aux_loss_coeff", 0.0)
+    if not isinstance(kinds, list):
+        kinds, coefficients = [kinds], [coefficients]
+    acting = dict(zip(kinds, coefficients, strict=False)) if isinstance(coefficients, list) else {}
+    if len(acting) != len(kinds) or any(kind not in (*BALANCE, "none") for kind in kinds):
+        raise ConfigError(f"{source}: moe_router_load_balancing_type={get('moe_router_load_balancing_type')!r} with "
+                          f"moe_aux_loss_coeff={get('moe_aux_loss_coeff')!r} cannot be expressed by MoEScale")
+    acting = {kind: value for kind, value in acting.items() if value and kind != "none"}
+    if len(acting) > 1:
+        raise ConfigError(f"{source}: moe_router_load_balancing_type={kinds}: MoEScale has one balance loss at a time")
+    kind, coefficient = next(iter(acting.items()), ("seq_aux_loss", 0.0))
+    scope, sequences = BALANCE[kind], get("micro_batch_size", 1)
+    if kind == "aux_loss" and sequences == 1:
+        scope = "sequence"
+    elif kind == "aux_loss":
+        data |= {"micro_batch": sequences, "global_batch": get("global_batch_size", sequences)}
+    return {"load_balance_coefficient": float(coefficient), "balance_over": scope}
 
 
 def write_arguments(config: Config, layout: Layout) -> Namespace:
@@ -210,19 +265,24 @@ def write_arguments(config: Config, layout: Layout) -> Namespace:
         "num_experts": None,
     }
     if config.num_moe_layers:
-        sigmoid = moe.router == "sigmoid_bias"
+        sigmoid, switch = moe.router == "sigmoid_bias", moe.router == "switch"
+        kind = next(theirs for theirs, ours in BALANCE.items() if ours == moe.balance_over)
+        if config.data.micro_batch is not None:
+            values |= {"micro_batch_size": config.data.micro_batch, "global_batch_size": config.data.global_batch}
         values |= {
             "num_experts": moe.num_experts, "moe_router_topk": moe.top_k, "moe_ffn_hidden_size": moe.d_ff,
             "moe_layer_freq": [int(layer.channel_mixer == "moe") for layer in model.layers],
             "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
-            "moe_router_pre_softmax": moe.router == "switch", "moe_router_enable_expert_bias": sigmoid,
+            "moe_router_pre_softmax": switch or (not sigmoid and moe.num_experts == 1),
+            "moe_router_enable_expert_bias": sigmoid,
             "moe_router_bias_update_rate": moe.bias_update_rate,
             "moe_router_topk_scaling_factor": moe.routed_scaling if sigmoid else None,
             "moe_router_num_groups": moe.num_expert_groups if moe.num_expert_groups > 1 else None,
             "moe_router_group_topk": moe.top_k_groups if moe.num_expert_groups > 1 else None,
-            "moe_router_load_balancing_type": "none" if sigmoid else "aux_loss",
+            "moe_router_load_balancing_type": kind if moe.load_balance_coefficient else "none",
             "moe_aux_loss_coeff": moe.load_balance_coefficient, "moe_z_loss_coeff": moe.router_z_coefficient or None,
-            "moe_input_jitter_eps": moe.jitter or None, "moe_expert_capacity_factor": moe.capacity_factor,
+            "moe_input_jitter_eps": moe.jitter or None, "moe_expert_capacity_factor": moe.eval_capacity_factor,
+            "moe_token_drop_policy": POLICIES[moe.drop_by],
             "moe_shared_expert_intermediate_size": moe.num_shared_experts * moe.d_ff or None,
             "moe_grouped_gemm": layout.style != "sequential",
         }
@@ -237,22 +297,26 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
     """Refuse by name what MoEScale can express and Megatron-Core cannot."""
     model, moe, mixtures = config.model, config.moe, config.num_moe_layers
     groups = mixtures and moe.num_expert_groups > 1 and moe.top_k < moe.top_k_groups
+    # there the weight of the only choice is its score as it is, or its share of all experts' probability, never 1
+    one = mixtures and moe.top_k == 1 and (
+        moe.router == "sigmoid_bias" or (moe.router == "mixtral" and moe.num_experts > 1))
     wrong = {
         "model.block": model.block != "serial", "model.norm": model.norm != "rmsnorm",
         "model.positions": model.positions == "alibi", "model.scale_logits": model.scale_logits,
         "model.activation": mixtures < model.num_layers and model.activation not in ("swiglu", "gelu"),
         "moe.activation": mixtures and (moe.activation not in ("swiglu", "gelu") or (
             mixtures < model.num_layers and moe.activation != model.activation)),
-        "moe.router": mixtures and moe.router not in ("mixtral", "switch", "sigmoid_bias"), "moe.top_k_groups": groups,
+        "moe.router": mixtures and moe.router not in ("mixtral", "switch", "sigmoid_bias"),
+        "moe.top_k_groups": groups, "moe.top_k": one,
         "moe.left_behind_choices": mixtures and moe.left_behind_choices > 1,
-        "moe.eval_capacity_factor": mixtures and moe.eval_capacity_factor is not None,
-        "moe.drop_by": mixtures and moe.drop_by != "position",
+        "moe.eval_capacity_factor": mixtures and moe.eval_capacity_factor not in (None, moe.capacity_factor),
     }
     for key, bad in wrong.items():
         if bad:
             group, name = key.split(".")
-            raise ConfigError(f"{key}={getattr(getattr(config, group), name)} cannot be expressed by Megatron-Core: "
-                              "convert --to moescale or deepspeed")
+            beside = f" with moe.router={moe.router}" if key in ("moe.top_k", "moe.top_k_groups") else ""
+            raise ConfigError(f"{key}={getattr(getattr(config, group), name)}{beside} cannot be expressed by "
+                              "Megatron-Core: convert --to moescale or deepspeed")
     if layout.style not in (None, *STYLES):
         raise ConfigError(f"--style {layout.style}: a Megatron checkpoint is {', '.join(STYLES)}")
     if layout.style == "torch_dist" and layout != Layout(style="torch_dist"):

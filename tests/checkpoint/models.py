@@ -21,9 +21,11 @@ DENSE = {"pattern": [{"channel_mixer": "feed_forward"}]}
 MIXED = {"pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}], "window": None}
 
 
-def make_config(model: dict[str, Any] | None = None, moe: dict[str, Any] | None = None) -> Config:
+def make_config(
+    model: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, **data: Any
+) -> Config:
     return parse_config({"model": {**MODEL, **(model or {})}, "moe": {**MOE, **(moe or {})},
-                         "data": {"seq_len": 64}}, "test")
+                         "data": {"seq_len": 64, **data}}, "test")
 
 
 def make_tensors(config: Config, optimizer: bool = False, std: float = 0.2) -> dict[str, Tensor]:
