@@ -9,7 +9,7 @@ import numpy as np
 
 from moescale.config import Config
 from moescale.data.batches import Batch, held_out_batches, held_out_windows
-from moescale.data.token_file import TokenSplit
+from moescale.data.split import TokenSplit
 from moescale.data.tokenizer import Tokenizer, pieces
 from moescale.engine.base import Engine
 from moescale.monitor.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting, moved

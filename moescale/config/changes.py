@@ -16,7 +16,7 @@ from moescale.config.run import Config
 LONGEST = 200  # letters of a value that are shown
 HARMLESS = frozenset({
     "run.dir", "run.steps", "run.timeout_seconds", "run.allow_changes",
-    "data.cache_dir", "data.global_batch",
+    "data.cache_dir", "data.global_batch", "data.max_epochs",
     "model.init",  # the weights are there
     "optim.lr", "optim.warmup_steps", "optim.schedule", "optim.final_lr_share", "optim.weight_decay",
     "optim.clip_norm",  # not betas and eps, with which the moments in the checkpoint were made
@@ -30,7 +30,7 @@ OF_TRAINING = frozenset({  # of the groups model and moe: acts on how weights ar
     "moe.balance_over", "moe.jitter", "moe.expert_dropout", "moe.bias_update_rate",
 })
 OF_SEQUENCES = frozenset({  # of the group data: acts on how the tokens are cut, not on which there are
-    "data.cache_dir", "data.seq_len", "data.global_batch", "data.micro_batch",
+    "data.cache_dir", "data.seq_len", "data.global_batch", "data.micro_batch", "data.max_epochs",
 })
 
 

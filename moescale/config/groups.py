@@ -80,7 +80,15 @@ class DataConfig(Group):
     micro_batch: int | None = Field(None, ge=1)
     """Sequences in one pass of a rank; more passes add up their gradients; null is the rank's whole share."""
     held_out: float = Field(0.02, gt=0, lt=1)
-    """Share of the documents that is kept for evaluation and never trained on."""
+    """Share of the documents that is kept for evaluation and never trained on, chosen by a hash of each one's text."""
+    held_out_files: tuple[LocalPath, ...] = ()
+    """Paths and globs of text to evaluate on instead; data.held_out then takes nothing from data.files."""
+    text_field: str = "text"
+    """Field of a JSON line, or column of a Parquet file, that holds the document."""
+    bad_documents: Literal["refuse", "skip"] = "refuse"
+    """What happens to documents that cannot be read: the first ends the run, or they are left out and counted."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Times that the training text may be seen; null is 50 for Python's own library and no limit for data.files."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

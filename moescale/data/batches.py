@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moescale.config import ConfigError
-from moescale.data.token_file import TokenSplit
+from moescale.data.split import TokenSplit
 
 IGNORED = -100  # a target that no loss counts
 

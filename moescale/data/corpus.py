@@ -1,82 +1,87 @@
-"""Find text files and read them as documents, one at a time; the default is the running Python's own library source."""
+"""Find the files of a corpus; the default is the running Python's own library source."""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import json
 import os
 import stat
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 
 from moescale.config import ConfigError
+from moescale.data.documents import (
+    COMPRESSED,
+    LINE_SUFFIXES,
+    MAX_DOCUMENT_BYTES,
+    PARQUET,
+    TEXT_SUFFIXES,
+    BadDocument,
+    Document,
+    SourceFile,
+    check_packages,
+    kind_of,
+    read_documents,
+)
 
-TEXT_SUFFIXES = (".txt", ".py", ".md")  # a document a file
-LINE_SUFFIXES = (".jsonl",)  # a document a line
-KIND_FIELDS = ("language", "lang", "source")  # of a line: what kind of document it is, the first that is there
-SPLITS = ("train", "held_out")
-MAX_KIND_LETTERS = 40
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}  # below the library's folder, but not part of it
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of a corpus, with what tells whether it has changed since."""
-
-    path: str
-    size_bytes: int
-    modified_ns: int
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, and what kind of file it is: the name's ending, or what its line says it is."""
-
-    text: str
-    kind: str
+_REPEATS = 10_000  # of files that a glob may find again through links; more are links that lead back
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of a corpus in reading order. is_default: they are the running Python's library."""
+    """The files of a corpus in reading order, and how to read them.
+
+    skip_bad: whether documents that cannot be read are left out. is_default: the files are the running Python's
+    library.
+    """
 
     files: tuple[SourceFile, ...]
+    text_field: str = "text"
+    skip_bad: bool = False
     is_default: bool = False
 
     def documents(self) -> Iterator[Document]:
-        """Yield every document that is not blank, in order, holding one file or line at a time.
+        """Yield every document that is not blank, in order, holding one at a time.
 
         Raises ConfigError with the file (and line) that cannot be read as text, or when nothing is left.
         """
         found = False
         for file in self.files:
-            try:
-                for document in _read_documents(file.path):
-                    if document.text and not document.text.isspace():
-                        found = True
-                        yield document
-            except _NotTextError as error:
-                if not self.is_default:  # the library keeps a few files in other encodings, for its own tests
-                    raise ConfigError(str(error)) from None
+            for each in read_documents(file, self.text_field):
+                if isinstance(each, Document):
+                    found = True
+                    yield each
+                else:
+                    self.refuse(file, each)
         if not found:
-            raise ConfigError(f"data.files: all {len(self.files)} files are empty (the first is {self.files[0].path}): "
-                              "name files that hold text")
+            raise self.empty()
+
+    def refuse(self, file: SourceFile, bad: BadDocument) -> None:
+        """Raise ConfigError for a document that cannot be read, unless those are skipped."""
+        if not self.skip_bad:
+            raise bad.error(file)
+
+    def empty(self) -> ConfigError:
+        """Give the error for a corpus without a document."""
+        first = self.files[0]
+        return ConfigError(f"{first.key}: all {len(self.files)} files are empty (the first is {first.path}): "
+                           "name files that hold text")
 
 
-def open_corpus(files: Sequence[str]) -> Corpus:
+def open_corpus(
+    files: Sequence[str], text_field: str = "text", bad_documents: str = "refuse", key: str = "data.files"
+) -> Corpus:
     """Resolve paths and globs to a sorted corpus without duplicates; no paths give the default corpus.
 
-    Raises ConfigError with the path that is missing, a directory, or of an unknown kind.
+    key: of the configuration, for errors. Raises ConfigError with the path that is missing, a directory, or of an
+    unknown kind.
     """
     if not files:
         return _library_source()
-    found = {path: file for pattern in files for path, file in _expand(pattern)}
-    return Corpus(tuple(found[path] for path in sorted(found)))
+    found = {file.path: file for pattern in files for file in _expand(pattern, key)}
+    return Corpus(tuple(found[path] for path in sorted(found)), text_field, bad_documents == "skip")
 
 
 def _library_source() -> Corpus:
@@ -85,143 +90,59 @@ def _library_source() -> Corpus:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
         paths = (os.path.join(folder, name) for name in names if name.endswith(".py"))
-        files += [_describe(path) for path in paths if os.path.isfile(path)]  # distributions leave dangling links
+        # Distributions leave links behind that lead nowhere.
+        files += [describe(path, ".py", "data.files") for path in paths if os.path.isfile(path)]
     if not files:
         raise ConfigError(f"this Python keeps no library source in {root}: name text files in data.files")
-    return Corpus(tuple(sorted(files, key=lambda file: Path(file.path).parts)), is_default=True)
+    # The library keeps a few files in other encodings, for its own tests.
+    return Corpus(tuple(sorted(files, key=lambda file: Path(file.path).parts)), skip_bad=True, is_default=True)
 
 
-def _expand(pattern: str) -> Iterable[tuple[str, SourceFile]]:
+def _expand(pattern: str, key: str) -> Iterable[SourceFile]:
     path = os.path.expanduser(pattern)
     is_glob = glob.has_magic(path) and not os.path.lexists(path)  # a name may hold brackets itself
-    paths = [match for match in glob.glob(path, recursive=True) if not os.path.isdir(match)] if is_glob else [path]
+    paths = _matches(path, key) if is_glob else [path]
     if not paths:
-        raise ConfigError(f"data.files: {pattern} matches no file: check the pattern (** stands for any folders)")
+        raise ConfigError(f"{key}: {pattern} matches no file: check the pattern (** stands for any folders)")
     for match in paths:
-        known = TEXT_SUFFIXES + LINE_SUFFIXES
         if os.path.isdir(match):
-            raise ConfigError(f"data.files: {match} is a directory: name its files, e.g. "
+            raise ConfigError(f"{key}: {match} is a directory: name its files, e.g. "
                               f"{os.path.join(match, '**', '*.txt')}")
-        if os.path.lexists(match) and _suffix(match) not in known:
-            raise ConfigError(f"data.files: {match} is of an unknown kind: use {', '.join(known)}, each also with .gz")
-        resolved = os.path.realpath(match)
-        yield resolved, _describe(resolved)
+        kind = kind_of(match)  # of the name as given: a link may lead to a blob without an ending
+        if kind is None and os.path.lexists(match):
+            raise ConfigError(f"{key}: {match} is of an unknown kind: use {', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}, "
+                              f"each also with {' or '.join(COMPRESSED)}, or {PARQUET}")
+        file = describe(os.path.realpath(match), kind or "", key)
+        check_packages(file)
+        if file.suffix in TEXT_SUFFIXES and not file.compression and file.size_bytes > MAX_DOCUMENT_BYTES:
+            raise file.error(f" is one document of more than {MAX_DOCUMENT_BYTES >> 20} MiB: split it into several "
+                             "files, or write one document a line as .jsonl")
+        yield file
 
 
-def _suffix(path: str) -> str:
-    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+def _matches(path: str, key: str) -> list[str]:
+    matches: list[str] = []
+    distinct: set[str] = set()
+    for match in glob.iglob(path, recursive=True):
+        if not os.path.isdir(match):
+            matches.append(match)
+            distinct.add(os.path.realpath(match))
+            if len(matches) > len(distinct) + _REPEATS:
+                raise ConfigError(f"{key}: {path} finds the same files over and over, the last one as {match}: "
+                                  "a folder links back to one above it, so name folders without it")
+    return matches
 
 
-def _describe(path: str) -> SourceFile:
+def describe(path: str, kind: str, key: str) -> SourceFile:
+    """Look a file up. kind: how to read it. key: of the configuration. Raises ConfigError when it is no file."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise ConfigError(f"data.files: no such file: {path}: check the path") from None
+        raise ConfigError(f"{key}: no such file: {path}: check the path") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data.files: {path!r} cannot be read ({_reason(error)}): check the path") from None
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{key}: {path!r} cannot be read ({reason}): check the path") from None
     if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"data.files: {path} is not a regular file: save its text to one")
-    return SourceFile(path, status.st_size, status.st_mtime_ns)
-
-
-def split_documents(documents: Iterable[Document], held_out: float) -> Iterator[tuple[str, Document]]:
-    """Say for each document whether it is trained on or held out, by its number alone.
-
-    The last document goes to the split that is still empty, if one is; an only document is cut in two.
-    held_out: share of the documents. -> pairs of a split's name and a document
-    """
-    used: set[str] = set()
-    last: Document | None = None
-    index = -1
-    for index, document in enumerate(documents):
-        if last is not None:
-            name = _split_of(index - 1, held_out)
-            used.add(name)
-            yield name, last
-        last = document
-    if last is None:
-        return
-    if index == 0:
-        text = last.text
-        cut = max(1, min(len(text) - 1, len(text) - round(len(text) * held_out)))
-        yield "train", replace(last, text=text[:cut])
-        if text[cut:]:
-            yield "held_out", replace(last, text=text[cut:])
-        return
-    missing = [name for name in SPLITS if name not in used]
-    yield missing[0] if missing else _split_of(index, held_out), last
-
-
-def _split_of(index: int, held_out: float) -> str:
-    mixed = (index + 1) * 0x9E3779B97F4A7C15 % 2**64  # the finalizer of splitmix64: neighbours get unrelated numbers
-    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
-    return "held_out" if (mixed ^ mixed >> 31) < held_out * 2**64 else "train"
-
-
-class _NotTextError(Exception):
-    """The file holds something other than UTF-8 text."""
-
-
-def _read_documents(path: str) -> Iterator[Document]:
-    try:
-        with _open(path) as file:
-            if _suffix(path) in LINE_SUFFIXES:
-                yield from _read_lines(file, path)
-            else:
-                yield Document(_decode(file.read(), path), _suffix(path))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:  # the first is an OSError too
-        raise ConfigError(f"data.files: {path} is not a whole gzip file ({error}): copy or compress it again") from None
-    except PermissionError:
-        raise ConfigError(f"data.files: {path} may not be read: give yourself permission, e.g. chmod u+r") from None
-    except OSError as error:
-        raise ConfigError(f"data.files: {path} cannot be read ({_reason(error)}): check the file") from None
-
-
-def _open(path: str) -> IO[bytes]:
-    if path.lower().endswith(".gz"):
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return open(path, "rb")
-
-
-def _read_lines(file: IO[bytes], path: str) -> Iterator[Document]:
-    for number, line in enumerate(file, start=1):
-        where = f"{path} line {number}"
-        decoded = _decode(line, where)
-        if not decoded.strip():
-            continue
-        try:
-            record = json.loads(decoded)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise ConfigError(f"data.files: {where} is not JSON ({reason}): "
-                              'write one object a line, e.g. {"text": "..."}') from None
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise ConfigError(f"data.files: {where} has no string `text`: "
-                              'write one object a line, e.g. {"text": "..."}')
-        named = (record[field] for field in KIND_FIELDS if isinstance(record.get(field), str))
-        kind = next((" ".join(name.split())[:MAX_KIND_LETTERS] for name in named if name.strip()), _suffix(path))
-        yield Document(_without_lone_surrogates(text), _without_lone_surrogates(kind))
-
-
-def _decode(content: bytes, where: str) -> str:
-    if b"\0" not in content:
-        try:
-            return content.decode("utf-8-sig")  # some editors put a mark before the first character
-        except UnicodeDecodeError:
-            pass
-    raise _NotTextError(f"data.files: {where} is not UTF-8 text: convert it (e.g. with iconv), or leave it out")
-
-
-def _without_lone_surrogates(text: str) -> str:
-    """JSON can spell half a character; no tokenizer takes it, so it becomes the replacement character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{key}: {path} is not a regular file: save its text to one")
+    stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+    return SourceFile(path, kind, key, status.st_size, stamp)

@@ -17,6 +17,21 @@ def temporary_beside(place: Path) -> Path:
     return place.with_name(f"{place.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
+@contextlib.contextmanager
+def temporary_folder(place: Path) -> Iterator[Path]:
+    """Make a folder beside `place` and lock it while it is filled; it is gone afterwards, unless it was renamed."""
+    temporary = temporary_beside(place)
+    temporary.mkdir()
+    folder = os.open(temporary, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield temporary
+    finally:
+        os.close(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def publish(temporary: Path, place: Path, is_whole: Callable[[], bool]) -> None:
     """Rename a filled folder to `place`; a whole one that stands there already wins, a damaged one goes.
 
@@ -31,33 +46,53 @@ def publish(temporary: Path, place: Path, is_whole: Callable[[], bool]) -> None:
                 return
             if attempt == 9 or not place.exists():
                 raise
-            aside = temporary_beside(place)  # renaming is one step, removing is many
-            with contextlib.suppress(FileNotFoundError):
-                place.rename(aside)
+            remove(place)
+
+
+def remove(place: Path) -> None:
+    """Remove a folder so that it is never seen in part; one that is gone already is none to complain about."""
+    aside = temporary_beside(place)  # renaming is one step, removing is many
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(aside)
+        if aside.is_dir() and not aside.is_symlink():
             shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink()
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[bool]:
+def lock(path: Path) -> Iterator[None]:
     """Wait until no other process holds the lock; a killed holder lets go.
 
-    -> whether this process is alone; False on file systems without locks, where every writer does the work itself
+    On file systems without locks nobody waits, and every writer does the work itself.
     """
     with open(path, "ab") as file:
-        try:
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            alone = False
-        else:
-            alone = True
-        yield alone
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Say whether a process holds a lock on a file or folder; True where locks do not work."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(folder)
+    return False
 
 
 def remove_leftovers(place: Path) -> None:
-    """Remove what killed writers on this machine left beside `place`; only for the holder of its lock."""
-    for leftover in place.parent.glob(f"{place.name}.{socket.gethostname()}-*.tmp"):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                leftover.unlink()
+    """Remove what killed writers left beside `place`."""
+    for leftover in place.parent.glob(f"{place.name}.*.tmp"):
+        if not is_locked(leftover):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    leftover.unlink()

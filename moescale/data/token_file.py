@@ -1,105 +1,69 @@
-"""Write a corpus once as memory-mapped token shards, and read windows of them.
+"""Give a corpus as two streams of tokens, one to train on and one held out, tokenizing what has not been before.
 
-A cache is a folder named by the hash of everything its tokens depend on. It is written beside its place and renamed
-into it, so it is whole or absent, whoever is killed. `<split>-00000.bin` and following hold the tokens, one after the
-other, `<split>-starts.bin` the documents' first tokens, `<split>-kinds.bin` a byte for each document's kind,
-`meta.json` the counts and the names of the kinds.
+Files are tokenized whole into packs, and a document is held out or not by a hash of its text, which the pack keeps: a
+split is a list of runs of consecutive documents, and another share or another set of files tokenizes nothing again.
 """
 
 from __future__ import annotations
 
-import array
-import contextlib
+import functools
 import hashlib
+import itertools
 import json
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
 from moescale.config import ConfigError, DataConfig
-from moescale.data.corpus import SPLITS, Corpus, Document, open_corpus, split_documents
-from moescale.data.publish import lock, publish, remove_leftovers, temporary_beside
-from moescale.data.tokenizer import Tokenizer, configured_tokenizer, with_boundaries
+from moescale.data.cache import CHECKED_AT_START_BYTES, TokenCache, content_hash
+from moescale.data.corpus import Corpus, open_corpus
+from moescale.data.documents import (
+    BLOCK_BYTES,
+    LINE_SUFFIXES,
+    BadDocument,
+    Document,
+    SourceFile,
+    read_documents,
+)
+from moescale.data.pack import FORMAT, Pack, PackWriter
+from moescale.data.progress import Reading, reading
+from moescale.data.publish import publish, remove_leftovers, temporary_folder
+from moescale.data.split import TokenSplit, held_out_documents
+from moescale.data.tokenizer import Tokenizer, configured_tokenizer
 
-FORMAT = 3  # of the folder and of the split; a change renews every cache
-SHARD_TOKENS = 2**28
-MAX_KINDS, OTHER_KIND = 255, "other"  # all that come later are one kind, so that a byte holds their number
+PACK_BYTES = 2**24  # of source files that share a pack; a file that is as large has its own
 CHUNK_CHARACTERS = 2**22  # handed to the tokenizer at a time
 
 
-@dataclass(frozen=True)
-class TokenSplit:
-    """A stream of tokens, document after document.
-
-    shards: [tokens] each, in order. starts: [documents] int64, each document's beginning token.
-    kinds: [documents] uint8, numbers in kind_names.
-    text_bytes: of the UTF-8 text that the tokens stand for. vocab_size: of the tokenizer. directory: for errors.
-    """
-
-    shards: tuple[np.ndarray, ...]
-    starts: np.ndarray
-    text_bytes: int
-    vocab_size: int
-    directory: str
-    kinds: np.ndarray
-    kind_names: tuple[str, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(shard) for shard in self.shards)
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.starts)
-
-    def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read tokens start, start + 1, ... and how far each is from its document's or the window's first token.
-
-        -> tokens [length] int64, positions [length] int64
-        """
-        assert length >= 1
-        assert 0 <= start <= self.num_tokens - length
-        tokens = np.empty(length, dtype=np.int64)
-        first = 0  # of this shard, in the stream
-        for shard in self.shards:
-            begin, end = max(start, first), min(start + length, first + len(shard))
-            if begin < end:
-                tokens[begin - start : end - start] = shard[begin - first : end - first]
-            first += len(shard)
-        self._refuse_damage("token", tokens, self.vocab_size)
-        inside = self.starts[slice(*np.searchsorted(self.starts, (start, start + length)))] - start
-        origin = np.zeros(length, dtype=np.int64)
-        origin[inside] = inside
-        return tokens, np.arange(length) - np.maximum.accumulate(origin)
-
-    def kinds_of(self, start: int, length: int) -> list[str]:
-        """-> which kind of document each of these tokens is from"""
-        kinds = self.kinds[np.searchsorted(self.starts, np.arange(start, start + length), side="right") - 1]
-        self._refuse_damage("kind", kinds, len(self.kind_names))
-        return [self.kind_names[kind] for kind in kinds.tolist()]
-
-    def _refuse_damage(self, what: str, numbers: np.ndarray, limit: int) -> None:
-        if numbers.max() >= limit:
-            raise ConfigError(f"data.cache_dir: {self.directory} holds the {what} {numbers.max()}, where {limit - 1} "
-                              "is the last: the disk damaged it, so delete this folder and start again")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenCorpus:
     """A tokenized corpus.
 
-    directory: where its shards are kept. fingerprint: a hash of the tokens and document starts of both splits, the
-    same wherever the files lie.
+    fingerprint: a hash of the tokens and document starts of both splits, the same wherever the files lie. notes: lines
+    for the user, on documents that were left out. is_default: it is the running Python's library. cache: which holds on
+    to the packs.
     """
 
     train: TokenSplit
     held_out: TokenSplit
-    directory: Path
     fingerprint: str
+    notes: tuple[str, ...]
+    is_default: bool
+    cache: TokenCache
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A pack to be: its files, the key of each, and the pack's own. cut: the share that is cut off each document."""
+
+    files: tuple[SourceFile, ...]
+    keys: tuple[str, ...]
+    key: str
+    corpus: Corpus
+    cut: float | None = None
 
 
 def prepare_tokens(config: DataConfig) -> TokenCorpus:
@@ -109,149 +73,207 @@ def prepare_tokens(config: DataConfig) -> TokenCorpus:
     not work.
     """
     tokenizer = configured_tokenizer(config)
-    corpus = open_corpus(config.files)
-    key = _cache_key(corpus, tokenizer, config.held_out)
-    cache = Path(config.cache_dir).expanduser()
-    for _ in range(10):  # a damaged cache may be replaced between two looks
-        tokens = _load(cache / key)
-        if tokens is not None:
-            return tokens
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with lock(cache / f"{key}.lock") as alone:
-                if _load(cache / key) is None:
-                    if alone:
-                        remove_leftovers(cache / key)
-                    _write_cache(cache / key, corpus, tokenizer, config.held_out)
-        except OSError as error:  # the corpus turns its own into ConfigError
-            raise ConfigError(f"data.cache_dir={config.cache_dir}: cannot write tokens to {cache} "
-                              f"({error.strerror or error}): make room there or name another directory") from None
-    raise ConfigError(f"data.cache_dir={config.cache_dir}: {cache / key} cannot be read back after writing it: "
-                      "name another directory")
+    corpora = [open_corpus(config.files, config.text_field, config.bad_documents)]
+    if config.held_out_files:
+        corpora.append(open_corpus(config.held_out_files, config.text_field, config.bad_documents,
+                                   "data.held_out_files"))
+    options = _hash(FORMAT, tokenizer.fingerprint, tokenizer.vocab_size, config.text_field)
+    patterns = [[os.path.abspath(os.path.expanduser(path)) for path in paths]
+                for paths in (config.files, config.held_out_files)]
+    cache = TokenCache(Path(config.cache_dir).expanduser(), _hash(patterns, options)[:20])
+    _refuse_binary(corpora)
+    hashes = cache.content_hashes([file for corpus in corpora for file in corpus.files])
+    recipes = [_plan(corpus, hashes, options) for corpus in corpora]
+    halves = _halves_of(recipes[0], options, config.held_out)
+    cache.claim([recipe.key for recipe in (*itertools.chain(*recipes), halves)])
+    try:
+        packs = [_obtain(cache, some, tokenizer, options) for some in recipes]
+        if len(packs) == 1 and _is_one_text(packs[0]):
+            packs, recipes = [_obtain(cache, [halves], tokenizer, options)], [[halves]]
+    except OSError as error:  # the corpus turns its own into ConfigError
+        raise ConfigError(f"data.cache_dir={config.cache_dir}: cannot write tokens to {cache.directory} "
+                          f"({error.strerror or error}): make room there or name another directory") from None
+    return _corpus(cache, packs, recipes, config.held_out)
 
 
-def _cache_key(corpus: Corpus, tokenizer: Tokenizer, held_out: float) -> str:
-    files = [(file.path, file.size_bytes, file.modified_ns) for file in corpus.files]
-    parts = (FORMAT, files, corpus.is_default, tokenizer.fingerprint, held_out)
+def _refuse_binary(corpora: Sequence[Corpus]) -> None:
+    """Refuse large files that begin with what is no text before anything reads all of them."""
+    for corpus in corpora:
+        for file in corpus.files:
+            if file.suffix in LINE_SUFFIXES and not file.compression and file.size_bytes > PACK_BYTES:
+                with file.readable_errors(), open(file.path, "rb") as source:
+                    before, zero, _ = source.read(BLOCK_BYTES).partition(b"\0")
+                if zero:
+                    corpus.refuse(file, BadDocument(f"line {before.count(10) + 1}", "is not UTF-8 text",
+                                                    "convert it, leave it out"))
+
+
+def _plan(corpus: Corpus, hashes: dict[str, str], options: str) -> list[_Recipe]:
+    """Share files out over packs, in order."""
+    recipes: list[_Recipe] = []
+    some: list[SourceFile] = []
+    size = 0
+    for file in (*corpus.files, None):
+        if some and (file is None or size + file.size_bytes > PACK_BYTES):
+            keys = tuple(hashes[other.path] + other.kind for other in some)
+            recipes.append(_Recipe(tuple(some), keys, _hash(options, keys), corpus))
+            some, size = [], 0
+        if file is not None:
+            some.append(file)
+            size += file.size_bytes
+    return recipes
+
+
+def _halves_of(recipes: Sequence[_Recipe], options: str, held_out: float) -> _Recipe:
+    """Give the pack of a corpus of one text, each document of which is cut in two."""
+    corpus, keys = recipes[0].corpus, tuple(key for recipe in recipes for key in recipe.keys)
+    return _Recipe(corpus.files, keys, _hash(options, keys, held_out), corpus, held_out)
+
+
+def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
-# ---- reading
-
-
-def _load(directory: Path) -> TokenCorpus | None:
-    """Open a cache; None when it is absent or its files are not as its counts say."""
-    try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        train, held_out = (_load_split(directory, name, meta) for name in SPLITS)
-        fingerprint = str(meta["corpus_fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return TokenCorpus(train, held_out, directory, fingerprint)
-
-
-def _load_split(directory: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
-    counts = meta["splits"][name]
-    shards = tuple(_map(directory / f"{name}-{index:05d}.bin", meta["dtype"], length)
-                   for index, length in enumerate(counts["shard_tokens"]))
-    starts = _map(directory / f"{name}-starts.bin", "int64", counts["documents"])
-    kinds = _map(directory / f"{name}-kinds.bin", "uint8", counts["documents"])
-    return TokenSplit(shards, starts, counts["text_bytes"], meta["vocab_size"], str(directory), kinds,
-                      tuple(meta["kinds"]))
-
-
-def _map(path: Path, dtype: str, length: int) -> np.ndarray:
-    if path.stat().st_size != length * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path} is damaged")
-    if length == 0:
-        return np.empty(0, dtype=dtype)  # nothing to map
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+def _is_one_text(packs: Sequence[Pack]) -> bool:
+    """Say whether all documents have the same text."""
+    texts = [pack.texts for pack in packs if len(pack.texts)]
+    return bool(texts) and all(bool((part == texts[0][0]).all()) for part in texts)
 
 
 # ---- writing
 
 
-class _SplitWriter:
-    """Append documents to the shards of one split."""
-
-    def __init__(self, directory: Path, name: str, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        self.directory, self.name, self.tokenizer, self.dtype = directory, name, tokenizer, dtype
-        self.shard_tokens: list[int] = []
-        self.starts, self.kinds = array.array("q"), array.array("B")
-        self.num_tokens = self.text_bytes = 0
-        self.digest = hashlib.sha256()
-        self._shard: BinaryIO | None = None
-
-    def append(self, ids: np.ndarray, text_bytes: int, kind: int) -> None:
-        assert len(ids) == 0 or 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size
-        document = with_boundaries(self.tokenizer, ids, self.dtype)
-        self.digest.update(len(document).to_bytes(8, "little") + document.tobytes())
-        self.starts.append(self.num_tokens)
-        self.kinds.append(kind)
-        self.num_tokens += len(document)
-        self.text_bytes += text_bytes
-        while len(document):
-            if self._shard is None or self.shard_tokens[-1] == SHARD_TOKENS:
-                self._next_shard()
-            part, document = np.split(document, [SHARD_TOKENS - self.shard_tokens[-1]])
-            assert self._shard is not None
-            self._shard.write(part.data)
-            self.shard_tokens[-1] += len(part)
-
-    def _next_shard(self) -> None:
-        self.close()
-        self._shard = open(self.directory / f"{self.name}-{len(self.shard_tokens):05d}.bin", "wb")  # noqa: SIM115 - see close
-        self.shard_tokens.append(0)
-
-    def finish(self) -> dict[str, Any]:
-        """Write the documents' starts and kinds. -> the counts for meta.json"""
-        (self.directory / f"{self.name}-starts.bin").write_bytes(self.starts.tobytes())
-        (self.directory / f"{self.name}-kinds.bin").write_bytes(self.kinds.tobytes())
-        return {"shard_tokens": self.shard_tokens, "documents": len(self.starts), "text_bytes": self.text_bytes}
-
-    def close(self) -> None:
-        if self._shard is not None:
-            self._shard.close()
+def _obtain(cache: TokenCache, recipes: Sequence[_Recipe], tokenizer: Tokenizer, options: str) -> list[Pack]:
+    """Open packs, writing those that are not there."""
+    for _ in range(10):  # a damaged pack may be replaced between two looks
+        packs = _open(cache, recipes)
+        if None not in packs:
+            return [pack for pack in packs if pack is not None]
+        with cache.building():
+            missing = [recipe for recipe, pack in zip(recipes, _open(cache, recipes), strict=True) if pack is None]
+            if missing:
+                others = cache.files_of_other_packs(options)
+                with reading("tokenizing", sum(file.size_bytes for one in missing for file in one.files)) as shown:
+                    done = 0
+                    for recipe in missing:
+                        _write_pack(cache, recipe, tokenizer, options, others, shown, done)
+                        done += sum(file.size_bytes for file in recipe.files)
+                cache.clean()
+    raise ConfigError(f"data.cache_dir={cache.directory} cannot be read back after writing it: name another directory")
 
 
-def _write_cache(place: Path, corpus: Corpus, tokenizer: Tokenizer, held_out: float) -> None:
-    temporary = temporary_beside(place)
-    temporary.mkdir()
-    try:
-        _write_tokens(temporary, corpus, tokenizer, held_out)
-        publish(temporary, place, lambda: _load(place) is not None)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+def _open(cache: TokenCache, recipes: Sequence[_Recipe]) -> list[Pack | None]:
+    packs, left = [], CHECKED_AT_START_BYTES
+    for recipe in recipes:
+        pack = cache.open(recipe.key, left)
+        packs.append(pack)
+        left -= 0 if pack is None else min(pack.tokens.nbytes, left)
+    return packs
 
 
-def _write_tokens(directory: Path, corpus: Corpus, tokenizer: Tokenizer, held_out: float) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    writers = {name: _SplitWriter(directory, name, tokenizer, dtype) for name in SPLITS}
-    kinds: dict[str, int] = {}
-    with contextlib.ExitStack() as stack:
-        for writer in writers.values():
-            stack.callback(writer.close)
-        for chunk in _chunks(split_documents(corpus.documents(), held_out)):
-            texts = [document.text for _, document in chunk]
-            for (name, document), ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
-                kind = document.kind if document.kind in kinds or len(kinds) < MAX_KINDS else OTHER_KIND
-                writers[name].append(ids, len(document.text.encode()), kinds.setdefault(kind, len(kinds)))
-    fingerprint = hashlib.sha256(b"".join(writers[name].digest.digest() for name in SPLITS)).hexdigest()
-    meta = {"format": FORMAT, "corpus_fingerprint": fingerprint, "tokenizer": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "dtype": dtype.name,
-            "files": len(corpus.files), "kinds": list(kinds),
-            "splits": {name: writer.finish() for name, writer in writers.items()}}
-    (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+def _write_pack(
+    cache: TokenCache, recipe: _Recipe, tokenizer: Tokenizer, options: str, others: dict[str, tuple[Pack, int]],
+    shown: Reading, done_bytes: int,
+) -> None:
+    place = cache.packs / recipe.key
+    remove_leftovers(place)
+    with temporary_folder(place) as temporary:
+        writer = PackWriter(temporary, tokenizer, options if recipe.cut is None else f"{options} cut")
+        try:
+            chunk = _Chunk(writer)
+            for file, key in zip(recipe.files, recipe.keys, strict=True):
+                number = writer.begin(key)
+                known = others.get(key) if recipe.cut is None else None
+                if known is None or not known[0].holds(known[1]):
+                    _read_file(recipe, file, number, chunk, functools.partial(shown.advance, done_bytes, file.path))
+                    if content_hash(file) + file.kind != key:
+                        raise file.error(" was changed while it was read: start again when it is complete")
+                else:
+                    chunk.write()
+                    writer.copy(number, *known)
+                done_bytes += file.size_bytes
+            chunk.write()
+            writer.finish()
+        finally:
+            writer.close()
+        publish(temporary, place, lambda: cache.open(recipe.key, CHECKED_AT_START_BYTES) is not None)
 
 
-def _chunks(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    chunk: list[tuple[str, Document]] = []
-    characters = 0
-    for each in documents:
-        chunk.append(each)
-        characters += len(each[1].text)
-        if characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+class _Chunk:
+    """Documents to be tokenized together."""
+
+    def __init__(self, writer: PackWriter) -> None:
+        self.writer, self.documents, self.characters = writer, list[tuple[int, Document]](), 0
+
+    def add(self, file: int, document: Document) -> None:
+        self.documents.append((file, document))
+        self.characters += len(document.text)
+        if self.characters >= CHUNK_CHARACTERS:
+            self.write()
+
+    def write(self) -> None:
+        self.writer.append(self.documents)
+        self.documents, self.characters = [], 0
+
+
+def _read_file(
+    recipe: _Recipe, file: SourceFile, number: int, chunk: _Chunk, position: Callable[[int], None]
+) -> None:
+    for each in read_documents(file, recipe.corpus.text_field, position):
+        if isinstance(each, BadDocument):
+            recipe.corpus.refuse(file, each)
+            chunk.writer.skip(number, each)
+        else:
+            for document in _halves(each, recipe.cut):
+                chunk.add(number, document)
+
+
+def _halves(document: Document, cut: float | None) -> Iterable[Document]:
+    """Cut a document in two, the second part being the share `cut`; None leaves it whole."""
+    text = document.text
+    if cut is None:
+        return (document,)
+    end = max(1, min(len(text) - 1, len(text) - round(len(text) * cut)))
+    return replace(document, text=text[:end]), replace(document, text=text[end:])
+
+
+# ---- splitting
+
+
+def _corpus(
+    cache: TokenCache, packs: Sequence[Sequence[Pack]], recipes: Sequence[Sequence[_Recipe]], share: float
+) -> TokenCorpus:
+    """Part the documents into those to train on and those held out."""
+    notes = []
+    for some, written in zip(packs, recipes, strict=True):
+        notes += _look_for_bad(some, written)
+        if not any(len(pack.starts) for pack in some):
+            raise ConfigError("; ".join([str(written[0].corpus.empty()), *notes]))
+    texts = [pack.texts for pack in packs[0]]
+    if len(packs) == 2:
+        held_out = TokenSplit.of(packs[1], [np.ones(len(pack.texts), dtype=bool) for pack in packs[1]])
+        left_out = [np.isin(part, np.concatenate([pack.texts for pack in packs[1]])) for part in texts]
+        train = TokenSplit.of(packs[0], [~part for part in left_out])
+        count = sum(int(part.sum()) for part in left_out)
+        if count:
+            notes.append(f"{count:,} documents of data.files are not trained on: data.held_out_files has their texts")
+    else:
+        if recipes[0][0].cut is None:
+            chosen = held_out_documents(texts, share)
+        else:
+            chosen = [np.arange(len(part)) % 2 == 1 for part in texts]
+        train, held_out = TokenSplit.of(packs[0], [~part for part in chosen]), TokenSplit.of(packs[0], chosen)
+    return TokenCorpus(train, held_out, _hash(train.fingerprint(), held_out.fingerprint()), tuple(notes),
+                       recipes[0][0].corpus.is_default, cache)
+
+
+def _look_for_bad(packs: Sequence[Pack], recipes: Sequence[_Recipe]) -> list[str]:
+    """Refuse documents that could not be read, or say how many there are."""
+    count, first = 0, ""
+    for pack, recipe in zip(packs, recipes, strict=True):
+        for file, packed in zip(recipe.files, pack.files, strict=True):
+            if packed.first_bad is not None and not recipe.corpus.is_default:
+                recipe.corpus.refuse(file, packed.first_bad)
+                count += packed.skipped
+                first = first or " ".join(f"{file.path} {packed.first_bad.place} {packed.first_bad.fault}".split())
+    return [f"{count:,} documents could not be read and are left out, the first: {first}"] if count else []

@@ -87,7 +87,7 @@ class Tokenizer(Protocol):
 def with_boundaries(tokenizer: Tokenizer, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Lay a document's text out as it is stored, with its beginning and, where that is another token, its end."""
     end = [] if tokenizer.end == tokenizer.begin else [tokenizer.end]
-    return np.concatenate(([tokenizer.begin], ids, end)).astype(dtype)
+    return np.concatenate(([tokenizer.begin], ids, end), dtype=dtype, casting="unsafe")
 
 
 class ByteTokenizer:

@@ -10,22 +10,23 @@ from hypothesis import strategies as st
 
 from moescale.config import ConfigError
 from moescale.data.batches import Batch, Batches, Position, held_out_batches
-from moescale.data.token_file import TokenSplit
+from moescale.data.split import TokenSplit
+from tests.data import make
 
 BOUNDARY = 256
 FIELDS = ("tokens", "targets", "positions", "serial")
 
 
 def make_split(num_tokens: int, seed: int = 0) -> TokenSplit:
-    """Make a stream of random documents, one to twenty tokens each, kept in two shards."""
+    """Make a stream of random documents, one to twenty tokens each, kept in two packs."""
     generator = np.random.default_rng(seed)
     starts = np.concatenate([[0], np.cumsum(generator.integers(1, 21, size=num_tokens))])
     starts = starts[starts < num_tokens].astype(np.int64)
     tokens = generator.integers(256, size=num_tokens).astype(np.uint16)
     tokens[starts] = BOUNDARY
-    middle = num_tokens // 3
-    return TokenSplit((tokens[:middle], tokens[middle:]), starts, num_tokens - len(starts), 257, "nowhere",
-                      np.zeros(len(starts), np.uint8), (".txt",))
+    middle = starts[len(starts) // 3]
+    return make.make_split([tokens[:middle], tokens[middle:]],
+                           [starts[starts < middle], starts[starts >= middle] - middle], 257)
 
 
 def join(batches: list[Batch]) -> dict[str, torch.Tensor]:
@@ -154,8 +155,7 @@ def test_held_out_is_the_same_on_every_layout(
 
 def test_held_out_windows_are_spread_evenly() -> None:
     numbers = np.arange(1001, dtype=np.uint16)
-    tokens = TokenSplit((numbers,), np.zeros(1, dtype=np.int64), 1000, 2000, "nowhere",
-                        np.zeros(1, np.uint8), (".txt",))
+    tokens = make.make_split([numbers], [np.zeros(1, dtype=np.int64)], 2000)
     (batch,) = held_out_batches(tokens, seq_len=10, num_sequences=4, rank=0, num_ranks=1, micro_batch=4)
     assert batch.tokens[:, 0].tolist() == [0, 250, 500, 750]
     assert batch.positions[3].tolist() == list(range(10))

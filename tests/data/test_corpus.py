@@ -9,17 +9,12 @@ from pathlib import Path
 import pytest
 
 from moescale.config import ConfigError
-from moescale.data import corpus as corpus_module
-from moescale.data.corpus import SPLITS, Document, open_corpus, split_documents
+from moescale.data import documents as documents_module
+from moescale.data.corpus import open_corpus
 
 
 def read(*files: object) -> list[str]:
     return [document.text for document in open_corpus([str(file) for file in files]).documents()]
-
-
-def split_texts(texts: list[str], held_out: float) -> list[tuple[str, str]]:
-    return [(name, document.text) for name, document in split_documents((Document(text, "") for text in texts),
-                                                                        held_out)]
 
 
 def test_reads_every_kind_sorted_and_once(tmp_path: Path) -> None:
@@ -106,7 +101,7 @@ def test_refuses_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.txt").write_text("secret")
-    monkeypatch.setattr(corpus_module, "open", refuse, raising=False)  # root may read everything
+    monkeypatch.setattr(documents_module, "open", refuse, raising=False)  # root may read everything
     check_refused(tmp_path / "a.txt", "a.txt may not be read")
 
 
@@ -116,26 +111,6 @@ def check_refused(path: Path, message: str) -> None:
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("data.files: ")
-
-
-def test_split_is_by_number_and_leaves_no_split_empty() -> None:
-    texts = [str(number) for number in range(20_000)]
-    split = list(split_texts(texts, 0.1))
-    assert [text for _, text in split] == texts
-    assert list(split_texts(texts[:5_000], 0.1))[:-1] == split[:4_999]  # what follows changes nothing
-    assert 0.09 < sum(name == "held_out" for name, _ in split) / len(split) < 0.11
-    for share in (1e-9, 0.5, 1 - 1e-9):
-        for count in range(2, 12):
-            assert {name for name, _ in split_texts(texts[:count], share)} == set(SPLITS)
-        for length in range(2, 12):
-            (train, kept), (held_out, cut) = split_texts(["x" * length], share)
-            assert (train, held_out) == SPLITS
-            assert kept
-            assert cut
-            assert len(kept + cut) == length
-    assert list(split_texts(["x"], 0.5)) == [("train", "x")]
-    assert list(split_texts(["0123456789"], 0.2)) == [("train", "01234567"), ("held_out", "89")]
-    assert list(split_texts([], 0.5)) == []
 
 
 def test_holds_one_document_at_a_time(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def make_corpus(folder: Path) -> None:
             packed = number % 2
             (text / f"{ending[1:]}{number}{ending}{'.gz' if packed else ''}").write_bytes(
                 gzip.compress(content) if packed else content)
-    lines = [{"text": "j" * 500}] * 15 + [{"text": "r" * 500, "lang": "Rust"}] * 15
+    lines = [{"text": letter * (480 + number), **named} for letter, named in (("j", {}), ("r", {"lang": "Rust"}))
+             for number in range(30)]
     (text / "lines.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
 
 

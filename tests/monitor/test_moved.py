@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from moescale.data.token_file import TokenSplit
+from moescale.data.split import TokenSplit
+from moescale.data.tokenizer import ByteTokenizer
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
 from moescale.monitor.held_out import moved
@@ -18,6 +19,7 @@ from moescale.monitor.record import Seen, recording
 from moescale.monitor.routing import routing_metrics
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
+from tests.data import make
 from tests.parallel.test_layouts import VOCAB, make_batches, make_config
 
 TOKENS = 400  # fewer than are followed, so that the last sequence ends in padding
@@ -25,7 +27,7 @@ TOKENS = 400  # fewer than are followed, so that the last sequence ends in paddi
 
 def make_split() -> TokenSplit:
     tokens = np.random.default_rng(7).integers(0, VOCAB, TOKENS).astype(np.uint16)
-    return TokenSplit((tokens,), np.array([0, 31, 200]), TOKENS, VOCAB, "nowhere", np.zeros(3, np.uint8), (".txt",))
+    return make.make_split([tokens], [np.array([0, 31, 200])], VOCAB)
 
 
 def run(folder: Path, family: str, parallel: dict[str, Any], follow: bool) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def run(folder: Path, family: str, parallel: dict[str, Any], follow: bool) -> di
     config = make_config(family, parallel)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
-    evaluation = Evaluation(config, mesh, make_split(), folder)
+    evaluation = Evaluation(config, mesh, make_split(), ByteTokenizer(), folder)
     losses, counts, looks = [], [], [evaluation.follow(engine)] if follow else []
     for step in range(4):
         losses.append(float(engine.forward_backward(make_batches(step, mesh.batch_rank, mesh.batch_size))
@@ -79,7 +81,7 @@ def test_moved_equals_a_recount(tmp_path: Path) -> None:
     config = make_config("left_behind", {})
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
-    evaluation = Evaluation(config, mesh, make_split(), tmp_path)
+    evaluation = Evaluation(config, mesh, make_split(), ByteTokenizer(), tmp_path)
     found: list[dict[tuple[int, int], set[int]]] = []
     for _ in range(2):
         seen: list[Seen] = []
