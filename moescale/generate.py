@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_state
+from moescale.checkpoint.native import check_model
+from moescale.checkpoint.store import load_checkpoint, read_last, read_state
 from moescale.config import Config, ConfigError, load_config
 from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from moescale.model.build import build_model
@@ -23,12 +24,12 @@ def load_model(path: Path, overrides: Sequence[str] = ()) -> tuple[LanguageModel
 
     -> the model, the run's configuration, and the checkpoint that was read
     """
-    if not path.exists():
-        raise ConfigError(f"no such checkpoint: {path}")
-    checkpoint = path if (path / "checkpoint.json").exists() else latest_checkpoint(path)
-    if checkpoint is None:
-        raise ConfigError(f"{path} holds no checkpoint: give a run directory or RUN/checkpoints/step_...")
+    return read_last(path, lambda folder: _load(folder, overrides))
+
+
+def _load(checkpoint: Path, overrides: Sequence[str]) -> tuple[LanguageModel, Config, Path]:
     config = load_config(checkpoint / "config.yaml", overrides, whole=True)
+    check_model(checkpoint, config)
     model = build_model(config)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     for buffer in model.buffers():
@@ -36,6 +37,15 @@ def load_model(path: Path, overrides: Sequence[str] = ()) -> tuple[LanguageModel
     tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     load_checkpoint(checkpoint, tensors, prefix="model.")
     return model.eval(), config, checkpoint
+
+
+def load_with_tokenizer(path: Path) -> tuple[LanguageModel, Config, Tokenizer]:
+    """Load weights and the tokenizer that they were trained with. path: a checkpoint or a run directory."""
+    def load(folder: Path) -> tuple[LanguageModel, Config, Tokenizer]:
+        model, config, _ = _load(folder, ())
+        return model, config, tokenizer_of_checkpoint(config.data, folder, read_state(folder)["step"])
+
+    return read_last(path, load)
 
 
 def generate_text(
@@ -48,8 +58,7 @@ def generate_text(
     """
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"--temperature={temperature}: write a number from 0 up, e.g. 0.8")
-    model, config, checkpoint = load_model(path)
-    tokenizer = tokenizer_of_checkpoint(config.data, checkpoint, read_state(checkpoint)["step"])
+    model, config, tokenizer = load_with_tokenizer(path)
     start = _start(tokenizer, prompt, special, config.model.vocab_size)
     names = [] if special else tokenizer.special_tokens(prompt)
     if names:

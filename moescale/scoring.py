@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from moescale.checkpoint.store import read_state
+from moescale.checkpoint.store import read_last, read_state
 from moescale.config import ConfigError, DataConfig
 from moescale.data.batches import held_out_batches
 from moescale.data.token_file import prepare_tokens
 from moescale.data.tokenizer import tokenizer_of_checkpoint
-from moescale.generate import load_model
+from moescale.generate import load_model, load_with_tokenizer
 
 EVALUATION_KEYS = ("data.", "monitor.eval_sequences", "precision.compute")  # that an evaluation may change
 SEQUENCES_A_PASS, PASSES_AT_HAND = 16, 64
@@ -64,7 +64,11 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> tuple[Eval
         if not key.startswith(EVALUATION_KEYS):
             raise ConfigError(f"{key} cannot change in an evaluation: write data.files=[...], another key of data, "
                               f"{' or '.join(EVALUATION_KEYS[1:])}")
-    model, config, checkpoint = load_model(path, overrides)
+    return read_last(path, lambda folder: _evaluate(folder, overrides, keys))
+
+
+def _evaluate(folder: Path, overrides: Sequence[str], keys: Sequence[str]) -> tuple[Evaluated, list[str]]:
+    model, config, checkpoint = load_model(folder, overrides)
     state = read_state(checkpoint)
     own = "data.files" not in keys and "data.held_out_files" not in keys
     data = _with_own_tokenizer(config.data, checkpoint, state["step"], "data.tokenizer" in keys)
@@ -112,8 +116,7 @@ class Scorer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.model, config, checkpoint = load_model(Path(path))
-        self.tokenizer = tokenizer_of_checkpoint(config.data, checkpoint, read_state(checkpoint)["step"])
+        self.model, config, self.tokenizer = load_with_tokenizer(Path(path))
         self.context, self.num_rows = config.data.seq_len, config.model.vocab_size
 
     def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -19,9 +20,12 @@ from moescale.checkpoint.hf_config import write_notes
 from moescale.checkpoint.inspect import describe, print_description, print_fingerprints
 from moescale.checkpoint.loads import read_loads
 from moescale.checkpoint.mapped import Layout, Opened
+from moescale.checkpoint.readers import trying_again
 from moescale.config import ConfigError
+from moescale.config.files import explain
 
 Compare = Callable[..., str]
+T = TypeVar("T")
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SHOWN = 4  # names of tensors that are left out
 
@@ -46,11 +50,19 @@ class Options:
 
 def inspect(source: Path, as_json: bool) -> None:
     """Print what a checkpoint holds. Raises ConfigError."""
-    values = describe(open_source(source))
+    values = _with(source, describe)
     if as_json:
         print(json.dumps(values, indent=1))
     else:
         print_description(values)
+
+
+def _with(source: Path, work: Callable[[Opened], T]) -> T:
+    """Work with a checkpoint, with the next one of a run where the run removed it meanwhile. Raises ConfigError."""
+    try:
+        return trying_again(lambda: open_source(source), lambda opened: opened.path.exists(), work)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or source}: {explain(error)}") from None
 
 
 def run(source: Path, destination: Path, options: Options, compare: Compare | None) -> None:
@@ -59,7 +71,10 @@ def run(source: Path, destination: Path, options: Options, compare: Compare | No
         raise ConfigError(f"--to {options.to} is no format: write one of {', '.join(FORMATS)}")
     if options.dtype not in DTYPES:
         raise ConfigError(f"--dtype {options.dtype}: write float32 or bfloat16")
-    opened = open_source(source)
+    _with(source, lambda opened: _convert(source, opened, destination, options, compare))
+
+
+def _convert(source: Path, opened: Opened, destination: Path, options: Options, compare: Compare | None) -> None:
     change, same = _change(source, opened, options)
     said: list[str] = []
 

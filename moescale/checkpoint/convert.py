@@ -35,6 +35,7 @@ from moescale.checkpoint.mapped import Layout, Opened, check_pieces, read_atom
 from moescale.checkpoint.region import Chunk, Shape, Stored, read_region, write_region
 from moescale.checkpoint.table import Piece
 from moescale.config import Config, ConfigError
+from moescale.config.files import explain as reason
 
 THREADS = 4
 BLOCK = 1 << 20  # elements looked at at a time
@@ -57,6 +58,10 @@ class Format(Protocol):
 
 
 FORMATS: dict[str, Format] = {module.NAME: module for module in (native, hf, megatron_files, deepspeed)}
+
+
+class RemovedError(ConfigError):
+    """A source that is no longer there."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,24 @@ def open_source(path: Path) -> Opened:
                 else "")
         raise ConfigError(f"no such checkpoint: {path}{hint}")
     for module in FORMATS.values():
-        if module.detect(path):
-            opened = module.open_checkpoint(path)
-            return opened if opened.format == native.NAME else with_companions(opened, path)
+        opened = _open(module, path)
+        if opened is not None:
+            return opened
     raise ConfigError(explain(path) or f"{path} is no checkpoint of a known format: " + ", ".join(FORMATS))
+
+
+def _open(module: Format, path: Path) -> Opened | None:
+    """Open a checkpoint of one format; None where it is of another. Raises ConfigError."""
+    try:
+        if not module.detect(path):
+            return None
+        opened = module.open_checkpoint(path)
+        return opened if opened.format == native.NAME else with_companions(opened, path)
+    except ConfigError:
+        raise
+    except Exception as error:  # what other programs or enemies wrote can be odd in any way
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}, "
+        raise ConfigError(f"{path} cannot be read as a checkpoint of {module.NAME}: {kind}{reason(error)}") from None
 
 
 def convert(
@@ -156,6 +175,8 @@ def convert(
         journal.discard()  # it would come to the same end again
         raise
     except OSError as error:
+        if not source.path.exists():
+            raise RemovedError(f"{source.path} was removed while it was read") from None
         raise ConfigError(f"{destination} could not be written: {(error.strerror or str(error)).lower()}; the same "
                           "command goes on from here") from None
     finally:

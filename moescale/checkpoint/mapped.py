@@ -33,6 +33,7 @@ class Opened:
 
     atoms: shapes of native tensors, each expert's apart. tensors, by key. left_out: tensors that are not read, and why.
     files: to take along, by name. state: small values that a run goes on from. notes: what the user should hear.
+    hold: keeps it from being removed.
     """
 
     format: str
@@ -46,6 +47,7 @@ class Opened:
     files: Mapping[str, bytes] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    hold: object = None
 
     def __post_init__(self) -> None:
         check_pieces(self.atoms, {key: stored.shape for key, stored in self.tensors.items()}, self.pieces,

@@ -12,8 +12,16 @@ from moescale.checkpoint.companions import TOKENIZER, read_companions
 from moescale.checkpoint.containers import Sizes, create_distributed, open_distributed
 from moescale.checkpoint.index import read_index
 from moescale.checkpoint.mapped import Layout, Opened
+from moescale.checkpoint.readers import Hold
 from moescale.checkpoint.region import Shape, Stored, region
-from moescale.checkpoint.store import MANIFEST, latest_checkpoint, verify_checkpoint, write_manifest
+from moescale.checkpoint.store import (
+    MANIFEST,
+    latest_checkpoint,
+    read_last,
+    read_stored,
+    verify_checkpoint,
+    write_manifest,
+)
 from moescale.checkpoint.table import Piece
 from moescale.config import Config, ConfigError, load_config
 
@@ -85,9 +93,11 @@ def detect(path: Path) -> bool:
 
 def open_checkpoint(path: Path) -> Opened:
     """Open a checkpoint, or the last one of a run directory. Raises ConfigError."""
-    folder = path if (path / MANIFEST).exists() else latest_checkpoint(path)
-    assert folder is not None
-    manifest = verify_checkpoint(folder)
+    return read_last(path, _open)
+
+
+def _open(folder: Path) -> Opened:
+    hold, manifest = Hold(folder), verify_checkpoint(folder)
     config = load_config(folder / "config.yaml", whole=True)
     tensors = open_distributed(folder)
     atoms = native_atoms(config)
@@ -95,7 +105,19 @@ def open_checkpoint(path: Path) -> Opened:
         atoms = with_planes(atoms)
     files = read_companions(folder)
     return Opened(NAME, folder, config, Layout(), atoms, tensors, native_pieces(atoms, config.moe.num_experts),
-                  files=files, state=manifest["state"])
+                  files=files, state=manifest["state"], hold=hold)
+
+
+def check_model(folder: Path, config: Config) -> None:
+    """Refuse a checkpoint that does not hold the weights of this model, before there is room for them in memory."""
+    stored = read_stored(folder)
+    atoms = native_atoms(config)
+    shapes = {piece.key: piece.shape for piece in native_pieces(atoms, config.moe.num_experts)}
+    for key, shape in shapes.items():
+        found = stored.get(key)
+        if found is None or tuple(found.size) != shape:
+            there = "is not in it" if found is None else f"has shape {list(found.size)} there and {list(shape)} here"
+            raise ConfigError(f"{folder} is a checkpoint of another model than its configuration says: {key} {there}")
 
 
 def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:

@@ -32,12 +32,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moescale.checkpoint.index import INDEX, SafeReader, read_index
 from moescale.checkpoint.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
+from moescale.checkpoint.readers import ATTEMPTS, holding, is_held, trying_again
 from moescale.config import ConfigError, LostRanksError, TrainingError
+from moescale.config.files import inside, read_json
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
-NAME = re.compile(r"step_(\d{8,})")
-LEFTOVER = re.compile(r"step_\d{8,}(\.old)?\.partial")
+NAME = re.compile(r"step_([0-9]{8,15})")
+FILE = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # names in a manifest
+LARGEST_STEP = 10**15
+LEFTOVER = re.compile(r"step_[0-9]{8,15}(\.old)?\.partial")
 UNMARKED = re.compile(r"__\d+_\d+\.distcp|\.metadata|config\.yaml|tokenizer\.json")  # what older versions left
 SEEN_SECONDS = 60.0  # until a node sees on a network disk what another one has written
 T = TypeVar("T")
@@ -116,6 +120,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     return dict(_read_manifest(folder)["state"])
 
 
+def read_stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Say what is stored of each tensor, by its name. Raises ConfigError."""
+    return read_index(folder, _read_manifest(folder)["files"])
+
+
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """Hold every file to its size and checksum. -> the manifest. Raises ConfigError."""
     manifest = _read_manifest(folder)
@@ -139,8 +148,43 @@ def missing_file(folder: Path) -> str | None:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Find the whole checkpoint of the highest step."""
-    return max(_all(run_dir / "checkpoints"), key=_step, default=None)
+    """Find the whole checkpoint of the highest step, of a run that may be saving and removing others."""
+    parent = run_dir / "checkpoints"
+    for _ in range(ATTEMPTS):
+        before = _names(parent)
+        found = max(_all(parent), key=_step, default=None)
+        if found is not None or _names(parent) == before:
+            return found
+    return None
+
+
+def _names(parent: Path) -> set[str]:
+    return {folder.name for folder in parent.iterdir()} if parent.is_dir() else set()
+
+
+def last_checkpoint(path: Path) -> Path:
+    """Find the checkpoint that is meant by a checkpoint's folder or a run directory. Raises ConfigError."""
+    if not path.exists():
+        raise ConfigError(f"no such checkpoint: {path}")
+    found = path if (path / MANIFEST).exists() else latest_checkpoint(path)
+    if found is None:
+        raise ConfigError(f"{path} holds no checkpoint: give a run directory or RUN/checkpoints/step_...")
+    return found
+
+
+def read_last(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a checkpoint, or the last whole one of a run, which may be removing old ones meanwhile. Raises ConfigError.
+
+    read: is given the checkpoint's folder, which is held as long as it reads.
+    """
+    def held(folder: Path) -> T:
+        with holding(folder):
+            return read(folder)
+
+    try:
+        return trying_again(lambda: last_checkpoint(path), lambda folder: (folder / MANIFEST).exists(), held)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {_describe(error)}") from None
 
 
 def _all(parent: Path) -> list[Path]:
@@ -310,6 +354,8 @@ def _finish(partial: Path, folder: Path, state: dict[str, Any], listing: dict[st
 def _remove_old(parent: Path, keep: int) -> None:
     try:
         for folder in sorted(_all(parent), key=_step)[:-keep]:
+            if is_held(folder):
+                continue  # it goes after a later save
             aside = folder.with_suffix(".partial")  # a kill in the middle leaves nothing that looks whole
             set_aside(folder, aside)
             remove_marked(aside)
@@ -335,6 +381,7 @@ def _verify(folder: Path, expected: dict[str, list[int]]) -> None:
         path = folder / name
         if not path.exists():
             raise ConfigError(f"{folder} is damaged: {name} is missing; {advice}")
+        inside(folder, name)
         if path.stat().st_size != size:
             raise ConfigError(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes; {advice}")
         if _check_sums(folder, name)[name][1] != crc:
@@ -411,15 +458,20 @@ def _compare(
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         version = manifest["format"]
         if version != FORMAT:
             raise ConfigError(f"{folder} has format {version}; this MoEScale reads format {FORMAT}")
-        if not isinstance(manifest["state"]["step"], int) or INDEX not in manifest["files"]:
+        step, named = manifest["state"]["step"], NAME.fullmatch(folder.name)
+        if type(step) is not int or not 0 <= step < LARGEST_STEP or INDEX not in manifest["files"]:
             raise ValueError
         for name, (size, crc) in manifest["files"].items():
-            if Path(name).name != name or not isinstance(size, int) or not isinstance(crc, int):
+            if not FILE.fullmatch(name) or type(size) is not int or type(crc) is not int:
                 raise ValueError
+        if named is not None and int(named[1]) != step:
+            raise ConfigError(f"{folder} holds step {step:,}, so it was renamed: name it step_{step:08d}")
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
