@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from moescale.checkpoint.containers import (
     Sizes,
@@ -77,13 +77,25 @@ def _left_out(names: Sequence[str]) -> dict[str, str]:
             if re.fullmatch(pattern, name.rpartition(":")[2])}
 
 
+def stored_arguments(folder: Path) -> Namespace:
+    """Read the arguments that an iteration's folder keeps. Raises ConfigError."""
+    if (folder / METADATA).is_file():
+        return _arguments(_common(folder, read_metadata(folder))[0])
+    first = min(inner.name for inner in folder.glob("mp_rank_*"))
+    return _arguments(open_pickle(inside(folder, f"{first}/{MODEL_FILE}")))
+
+
+def _common(folder: Path, metadata: Metadata) -> tuple[Any, Path]:
+    """Read what a distributed checkpoint keeps beside tensors. Returns it, and where it lies."""
+    if (folder / COMMON).is_file():
+        return open_pickle(inside(folder, COMMON)), folder / COMMON
+    stored = read_object(folder, metadata, COMMON_OBJECT)  # a list of the one object
+    return stored[0] if isinstance(stored, list) and stored else None, folder
+
+
 def _open_distributed(folder: Path) -> Opened:
     metadata = read_metadata(folder)
-    if (folder / COMMON).is_file():
-        common, place = open_pickle(inside(folder, COMMON)), folder / COMMON
-    else:
-        stored = read_object(folder, metadata, COMMON_OBJECT)  # a list of the one object
-        common, place = stored[0] if isinstance(stored, list) and stored else None, folder
+    common, place = _common(folder, metadata)
     config = read_arguments(_arguments(common), str(place))
     names = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)]
     left_out = _left_out(names)

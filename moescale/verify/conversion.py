@@ -13,6 +13,7 @@ from moescale.checkpoint.mapped import Opened, atoms_of
 from moescale.checkpoint.native import PLANES
 from moescale.config import ConfigError
 from moescale.model.build import build_model
+from moescale.verify import megatron
 
 SEQUENCES, SEQ = 2, 64
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -48,6 +49,8 @@ def logits(opened: Opened, tokens: Tensor) -> Tensor:
         from moescale.verify.transformers import logits as transformers_logits
 
         return transformers_logits(opened.path, tokens)
+    if opened.format == "megatron":
+        return megatron.logits(opened, tokens)
     precision = opened.config.precision.model_copy(update={"compute": "float32"})
     model = build_model(opened.config.model_copy(update={"precision": precision}), "cpu")
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if "statistics" not in name}

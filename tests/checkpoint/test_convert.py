@@ -21,6 +21,7 @@ from moescale.checkpoint.mapped import Layout, atoms_of
 from moescale.checkpoint.native import native_atoms
 from moescale.cli import app
 from moescale.config import Config
+from moescale.verify import megatron
 from tests.checkpoint.models import DENSE, MIXED, make_config, make_tensors, write_run
 
 STYLES = ("sequential", "grouped", "te_grouped")
@@ -215,3 +216,18 @@ def test_the_command(tmp_path: Path) -> None:
     assert described[2]["layout"] == {"ep": 2, "tp": 2, "pp": 2, "etp": 1, "style": "sequential"}
     assert described[0]["experts"] == 12
     assert "layer 1" in call("--inspect", tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("shape", "style"), [
+    pytest.param(shape, style, marks=() if style is None or shape in ("shared", "mixed") else pytest.mark.slow)
+    for shape in SHAPES for style in (None, *STYLES)])
+def test_logits_by_megatrons_own_arguments(tmp_path: Path, shape: str, style: str | None) -> None:
+    """Read once more, by themselves, from what was written for one rank and for several."""
+    config = make_config(*SHAPES[shape])
+    run, there = write_run(tmp_path / "run", config), tmp_path / "there"
+    ranks = {"sequential": (2, 2, 2, 1), "grouped": (2, 2, 1, 2), "te_grouped": (1, 1, 2, 1)}
+    layout = Layout(*ranks[style], style) if style and shape != "multi-query" else Layout(style=style)
+    convert(open_source(run), there, "megatron", layout)
+    tokens = torch.arange(80).view(2, 40) * 7 % 264
+    theirs = megatron.logits(open_source(there), tokens)
+    torch.testing.assert_close(theirs, moescale.load(run).logits(tokens), rtol=0, atol=1e-6)

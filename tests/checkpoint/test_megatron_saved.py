@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,14 @@ import torch
 from typer.testing import CliRunner
 
 import moescale
-from moescale.checkpoint.convert import open_source
+from moescale.checkpoint import megatron_files
+from moescale.checkpoint.convert import convert, open_source
+from moescale.checkpoint.mapped import Layout
+from moescale.checkpoint.table import Row
 from moescale.cli import app
+from moescale.config import ConfigError
+from moescale.verify import megatron
+from moescale.verify.conversion import compare_models
 
 MADE = Path(__file__).parent / "megatron"
 ARCHIVES = sorted(MADE.glob("*.tar.xz"))
@@ -42,7 +49,29 @@ def test_logits_of_its_own_model(tmp_path: Path, archive: Path) -> None:
     assert result.exit_code == 0, result.output
     kind = archive.name.partition("-")[0]
     known = LOGITS[SAME_MODEL.get(kind, kind)]
+    reference = megatron.logits(open_source(there), torch.tensor([known["tokens"]]))[0, -4:]
+    torch.testing.assert_close(reference, torch.tensor(known["logits"]), rtol=0, atol=2e-6)
     logits = moescale.load(tmp_path / "run").logits(torch.tensor([known["tokens"]]))[0, -4:]
     torch.testing.assert_close(logits, torch.tensor(known["logits"]), rtol=0, atol=1e-5)
     if kind != "files":
         assert any(name.startswith("optimizer.state.exp_avg.") for name in open_source(there).left_out)
+
+
+FAULTS = {"gate and up": ("gate", "up"), "keys and values": (".k.", ".v."), "norms": (".mixer_norm.", ".channel_norm.")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("archive", ["mixtral-0.16.1", "sigmoid-0.20.0dev"])
+def test_a_wrong_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: str, fault: str) -> None:
+    """What is read is read back, right or wrong: another reading of Megatron's arguments and tensors can tell."""
+    one, two = FAULTS[fault]
+
+    def exchanged(found: Row) -> Row:
+        other = found.native.replace(one, two) if one in found.native else found.native.replace(two, one)
+        return replace(found, native=other)
+
+    there = unpacked(MADE / f"{archive}.tar.xz", tmp_path / "there")
+    wrong = {kind: tuple(exchanged(found) for found in rows) for kind, rows in megatron_files.DISTRIBUTED.items()}
+    monkeypatch.setattr(megatron_files, "DISTRIBUTED", wrong)
+    with pytest.raises(ConfigError, match="--verify: largest difference"):
+        convert(open_source(there), tmp_path / "run", "moescale", Layout(), check=compare_models)
