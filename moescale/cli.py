@@ -225,23 +225,27 @@ def report(
 
     moescale report runs/quickstart
 
-    moescale report runs/a runs/b -o both.html    # one laid over the other
+    moescale report runs/a runs/b -o both.html    # laid over each other, with a table of the keys that differ
 
     moescale report runs/quickstart --terminal
     """
     with _one_line_errors(*runs, output, stopped="stopped"):
-        from moescale.monitor.history import read_history
+        from moescale.monitor.comparison import compare, read_histories
 
-        histories = [read_history(run) for run in runs]
+        histories, problems = read_histories(runs)
+        for problem in problems:
+            typer.echo(f"moescale: left out: {problem}", err=True)
         if terminal:
-            from moescale.monitor.characters import draw
+            from moescale.monitor.characters import draw, draw_table
 
             for history in histories:
-                typer.echo(draw(history, shutil.get_terminal_size().columns))
+                typer.echo(draw(history, shutil.get_terminal_size().columns) + "\n")
+            if len(histories) > 1:
+                typer.echo(draw_table(compare(histories)))
             return
         from moescale.monitor.report import write_report
 
-        path = output or runs[0] / "report.html"
+        path = output or histories[0].directory / "report.html"
         write_report(histories, path)
         typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 

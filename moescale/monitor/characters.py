@@ -50,6 +50,14 @@ def draw(run: History, width: int) -> str:
     return "\n".join(lines)
 
 
+def draw_table(rows: Sequence[Sequence[str]]) -> str:
+    """Draw rows of cells, the first column to the left and the others to the right."""
+    shown = [[visible(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) if place else cell.ljust(width)
+                                for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in shown)
+
+
 def _cells(loads: np.ndarray, width: int) -> str:
     """One character an expert; of several experts to a character the one furthest from the mean."""
     groups = np.array_split(loads, min(len(loads), max(1, width)))

@@ -13,9 +13,10 @@ import numpy as np
 
 from moescale.config import ConfigError
 from moescale.monitor.characters import furthest
+from moescale.monitor.comparison import compare
 from moescale.monitor.history import History
 from moescale.monitor.report_text import load_codes, text_section
-from moescale.monitor.svg import COLOURS, as_html, cell_map, line_chart, load_classes, share_classes
+from moescale.monitor.svg import as_html, cell_map, line_chart, load_classes, run_class, share_classes
 from moescale.planner.count import count_parameters
 
 PAGE = Path(__file__).parent / "page"
@@ -30,22 +31,30 @@ CURVES = {  # a key of metrics.jsonl: its title, its unit
     "load_balance_loss": ("balance loss", " (1 = balanced)"), "router_z_loss": ("router z-loss", ""),
     "moe/other_ranks": ("tokens that travel to other ranks", ""),
     "moe/other_nodes": ("tokens that travel to other nodes", ""),
-    "moe/moved": ("held-out tokens that changed experts", ""),
+    "moe/moved": ("held-out tokens that changed experts", ""), "memory_bytes": ("most memory of a rank", " bytes"),
 }
 TILES = {  # a key of the last line: what it is called, how it is written
     "loss": ("loss", "{:.4f}"), "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "moe/max_load": ("busiest expert", "{:.2f}x"), "moe/min_load": ("idlest", "{:.2f}x"),
     "moe/dropped_share": ("dropped", "{:.1%}"),
 }
+MOST_IN_FULL = 3  # runs; of more, what concerns one alone is folded
 LEGEND = '<p class="legend"><i class="k0"></i>none <i class="k1"></i>¼ <i class="k3"></i>½ <i class="k6"></i>mean ' \
          '<i class="k8"></i>2 <i class="k11"></i>4 times</p>'
 
 
 def write_report(runs: Sequence[History], path: Path) -> None:
     """Write the page of some runs, laid over each other. Raises ConfigError when it cannot be written."""
-    title = as_html(" · ".join(run.name for run in runs))
+    title = as_html(" · ".join(run.name for run in runs) if len(runs) <= MOST_IN_FULL else f"{len(runs)} runs")
     sections, moving = zip(*(_run(run, index) for index, run in enumerate(runs)), strict=True)
-    body = [_heading(runs), _curves(runs), *sections]
+    headings = [_heading(run, index) for index, run in enumerate(runs)]
+    if len(runs) > MOST_IN_FULL:
+        parts = [
+            f'<details><summary class="of {run_class(index)}">{as_html(run.name)}</summary>{heading}{section}</details>'
+            for index, (run, heading, section) in enumerate(zip(runs, headings, sections, strict=True))]
+        body = [f'<header><h1 class="all">{title}</h1></header>', _compared(runs), _curves(runs), *parts]
+    else:
+        body = ["<header>", *headings, "</header>", _compared(runs), _curves(runs), *sections]
     data = json.dumps(moving, separators=(",", ":")).replace("<", "\\u003c")
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     page = (
@@ -62,26 +71,38 @@ def write_report(runs: Sequence[History], path: Path) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}: give another path with -o") from None
 
 
-def _heading(runs: Sequence[History]) -> str:
-    rows = []
-    for index, run in enumerate(runs):
-        count, last = count_parameters(run.config), run.last
-        tiles = {"step": f"{run.step:,} of {run.config.run.steps:,}",
-                 "parameters": f"{_large(count.total)}, {_large(count.active)} active", "ranks": _layout(run)}
-        tiles |= {title: form.format(last[key]) for key, (title, form) in TILES.items() if key in last}
-        if "eval_loss" in run.curves:
-            tiles["held-out loss"] = f"{run.curves['eval_loss'].values[-1]:.4f}"
-        cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles.items())
-        alerts = "".join(f"<li>step {step:,}: {as_html(text)}</li>" for step, text in run.alerts[-20:])
-        rows.append(f'<h1 class="run{index % COLOURS}">{as_html(run.name)}</h1><dl class="tiles">{cells}</dl>'
-                    + (f'<ul class="alerts">{alerts}</ul>' if alerts else '<p class="quiet">No alert.</p>'))
-    return "<header>" + "".join(rows) + "</header>"
+def _heading(run: History, index: int) -> str:
+    count, last = count_parameters(run.config), run.last
+    tiles = {"step": f"{run.step:,} of {run.config.run.steps:,}",
+             "parameters": f"{_large(count.total)}, {_large(count.active)} active", "ranks": _layout(run)}
+    tiles |= {title: form.format(last[key]) for key, (title, form) in TILES.items() if key in last}
+    if "eval_loss" in run.curves:
+        tiles["held-out loss"] = f"{run.curves['eval_loss'].values[-1]:.4f}"
+    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles.items())
+    alerts = "".join(f"<li>step {step:,}: {as_html(text)}</li>" for step, text in run.alerts[-20:])
+    return (f'<h1 class="{run_class(index)}">{as_html(run.name)}</h1><dl class="tiles">{cells}</dl>'
+            + (f'<ul class="alerts">{alerts}</ul>' if alerts else '<p class="quiet">No alert.</p>'))
+
+
+def _compared(runs: Sequence[History]) -> str:
+    """A table of several runs, with the keys in which they differ."""
+    if len(runs) == 1:
+        return ""
+    titles, *rows = compare(runs)
+    head = "".join(f"<th>{as_html(title).replace('.', '.<wbr>').replace('_', '_<wbr>')}</th>" for title in titles)
+    body = "".join(
+        f'<tr><th><i class="key {run_class(index)}"></i>{as_html(name)}</th>'
+        + "".join(f'<td title="{as_html(cell)}">{as_html(cell)}</td>' for cell in cells) + "</tr>"
+        for index, (name, *cells) in enumerate(rows))
+    note = "" if "." in "".join(titles) else "<p>Their configurations do not differ.</p>"
+    return ('<section><h2>Runs, and the keys in which they differ</h2><div class="scroll"><table class="runs"><thead>'
+            f"<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}</section>")
 
 
 def _curves(runs: Sequence[History]) -> str:
     charts, zero = [], []
     for key, (title, unit) in CURVES.items():
-        curves = [(run.name, index % COLOURS, run.curves[key]) for index, run in enumerate(runs) if key in run.curves]
+        curves = [(run.name, index, run.curves[key]) for index, run in enumerate(runs) if key in run.curves]
         if curves and not any(curve.values.any() for *_, curve in curves):
             zero.append(title)
         else:
@@ -111,7 +132,7 @@ def _loads(run: History, index: int) -> str:
     worst = "".join(f"<li>layer {run.layers[row]}, expert {column}: {final[row, column]:.2f} times the mean</li>"
                     for row, column in furthest(final, 5))
     return (
-        f'<section><h2>Load of each expert <span class="of run{index % COLOURS}">{as_html(run.name)}</span></h2>'
+        f'<section><h2>Load of each expert <span class="of {run_class(index)}">{as_html(run.name)}</span></h2>'
         + LEGEND +
         f'<div class="pair"><figure><figcaption>rows over the layer\'s mean, each layer and expert '
         f'<span class="reading"></span></figcaption>{slider}'

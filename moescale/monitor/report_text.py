@@ -12,7 +12,7 @@ from moescale.config.errors import visible
 from moescale.monitor.content import CLASSES, content_classes, file_kinds, pair_preference, preference, repetition
 from moescale.monitor.held_out import SHOWN_TOKENS, HeldOutRouting
 from moescale.monitor.history import History
-from moescale.monitor.svg import COLOURS, LINES, as_html, cell_map, load_classes
+from moescale.monitor.svg import LINES, as_html, cell_map, load_classes, run_class
 
 ENOUGH_TOKENS = 20  # of a kind, to say who gets them
 MOST_KINDS = 24
@@ -43,7 +43,7 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
         + cell_map(load_classes(values[-1]), names, columns, label=TABLES[key], name=f"{key}{index}", readings=key)
         + "</figure>" for key, (names, values) in tables.items())
     html = (
-        f'<section><h2>Where text goes <span class="of run{index % COLOURS}">{as_html(run.name)}</span></h2><p>'
+        f'<section><h2>Where text goes <span class="of {run_class(index)}">{as_html(run.name)}</span></h2><p>'
         f"Held-out text at step {routing.step:,}; a colour is a token's first expert, here in layer "
         f"<b>{routing.layers[-1]}</b>. Pointing at a token names its experts, their weights, and the router's largest "
         "probabilities.</p>"

@@ -13,7 +13,8 @@ import numpy as np
 from moescale.config.errors import visible
 from moescale.monitor.history import Curve
 
-COLOURS = 6  # of runs
+COLOURS, DASHES = 6, 4  # of runs
+MOST_NAMED = 4  # runs whose figures stand above a chart by name
 LINES = "\n\t"  # what may stand in a text of several lines
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 360, 170, 44, 20, 8, 8
 
@@ -23,9 +24,14 @@ def as_html(text: str, keep: str = "") -> str:
     return escape(visible(text, keep))
 
 
+def run_class(index: int) -> str:
+    """Give the classes of a run's colour, and of its dashes where there are more runs than colours."""
+    return f"run{index % COLOURS} dash{index // COLOURS % DASHES}"
+
+
 def line_chart(title: str, curves: Sequence[tuple[str, int, Curve]], unit: str = "") -> str:
-    """Draw curves over one axis of steps. curves: name, number of the colour, curve. -> a figure"""
-    drawn = [(name, colour, curve.thinned()) for name, colour, curve in curves if len(curve.steps)]
+    """Draw curves over one axis of steps. curves: name, number of the run, curve. -> a figure"""
+    drawn = [(name, number, curve.thinned()) for name, number, curve in curves if len(curve.steps)]
     if not drawn:
         return ""
     first, last = (pick(float(pick(curve.steps)) for *_, curve in drawn) for pick in (min, max))
@@ -42,13 +48,16 @@ def line_chart(title: str, curves: Sequence[tuple[str, int, Curve]], unit: str =
                      f'<text x="{LEFT - 4}" y="{at + 3}" text-anchor="end">{_number(value)}</text>')
     for value, anchor in ((first, "start"), (last, "end")):
         parts.append(f'<text x="{float(x(value)):.0f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{value:,.0f}</text>')
-    for _, colour, curve in drawn:
+    for _, number, curve in drawn:
         points = " ".join(f"{px:.1f},{py:.1f}" for px, py in zip(x(curve.steps), y(curve.values), strict=True))
         mark = f'<circle r="2.5" cx="{points.partition(",")[0]}" cy="{points.partition(",")[2]}"/>'
-        parts.append(f'<g class="run{colour}">'
+        parts.append(f'<g class="{run_class(number)}">'
                      + (f'<polyline points="{points}"/>' if len(curve.steps) > 1 else mark) + "</g>")
     latest = "; ".join(f"{name if len(drawn) > 1 else ''} {_number(float(curve.values[-1]))}".strip()
                        for name, _, curve in drawn)
+    if len(drawn) > MOST_NAMED:
+        ends = [float(curve.values[-1]) for *_, curve in drawn]
+        latest = f"{_number(min(ends))} to {_number(max(ends))}"
     axis = json.dumps({"x": [first, last, LEFT, WIDTH - RIGHT], "y": [low, high, HEIGHT - BOTTOM, TOP]})
     return (f"<figure class=\"chart\" data-axis='{axis}'><figcaption>{as_html(title)} "
             f'<span class="reading">{as_html(latest)}{as_html(unit)}</span></figcaption>'

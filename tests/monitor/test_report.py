@@ -90,6 +90,49 @@ def test_the_terminal_shows_the_worst(tmp_path: Path) -> None:
         assert len(result.output.splitlines()) == 1
 
 
+def test_many_runs_share_a_page_with_the_keys_that_differ(tmp_path: Path) -> None:
+    """Eight runs, two of one name, in between a folder that is gone, one that is empty and a broken configuration."""
+    runs: list[Path] = []
+    for number in range(8):
+        (tmp_path / f"sweep{number // 7}").mkdir(exist_ok=True)
+        run = make_run(tmp_path / f"sweep{number // 7}" / f"run{number % 7}", layers=1, experts=4, steps=3)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config |= {"optim": {"lr": 0.001 * (number + 1)}, "run": {**config["run"], "dir": str(run)}}
+        config["moe"]["router"] = "gshard" if number == 5 else "mixtral"
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        runs.append(run)
+    for name, text in (("empty", None), ("broken", "moe: {num_expert: 4}")):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "config.yaml").write_text(text)
+            (tmp_path / name / "metrics.jsonl").write_text('{"step": 1}\n')
+    bad = [tmp_path / "gone", tmp_path / "empty", tmp_path / "broken"]
+    page = tmp_path / "page.html"
+    words = [str(path) for path in (bad[0], *runs[:3], bad[1], bad[2], *runs[3:])]
+    result = CliRunner().invoke(app, ["report", *words, "-o", str(page)])
+    assert result.exit_code == 0, result.output
+    left_out = [line for line in result.output.splitlines() if "left out" in line]
+    assert len(left_out) == 3
+    assert all(any(str(path) in line for line in left_out) for path in bad)
+    table = re.search(r'<table class="runs">(.*?)</table>', page.read_text(), re.DOTALL)
+    assert table is not None
+    rows = [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row)]
+            for row in table[1].split("<tr>")[1:]]
+    assert rows[0][:4] == ["run", "moe.router", "optim.lr", "step"], "not run.dir, which names them"
+    assert [row[1:3] for row in rows[1:]] == [
+        ["gshard" if number == 5 else "mixtral", f"{0.001 * (number + 1)}"] for number in range(8)]
+    assert [row[0] for row in rows[2:8]] == [f"run{number}" for number in range(1, 7)]
+    assert len({row[0] for row in rows}) == 9, "no two of one name"
+    classes = re.findall(r'<g class="(run. dash.)">', page.read_text())
+    assert len(set(classes)) == 8, "each has a line of its own kind"
+    terminal = CliRunner().invoke(app, ["report", "--terminal", *words])
+    assert terminal.exit_code == 0
+    assert "optim.lr" in terminal.output
+    nothing = CliRunner().invoke(app, ["report", *map(str, bad)])
+    assert nothing.exit_code == 2
+    assert len(nothing.output.splitlines()) == 1
+
+
 def test_kinds_of_text_and_repetition_against_loops(tmp_path: Path) -> None:
     routing = make_text(tmp_path, layers=2, experts=4)
     kinds = [CLASSES[kind] for kind in content_classes(routing)[: len(TEXT)]]
