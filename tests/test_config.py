@@ -59,6 +59,9 @@ def test_what_is_left_to_derive() -> None:
     assert settled.parallel.dp_shard == 2
     assert settled.data.micro_batch == 4, "the largest that fills a pipeline of two"
     assert settle(2).data.micro_batch == 8, "a rank's whole share"
+    assert settle(4, data={"micro_batch": 8}).data.micro_batch == 4, "a file that suits two ranks suits four"
+    with pytest.raises(ConfigError, match=r"data\.micro_batch=8"):
+        settle(4, data={"micro_batch": 8}, moe={"balance_over": "micro_batch"})
 
 
 @pytest.mark.parametrize("group", [field.annotation for field in Config.model_fields.values()] + [LayerConfig])

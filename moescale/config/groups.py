@@ -78,7 +78,7 @@ class DataConfig(Group):
     global_batch: int = Field(16, ge=1)
     """Sequences in a step, over all ranks."""
     micro_batch: int | None = Field(None, ge=1)
-    """Sequences in one pass of a rank; more passes add up their gradients; null is the rank's whole share."""
+    """Sequences in one pass of a rank, at most its share, which null is; more passes add up their gradients."""
     held_out: float = Field(0.02, gt=0, lt=1)
     """Share of the documents that is kept for evaluation and never trained on, chosen by a hash of each one's text."""
     held_out_files: tuple[LocalPath, ...] = ()

@@ -118,6 +118,8 @@ def _settle_micro_batch(config: Config, parallel: ParallelConfig) -> int:
             f"data.global_batch={data.global_batch} must be a multiple of the {batch_ranks} ranks that share it: "
             f"use {round_up(data.global_batch, batch_ranks)}")
     share = data.global_batch // batch_ranks
+    if data.micro_batch is not None and data.micro_batch > share and config.moe.balance_over != "micro_batch":
+        return share  # one pass; a file that suits few ranks suits more
     if data.micro_batch is not None:
         refuse(share % data.micro_batch != 0,
                 f"data.micro_batch={data.micro_batch} must divide a rank's share of {share} sequences "
