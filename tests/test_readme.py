@@ -40,7 +40,8 @@ def test_overrides_of_the_readme_fit_together(command: Command) -> None:
 
 
 def test_blocks_are_read_and_marked() -> None:
-    text = "```sh\na b  # said\n\nc '#d'\n```\n<!-- not run: a cluster -->\n```sh\ne\n```\n```\nf\n```\n```python\ng\nh\n```"
+    text = ("```sh\na b  # said\n\nc '#d'\n```\n<!-- not run: a cluster -->\n```sh\ne\n```\n```\nf\n```\n"
+            "```python\ng\nh\n```")
     assert read_commands(text) == [
         Command(2, "a b", "sh", None), Command(4, "c '#d'", "sh", None), Command(8, "e", "sh", "a cluster"),
         Command(14, "g\nh", "python", None)]
