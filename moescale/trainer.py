@@ -41,6 +41,7 @@ from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
 from moescale.resume import Standing, go_on
 
+LIBRARY_EPOCHS = 50.0  # of Python's own library, which is there to try things out
 MISTAKE_SECONDS = 10.0  # that a rank waits for the others before it says alone what is wrong
 
 
@@ -73,9 +74,7 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
         checkpoint = choose_checkpoint(ranks, run_dir)
         standing = Standing() if checkpoint is None else ranks.together(
             lambda: go_on(checkpoint, config, corpus, tokenizer))
-        data = config.data
-        batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
-                          start=standing.start)
+        batches = ranks.together(lambda: _batches(config, corpus, standing))
         config = _without_allowances(config)
         with _named_memory(config):
             mesh = start_mesh(config, ranks.store)
@@ -137,6 +136,21 @@ def _prepare(config: Config) -> tuple[Tokenizer, TokenCorpus]:
     tokenizer = configured_tokenizer(config.data)
     check_vocabulary(tokenizer, config.model.vocab_size)
     return tokenizer, prepare_tokens(config.data)
+
+
+def _batches(config: Config, corpus: TokenCorpus, standing: Standing) -> Batches:
+    """Order the training text. Raises ConfigError when the run would see it too often."""
+    data, steps = config.data, config.run.steps
+    batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
+                      start=standing.start)
+    epochs = batches.epochs(steps)
+    limit = LIBRARY_EPOCHS if data.max_epochs is None and corpus.is_default else data.max_epochs
+    if limit is not None and epochs > limit:
+        text = "the source of Python's own library" if corpus.is_default else "the text in data.files"
+        raise ConfigError(f"run.steps={steps} would see {text}, {corpus.train.num_tokens / 1e6:,.1f}M tokens, "
+                          f"{epochs:,.2f} times, and {limit:g} are allowed: name more text in data.files, or write "
+                          f"data.max_epochs={math.ceil(epochs)}")
+    return batches
 
 
 def _check_packages(config: Config) -> None:
@@ -259,6 +273,7 @@ class _Run:
         speed = (step - first) * tokens_per_step / (time.perf_counter() - started)
         figures = {
             "tokens": self.batches.position(step).tokens,
+            "epoch": self.batches.epochs(step),
             "loss": losses.cross_entropy.item(),
             "loss_max": self.highest_loss.item(),
             "load_balance_loss": losses.load_balance.item(),
@@ -342,8 +357,11 @@ class _Run:
             f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M of them active a token; "
             f"{self.mesh.world_size} ranks{f' ({layout})' if layout else ''} on {self.mesh.device.type}; "
             f"{self.corpus.train.num_tokens / 1e6:,.1f}M tokens of "
-            f"{self.corpus.train.num_documents:,} documents; into {self.run_dir}"
+            f"{self.corpus.train.num_documents:,} documents, seen {self.batches.epochs(self.config.run.steps):.3g} "
+            f"times by step {self.config.run.steps}; into {self.run_dir}"
         )
+        for note in self.corpus.notes:
+            self.terminal.say(note)
         if checkpoint is not None:
             left = self.config.run.steps - self.engine.step_count
             self.terminal.say(f"going on from {checkpoint}" + ("" if left > 0 else

@@ -81,6 +81,10 @@ class Batches:
         sequences = (step - self.start.step) * self.global_batch
         return Position(step, self.start.sequences + sequences, self.start.tokens + sequences * self.seq_len)
 
+    def epochs(self, step: int) -> float:
+        """Return how often the text has been seen after so many steps."""
+        return self.position(step).sequences / self.num_windows
+
     def micro_batches(self, step: int, rank: int, num_ranks: int, micro_batch: int) -> list[Batch]:
         """Give one batch rank its sequences of one optimizer step, in order.
 
