@@ -57,6 +57,7 @@ def test_a_value_is_read_by_the_type_of_its_key(tmp_path: Path, key: str, text: 
     ("run.dir=null", "quotes"), ("run.dir=", "text"), ("run.dir=[a]", "quotes"), ("data.files=null", "[]"),
     ("data.files=", "list"), ("data.files=a,,b", "[a, b]"), ("model.window=none", "null"), ("optim.lr=0,1", "0.1"),
     ("optim.lr=5%", "0.05"), ("optim.lr=nan", "number"), ("optim.betas=0.9", "2 numbers"),
+    ("optim.betas=(0.9,0.99)", "[ ]"),
     ("parallel.compile=1", "true"),
     ("moe.router=Mixtral", "mixtral?"), ("monitor.wandb=yes", "auto"), ("run.dir='a", "quotes"),
     ("run.dir=\udcff", "UTF-8"),

@@ -114,6 +114,7 @@ def _read_list(node: yaml.Node, kinds: tuple[Any, ...], key: str, kind: Any) -> 
     if isinstance(node, yaml.SequenceNode):
         items = node.value
     elif isinstance(node, yaml.ScalarNode) and node.style is None:
+        refuse(node.value[:1] == "(", f"{key}={node.value} must be {words(kind)}: write them in [ ]")
         items = [yaml.ScalarNode(node.tag, part.strip(), node.start_mark, node.end_mark, style="'")
                  for part in node.value.split(",")]
         refuse(any(not item.value for item in items), f"{key}={node.value} has an empty part: write {key}=[a, b]")
