@@ -1,9 +1,14 @@
-"""`moescale convert --verify`: both models on the same tokens, each as its own format understands it."""
+"""`moescale convert --verify`: both models on the same tokens, each as its own format understands it.
+
+Like is compared with like: where the weights are rounded on their way, so are those of the source. A token of which two
+experts are as good as each other may get either from rounding alone, and what follows it in its sequence then differs
+without fault: the positions before it are compared, and how many these are is said.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,12 +16,17 @@ from torch import Tensor
 from moescale.checkpoint.fingerprint import digests, fingerprints
 from moescale.checkpoint.mapped import Opened, atoms_of
 from moescale.checkpoint.native import PLANES
-from moescale.config import ConfigError
+from moescale.config import Config, ConfigError
 from moescale.model.build import build_model
+from moescale.model.language_model import LanguageModel
+from moescale.moe.routers.token_choice import MixtralRouter
 from moescale.verify import megatron
 
-SEQUENCES, SEQ = 2, 64
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+SEQUENCES, SEQ, BEYOND = 2, 64, 32
+MOST_LOGITS = 1 << 28  # of the sequence that is longer than the window
+TOLERANCE = 1e-5  # of the largest logit, in float32 and two layers; more layers differ more
+CERTAIN = 1e-5  # of a router's probability, between the last expert that is chosen and the first that is not; as above
+NARROW = (torch.bfloat16, torch.float16)
 
 
 def compare_models(source: Opened, written: Opened, found: Mapping[str, str], *, same: bool = True) -> str:
@@ -32,30 +42,83 @@ def compare_models(source: Opened, written: Opened, found: Mapping[str, str], *,
     if wrong:
         raise ConfigError(f"--verify: {wrong[-1]} of the {written.format} checkpoint is not what was converted; "
                           "nothing was written")
-    tokens = torch.randint(source.config.model.vocab_size, (SEQUENCES, SEQ), generator=torch.Generator().manual_seed(0))
-    before, after = logits(source, tokens), logits(written, tokens)
-    difference, size = float((before - after).abs().max()), float(before.abs().max())
-    dtypes = {stored.dtype for opened in (source, written) for stored in opened.tensors.values()}
-    tolerance = max(TOLERANCE.get(dtype, 1e-5) for dtype in dtypes)
-    line = f"largest difference of the logits {difference:.3g}, of logits up to {size:.3g}"
-    if same and not difference <= tolerance * max(1.0, size):
+    tokens, dtype = _tokens(source.config), _rounded_to(written)
+    size, difference, compared, positions, furthest = 0.0, 0.0, 0, 0, 0
+    seen = zip(tokens, logits(source, tokens, dtype), logits(written, tokens, dtype), strict=True)
+    for batch, (before, sure), (after, also_sure) in seen:
+        certain = (sure & also_sure).cumprod(1).bool() if same else torch.ones_like(batch, dtype=torch.bool)
+        size = max(size, float(before.abs().max()))
+        difference = max(difference, float(((before - after).abs().amax(-1) * certain).max()))
+        compared, positions = compared + int(certain.sum()), positions + batch.numel()
+        furthest = max(furthest, int(certain.sum(1).max()))
+    line = f"largest difference of the logits {difference:.3g}, of logits up to {size:.3g}, at {compared} positions"
+    if compared < positions:
+        line += f" (not at {positions - compared} that follow a token of which two experts are as good)"
+    window = source.config.model.window
+    if window is not None and furthest <= window:
+        line += f"; the window of {window} is longer than the {furthest} positions of a sequence that were compared"
+    tolerance = TOLERANCE * _depth(source)
+    if same and not (compared and difference <= tolerance * max(1.0, size)):
         raise ConfigError(f"--verify: {line}, is more than {tolerance:g} of them; nothing was written")
     return line
 
 
-def logits(opened: Opened, tokens: Tensor) -> Tensor:
-    """tokens: [batch, seq] int64. -> [batch, seq, vocab] float32"""
-    if opened.format == "hf" and importlib.util.find_spec("transformers"):
-        from moescale.verify.transformers import logits as transformers_logits
+def _tokens(config: Config) -> list[Tensor]:
+    """Draw tokens, the ends of the vocabulary among them: some short sequences, and one longer than the window."""
+    vocab, window = config.model.vocab_size, config.model.window
+    generator = torch.Generator().manual_seed(0)
+    short = torch.randint(vocab, (SEQUENCES, SEQ), generator=generator)
+    short[0, 1], short[1, 1] = 0, vocab - 1
+    if window is None or window < SEQ - BEYOND:
+        return [short]
+    return [short, torch.randint(vocab, (1, min(window + BEYOND, MOST_LOGITS // vocab)), generator=generator)]
 
-        return transformers_logits(opened.path, tokens)
+
+def _depth(opened: Opened) -> float:
+    return max(1.0, opened.config.model.num_layers / 2)
+
+
+def _rounded_to(written: Opened) -> torch.dtype | None:
+    """Say to what the weights were rounded, if they all were."""
+    dtypes = {stored.dtype for key, stored in written.tensors.items() if not key.endswith("expert_bias")}
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= set(NARROW) else None
+
+
+def logits(
+    opened: Opened, batches: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Run a model in float32, with weights rounded to `dtype` first. batches: tokens, each [batch, seq] int64.
+
+    -> of each: [batch, seq, vocab] float32; [batch, seq] bool, whether a token's experts are certain, where it is known
+    """
+    if opened.format == "hf" and importlib.util.find_spec("transformers"):
+        from moescale.verify.transformers import logits_and_margins
+
+        certain = CERTAIN * _depth(opened)
+        return [(scores, margins > certain) for scores, margins in logits_and_margins(opened.path, batches, dtype)]
     if opened.format == "megatron":
-        return megatron.logits(opened, tokens)
+        return [(megatron.logits(opened, tokens, dtype), torch.ones_like(tokens, dtype=torch.bool))
+                for tokens in batches]
     precision = opened.config.precision.model_copy(update={"compute": "float32"})
     model = build_model(opened.config.model_copy(update={"precision": precision}), "cpu")
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if "statistics" not in name}
     for name, values in atoms_of(opened, lambda name: not name.startswith(PLANES)):
         head, _, expert = name.rpartition(".")
+        values = values if dtype is None or name.endswith("expert_bias") else values.to(dtype)
         (tensors[head][int(expert)] if expert.isdigit() else tensors[name]).copy_(values)
     model.load_state_dict(tensors, strict=False)
-    return model.logits(tokens)
+    return [_run(model, tokens, CERTAIN * _depth(opened)) for tokens in batches]
+
+
+def _run(model: LanguageModel, tokens: Tensor, certain: float) -> tuple[Tensor, Tensor]:
+    sure = torch.ones_like(tokens, dtype=torch.bool)
+    routers = [module for module in model.modules() if isinstance(module, MixtralRouter)]
+    for router in routers:
+
+        def look(probs: Tensor, valid: Tensor, top_k: int = router.top_k) -> None:
+            if top_k < probs.shape[-1]:
+                best = probs.topk(top_k + 1, -1).values
+                sure.logical_and_(best[..., -2] - best[..., -1] > certain)
+
+        router.look = look
+    return model.logits(tokens), sure
