@@ -15,6 +15,7 @@ import json
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -48,19 +49,20 @@ class TokenCache:
         change is set by the system alone.
         """
         known: dict[str, Any] = {}
-        if sum(file.size_bytes for file in files) > HASHED_AT_START_BYTES:
+        total = sum(file.size_bytes for file in files)
+        if total > HASHED_AT_START_BYTES:
             for place in self.corpora.glob(f"{self.name}-*"):
                 known.update(_read(place).get("sources", {}))
         self._sources: dict[str, Any] = {}
         hashes, done = {}, 0
-        with reading("looking for changes", sum(file.size_bytes for file in files)) as shown:
+        with reading("looking for changes", total) as shown:
             for file in files:
                 stamp, entry = list(file.stamp), known.get(file.path)
                 settled = time.time_ns() - max(file.stamp[1:3]) > SETTLED_NS
                 if not (isinstance(entry, list) and entry[:-1] == stamp):
                     entry = [*stamp, content_hash(file)]
                 hashes[file.path] = entry[-1]
-                if settled:
+                if settled and total > HASHED_AT_START_BYTES:
                     self._sources[file.path] = entry
                 done += file.size_bytes
                 shown.advance(done, file.path, 0)
@@ -70,11 +72,13 @@ class TokenCache:
         """Note that this corpus uses these packs, and hold on to them; where nothing can be written, do without."""
         content = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:20]
         place = self.corpora / f"{self.name}-{content}"
-        text = json.dumps({"packs": list(keys), "sources": self._sources})
+        used = {"packs": list(keys), "sources": self._sources}
         for _ in range(100):  # another process may remove what nobody holds yet
             try:
                 place.mkdir(parents=True, exist_ok=True)
-                _replace(place / "packs.json", text)
+                if _read(place) != used:
+                    _write(place, used)
+                os.utime(place / "packs.json")
                 file = open(place / "in_use", "ab")  # noqa: SIM115 - it stays open
                 with contextlib.suppress(OSError):  # a file system without locks
                     fcntl.flock(file, fcntl.LOCK_SH)
@@ -120,11 +124,10 @@ class TokenCache:
                     continue
                 if place != self._place and self._is_old(place):
                     remove(place)
+                elif not _read(place):
+                    return  # it may list anything
                 else:
-                    listed = _read(place).get("packs")
-                    if listed is None:
-                        return  # it may list anything
-                    kept.update(listed)
+                    kept.update(_read(place)["packs"])
             for place in self.packs.iterdir():
                 if _PACK.fullmatch(place.name) and place.name[:40] not in kept:
                     remove(place)
@@ -135,7 +138,7 @@ class TokenCache:
             if is_locked(place / "in_use"):
                 return False
             age = time.time() - (place / "packs.json").stat().st_mtime
-            return place.name.startswith(f"{self.name}-") or age > KEPT_DAYS * 86400
+            return place.name.startswith(f"{self.name}-") or age > KEPT_DAYS * 86400 or not _read(place)
         return True
 
     def _clean_older_formats(self) -> None:
@@ -159,18 +162,17 @@ def content_hash(file: SourceFile) -> str:
 
 
 def _read(place: Path) -> dict[str, Any]:
-    """Read what a corpus uses; empty when that cannot be read."""
+    """Read what a corpus uses; empty when that cannot be read or was damaged."""
     try:
         stored = json.loads((place / "packs.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        used = stored["used"]
+        return dict(used) if stored["crc32"] == zlib.crc32(json.dumps(used).encode()) else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    if not isinstance(stored, dict):
-        return {}
-    kinds = {"packs": list, "sources": dict}
-    return {key: value for key, value in stored.items() if isinstance(value, kinds.get(key, ()))}
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = temporary_beside(path)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def _write(place: Path, used: dict[str, Any]) -> None:
+    temporary = temporary_beside(place / "packs.json")
+    stored = {"crc32": zlib.crc32(json.dumps(used).encode()), "used": used}
+    temporary.write_text(json.dumps(stored), encoding="utf-8")
+    temporary.replace(place / "packs.json")

@@ -200,6 +200,54 @@ def test_file_that_changes_while_it_is_read_is_refused(
 NAMES = ("tokens", "starts", "texts", "text_bytes", "kinds", "blocks", "meta")
 
 
+def test_damaged_list_of_packs_is_written_anew(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "HASHED_AT_START_BYTES", 0)
+    monkeypatch.setattr(cache_module, "SETTLED_NS", 0)
+    first = prepare_tokens(config).fingerprint
+    (path,) = Path(config.cache_dir, "corpora").glob("*/packs.json")
+    whole = path.read_bytes()
+    assert b"06.txt" in whole
+    generator = np.random.default_rng(0)
+    for place in generator.integers(0, len(whole), 20):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << int(generator.integers(8))]) + whole[place + 1:])
+        assert prepare_tokens(config).fingerprint == first
+        assert path.read_bytes() == whole
+    path.write_bytes(b"")
+    other = config.model_copy(update={"files": (f"{tmp_path}/text/*.md",)})
+    prepare_tokens(other)  # which cleans up
+    assert len(packs_of(config)) == 1
+    check_whole(config)
+
+
+@pytest.mark.parametrize(("terminal", "encoding"), [(False, "utf-8"), (True, "utf-8"), (True, "ascii")])
+def test_progress_names_the_file_and_never_ends_the_work(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch, terminal: bool, encoding: str
+) -> None:
+    class Screen(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return terminal
+
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stderr", Screen(shown, encoding=encoding, write_through=True))
+    for name in ("FIRST_SECONDS", "LINE_SECONDS", "BAR_SECONDS"):
+        monkeypatch.setattr(f"moescale.data.progress.{name}", 0.0)
+    monkeypatch.setattr(token_file, "CHUNK_CHARACTERS", 1)
+    lines = "".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(60))
+    path = Path(config.cache_dir).with_name("lines.jsonl")
+    path.write_text(lines)
+    config = config.model_copy(update={"files": (str(path),)})
+    prepare_tokens(config)
+    assert b"tokenizing" in shown.getvalue()
+    assert path.name.encode() in shown.getvalue()
+    shutil.rmtree(config.cache_dir)
+    closed = Screen(io.BytesIO())
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed)
+    check_whole(config)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_damaged_cache_is_rewritten(config: DataConfig, name: str) -> None:
     prepare_tokens(config)
