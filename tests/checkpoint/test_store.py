@@ -11,9 +11,11 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from moescale.checkpoint import store
 from moescale.checkpoint.index import SafeReader
 from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
-from moescale.config import ConfigError, TrainingError
+from moescale.config import ConfigError, LostRanksError, TrainingError
 from moescale.parallel.ranks import run_ranks
 
 
@@ -448,3 +450,57 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000002"
     save(tmp_path, 3, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def _seen_late(run_dir: Path, seconds: float) -> str:
+    """Save on two ranks; what rank 1 wrote appears late where others look, as on a network disk."""
+    dist.init_process_group("gloo")
+    store.SEEN_SECONDS = 1.5  # type: ignore[assignment]
+    if dist.get_rank() == 1:
+        real = store._check_sums
+
+        def sums(folder: Path, pattern: str) -> dict[str, list[int]]:
+            found = real(folder, pattern)
+            for name in found if pattern == "__1_*" else ():
+                hidden = run_dir / name
+                (folder / name).rename(hidden)
+                threading.Timer(seconds, lambda name=name, hidden=hidden: hidden.rename(folder / name)).start()
+            return found
+
+        store._check_sums = sums
+    return _attempt(lambda: save_checkpoint(run_dir, 7, _cut(make_tensors(), 0), {}, {}, keep=1))
+
+
+def test_a_file_that_is_seen_late_is_waited_for(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    assert run_ranks(2, _seen_late, tmp_path, 0.6, timeout_seconds=30) == ["", ""]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000007"]
+    load_checkpoint(tmp_path / "checkpoints" / "step_00000007", empty())
+
+
+def test_a_checkpoint_that_is_not_seen_whole_removes_no_older_one(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    messages = run_ranks(2, _seen_late, tmp_path, 600.0, timeout_seconds=30)
+    assert messages[0] == messages[1]
+    assert "__1_0.distcp, which rank 1 wrote, is missing" in messages[0]
+    assert list((tmp_path / "checkpoints").iterdir()) == [folder]
+    load_checkpoint(folder, empty())
+
+
+def _slow_writer(run_dir: Path) -> str:
+    dist.init_process_group("gloo")
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    if dist.get_rank() == 1:
+        real = store._write
+        store._write = lambda *args: (time.sleep(3), real(*args))
+    try:
+        save_checkpoint(run_dir, 7, _cut(make_tensors(), 0), {}, {}, keep=1, group=group)
+    except LostRanksError as error:
+        return str(error)
+    return ""
+
+
+def test_a_save_that_takes_too_long_names_its_own_limit(tmp_path: Path) -> None:
+    for message in run_ranks(2, _slow_writer, tmp_path, timeout_seconds=30):
+        assert "saving step 7" in message
+        assert "checkpoint.timeout_seconds" in message

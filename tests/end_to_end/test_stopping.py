@@ -133,6 +133,16 @@ def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(
         assert not (folder / "early").exists()
 
 
+def test_ranks_that_prepare_die_with_their_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(trainer, "die_with_launcher", lambda: done.append("bound"))
+    monkeypatch.setattr(trainer, "prepare_tokens", once(1, lambda: done.append("prepares"), trainer.prepare_tokens))
+    assert start(folder, "bound", "run.steps=1")[0] == 0
+    assert done == ["bound", "prepares"]
+
+
 def test_a_second_interrupt_ends_a_save_and_says_that_it_was_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
