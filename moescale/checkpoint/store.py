@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from moescale.checkpoint.index import INDEX, SafeReader, read_index
 from moescale.checkpoint.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
 from moescale.checkpoint.readers import ATTEMPTS, holding, is_held, trying_again
-from moescale.config import ConfigError, LostRanksError, TrainingError
+from moescale.config import ConfigError, LostRanksError, TrainingError, is_of_lost_ranks
 from moescale.config.files import inside, read_json
 
 FORMAT = 1
@@ -247,8 +247,8 @@ def _limited(task: str) -> Iterator[None]:
     """Name what was under way, and the key of its limit, where a rank did not come in time or is gone."""
     try:
         yield
-    except (dist.DistError, RuntimeError) as error:
-        if isinstance(error, LostRanksError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    except RuntimeError as error:
+        if isinstance(error, LostRanksError) or not is_of_lost_ranks(error):
             raise
         cause = " ".join(str(error).split())[:200]
         raise LostRanksError(f"rank {dist.get_rank()}, {task}: {cause}; see what other ranks say first. If the disk "

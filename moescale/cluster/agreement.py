@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore
 
 from moescale.cluster.launch import Launch
-from moescale.config import ConfigError, LostRanksError, Silenced, Stopped, TrainingError
+from moescale.config import ConfigError, LostRanksError, Silenced, Stopped, TrainingError, is_of_lost_ranks
 
 T = TypeVar("T")
 STORE_SECONDS = 30.0  # for one answer of the store
@@ -280,12 +280,6 @@ class Agreement:
                 return
             time.sleep(0.02)
             gone = self.store.add("gone", 0)
-
-
-def is_of_lost_ranks(error: BaseException) -> bool:
-    """Whether an error comes of other ranks that are gone or late, and not of this one."""
-    return isinstance(error, (LostRanksError, dist.DistError)) or (
-        isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and "gloo" in str(error))
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

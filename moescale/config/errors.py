@@ -36,6 +36,17 @@ class LostRanksError(TrainingError):
     """Ranks that did not meet; every rank that notices says where it stood."""
 
 
+LOST = ("gloo", "pair closure", "closed by peer", "connection reset", "timed out waiting", "nccl")
+
+
+def is_of_lost_ranks(error: BaseException) -> bool:
+    """Whether an error comes of other ranks that are gone or late: one of the communication library's, or our own."""
+    if isinstance(error, TrainingError):
+        return isinstance(error, LostRanksError)
+    library = any(base.__name__ == "DistError" for base in type(error).__mro__)  # torch's, which is not imported here
+    return library or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST))
+
+
 class Stopped(BaseException):
     """A run that was asked to end, and did so in good order; the message says where it can go on.
 

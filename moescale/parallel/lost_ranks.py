@@ -10,7 +10,7 @@ from types import FrameType
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moescale.config import LostRanksError, TrainingError
+from moescale.config import LostRanksError, TrainingError, is_of_lost_ranks
 from moescale.ops.exchange import CommunicationError
 
 
@@ -23,7 +23,7 @@ def name_lost_ranks(model: nn.Module, timeout_seconds: float) -> Iterator[None]:
         raise
     except RuntimeError as error:
         known = isinstance(error, CommunicationError)
-        if not known and not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not known and not is_of_lost_ranks(error):
             raise
         said = " ".join(str(error).split())
         cause = said if known else f"rank {dist.get_rank()}, {_place(error, model)}: {said}"
