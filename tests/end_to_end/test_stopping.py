@@ -139,7 +139,7 @@ def test_ranks_that_prepare_die_with_their_launcher(folder: Path, monkeypatch: p
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(trainer, "die_with_launcher", lambda: done.append("bound"))
     monkeypatch.setattr(trainer, "prepare_tokens", once(1, lambda: done.append("prepares"), trainer.prepare_tokens))
-    assert start(folder, "bound", "run.steps=1")[0] == 0
+    assert start(folder, "bound")[0] == 0
     assert done == ["bound", "prepares"]
 
 
