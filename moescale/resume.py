@@ -27,6 +27,8 @@ from moescale.data.token_file import TokenCorpus
 from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from moescale.optim.schedule import Peak, first_peak, learning_rate, peak_after_change
 
+MOST_TOKENS = 2**62  # that can be numbered
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -91,7 +93,7 @@ def go_on(checkpoint: Path, config: Config, corpus: TokenCorpus, tokenizer: Toke
     if not same_tokenizer and not keys & {"data.tokenizer", "data.begin_token", "data.end_token"}:
         changed.append(_other_tokenizer(tokenizers, old, config, tokenizer))
     elif not same_text and not text_keys:
-        changed.append(Difference("data.files", f"text {state['corpus'][:12]}", f"text {corpus.fingerprint[:12]}"))
+        changed.append(Difference("data.files", f"text {str(state['corpus'])[:12]}", f"text {corpus.fingerprint[:12]}"))
 
     def harmless(key: str) -> bool:
         if decides_text(key):
@@ -99,9 +101,9 @@ def go_on(checkpoint: Path, config: Config, corpus: TokenCorpus, tokenizer: Toke
         return is_harmless(key, old, config)
 
     _refuse(checkpoint, old, config, [change for change in changed if not harmless(change.key)])
-    before = _position(state, old)
+    before = _position(checkpoint, state, old)
     start = _translated(before, old, config, corpus) if same_text else Position(before.step, 0, before.tokens)
-    old_peak = Peak(*state["peak"]) if "peak" in state else first_peak(old.optim)
+    old_peak = _peak(checkpoint, state, old)
     peak = peak_after_change(before.step, old.run.steps, old.optim, old_peak, config.run.steps, config.optim)
     notes = [f"changed since {checkpoint.name}: {change}" for change in changed]
     notes += [f"run.allow_changes names {name}, which is as it was" for name in config.run.allow_changes
@@ -148,7 +150,7 @@ def _shape(atoms: Mapping[str, Sequence[int]], name: str) -> str:
 
 def _known_tokenizers(checkpoint: Path, state: Mapping[str, Any], old: Config) -> set[str]:
     """Return the fingerprints that the checkpoint's tokenizer may have; none if it came without one."""
-    known = {state["tokenizer"]} if "tokenizer" in state else set()
+    known = {str(state["tokenizer"])} if "tokenizer" in state else set()
     bytes_alone = old.data.tokenizer == "bytes" and not state.get("converted", False)
     if bytes_alone or (checkpoint / "tokenizer.json").exists():
         known.add(tokenizer_of_checkpoint(old.data, checkpoint, state["step"]).fingerprint)
@@ -165,11 +167,24 @@ def _other_tokenizer(known: Collection[str], old: Config, config: Config, tokeni
 # ---- where it stands
 
 
-def _position(state: Mapping[str, Any], old: Config) -> Position:
+def _position(checkpoint: Path, state: Mapping[str, Any], old: Config) -> Position:
     """Read where the run stood; checkpoints that do not say it were written by runs whose batch never changed."""
-    step = state["step"]
-    sequences = state.get("sequences", step * old.data.global_batch)
-    return Position(step, sequences, state.get("tokens", sequences * old.data.seq_len))
+    sequences = state.get("sequences", state["step"] * old.data.global_batch)
+    tokens = state.get("tokens", sequences * old.data.seq_len if isinstance(sequences, int) else None)
+    if any(type(count) is not int or not 0 <= count < MOST_TOKENS for count in (sequences, tokens)):
+        raise ConfigError(f"{checkpoint} is damaged: its {MANIFEST} says sequences={sequences!r}, tokens={tokens!r}")
+    return Position(state["step"], sequences, tokens)
+
+
+def _peak(checkpoint: Path, state: Mapping[str, Any], old: Config) -> Peak:
+    """Read where the learning rate falls from; checkpoints that do not say it fall from the end of the warm-up."""
+    match state.get("peak"):
+        case None:
+            return first_peak(old.optim)
+        case [int(step), float(share)] if 0 <= step <= state["step"] + old.optim.warmup_steps and 0 <= share <= 1:
+            return Peak(step, share)
+        case other:
+            raise ConfigError(f"{checkpoint} is damaged: its {MANIFEST} says peak={other!r}")
 
 
 def _translated(before: Position, old: Config, config: Config, corpus: TokenCorpus) -> Position:

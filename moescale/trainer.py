@@ -365,6 +365,6 @@ class _Run:
         if checkpoint is not None:
             left = self.config.run.steps - self.engine.step_count
             self.terminal.say(f"going on from {checkpoint}" + ("" if left > 0 else
-                              f": the run is complete; write run.steps above {self.config.run.steps} for more"))
+                              f": the run is complete; write run.steps above {self.engine.step_count} for more"))
             for note in notes:
                 self.terminal.say(note)
