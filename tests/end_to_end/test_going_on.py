@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+import moescale
 from moescale.checkpoint import store
 from moescale.cli import app
 from moescale.data import batches
@@ -293,6 +295,71 @@ def test_a_checkpoint_with_weights_that_are_no_numbers_is_refused(
     assert "go on from step_00000006" in said
     shutil.rmtree("run/checkpoints/step_00000007")
     assert run.train("run.steps=8")[0] == 0
+
+
+def convert(*words: str) -> None:
+    result = CliRunner().invoke(app, ["convert", *words])
+    assert result.exit_code == 0, result.output
+
+
+def weights(checkpoint: str) -> dict[str, torch.Tensor]:
+    model = moescale.load(checkpoint)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_converted_weights_begin_anew_in_their_own_folder(run: Started, numbers: list[int]) -> None:
+    convert("run", "made", "--to", "moescale", "--experts", "8")
+    status, said = run.train("run.steps=5", "run.dir=tuned", config="made/config.yaml")
+    assert status == 2
+    assert "random" in said, "not a new model in another folder"
+    assert not Path("tuned/checkpoints").exists()
+    said = run.train("model.rope_theta=500", config="made/config.yaml")[1]
+    assert "run.allow_changes=[model.rope_theta]" in said
+    new = ["data.seq_len=8", "run.seed=5", "moe.load_balance_coefficient=0.1", "run.steps=3", "optim.lr=1e-30",
+           "optim.betas=[0.5,0.5]", "checkpoint.every=2"]
+    status, said = run.train(*new, config="made/config.yaml")
+    assert status == 0, said
+    assert "going on from made/checkpoints/step_00000000" in said
+    assert "begin anew" in said
+    assert numbers == list(range(12)), "the text from its first sequence on"
+    lines = [json.loads(line) for line in Path("made/metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["tokens"]) for line in lines] == [(1, 32), (2, 64), (3, 96)]
+    before, after = weights("made/checkpoints/step_00000000"), weights("made")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before), "trained from the converted weights"
+    status, said = run.train("run.steps=4", "optim.lr=0.01", config="made/config.yaml")
+    assert status == 0, said
+    assert "going on from made/checkpoints/step_00000003" in said
+    assert "begin anew" not in said
+    assert numbers[12:] == [12, 13, 14, 15]
+
+
+def test_converted_with_its_optimizer_a_run_goes_on(run: Started, numbers: list[int]) -> None:
+    convert("run", "made", "--to", "moescale", "--place-experts", "2")
+    status, said = run.train("run.steps=8", config="made/config.yaml")
+    assert status == 0, said
+    assert "going on from made/checkpoints/step_00000006" in said
+    assert numbers == list(range(24, 32))
+    assert "data.held_out" in run.train("run.steps=9", "data.held_out=0.4", config="made/config.yaml")[1]
+
+
+def test_converted_weights_find_their_tokenizer(
+    with_tokenizer: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(with_tokenizer, tmp_path / "here")
+    monkeypatch.chdir(run.folder)
+    convert("run", "exported", "--to", "megatron", "--style", "torch_dist")
+    convert("exported", "made", "--to", "moescale")
+    write_tokenizer(Path("tokenizer.json"), 1)  # another one, in the working directory
+    new = ["data.files=[text/*.txt]", "data.cache_dir=cache", "data.seq_len=16", "data.global_batch=2", "run.steps=1"]
+    status, said = run.train(*new, config="made/config.yaml")
+    assert status == 0, said
+    assert "step_00000000" in said
+    os.chdir("text")
+    status, said = run.train("run.steps=2", "run.dir=../made", "data.files=['*.txt']", config="../made/config.yaml")
+    assert status == 0, said
+    assert "data.tokenizer" in run.train("run.steps=3", "run.dir=../made", "data.files=['*.txt']",
+                                         "data.tokenizer=../tokenizer.json", config="../made/config.yaml")[1]
 
 
 def test_a_configuration_in_a_run_directory_belongs_to_that_run(run: Started) -> None:
