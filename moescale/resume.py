@@ -80,7 +80,7 @@ def go_on(checkpoint: Path, config: Config, corpus: TokenCorpus, tokenizer: Toke
 
     config: settled. Raises ConfigError with the keys that may not differ.
     """
-    state, old = read_state(checkpoint), load_config(checkpoint / "config.yaml")
+    state, old = read_state(checkpoint), load_config(checkpoint / "config.yaml", whole=True)
     tokenizers = _known_tokenizers(checkpoint, state, old)
     same_tokenizer = not tokenizers or tokenizer.fingerprint in tokenizers
     if not state.get("optimizer", True):

@@ -180,7 +180,9 @@ class _Run:
         self.engine: Engine = NativeEngine(config, mesh)
         if checkpoint is not None:
             self.engine.load(checkpoint, standing.peak)
-        self.terminal = Terminal(self.engine.step_count, config.run.steps) if mesh.rank == 0 else None
+        self.tokens_per_step = config.data.global_batch * config.data.seq_len
+        self.terminal = None if mesh.rank != 0 else Terminal(
+            self.engine.step_count, config.run.steps, self.tokens_per_step)
         self.sinks: list[Sink] = self._open_sinks(checkpoint) if mesh.rank == 0 else []
         moe, monitor = config.moe, config.monitor
         self.alerts = Alerts(top_k=moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
@@ -269,8 +271,7 @@ class _Run:
     ) -> dict[str, float]:
         """Gather the figures of the step just done; those of speed are means since step `first`."""
         config, step = self.config, self.engine.step_count
-        tokens_per_step = config.data.global_batch * config.data.seq_len
-        speed = (step - first) * tokens_per_step / (time.perf_counter() - started)
+        speed = (step - first) * self.tokens_per_step / (time.perf_counter() - started)
         figures = {
             "tokens": self.batches.position(step).tokens,
             "epoch": self.batches.epochs(step),

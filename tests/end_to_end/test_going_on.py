@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 import moescale
 from moescale.checkpoint import store
 from moescale.cli import app
+from moescale.config import Config
+from moescale.config.changes import decides_text, is_harmless
 from moescale.data import batches
 from moescale.monitor.metrics import MEASURED
 
@@ -195,6 +197,15 @@ def test_what_is_harmless_is_said(run: Started) -> None:
 
 def test_a_key_that_means_nothing_to_the_model_may_change(run: Started) -> None:
     assert "model.d_ff=64 (was 1024)" in run.train("run.steps=8", "model.d_ff=64")[1]
+
+
+def test_of_each_key_outside_the_model_it_is_decided_whether_it_may_change() -> None:
+    plain = Config()
+    keys = {f"{group}.{key}" for group, values in plain.model_dump().items() for key in values}
+    assert {key for key in keys if not is_harmless(key, plain, plain) and not decides_text(key)
+            and not key.startswith(("model.", "moe."))} == {
+        "run.seed", "data.seq_len", "optim.name", "optim.betas", "optim.eps", "precision.compute",
+        "parallel.over_budget"}
 
 
 def test_allowing_what_is_no_key_is_refused_and_what_did_not_change_is_said(run: Started) -> None:
