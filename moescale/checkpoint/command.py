@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moescale.checkpoint import hf, native, placement
+from moescale.checkpoint.companions import padding_note
 from moescale.checkpoint.convert import FORMATS, Change, Result, convert, open_source
 from moescale.checkpoint.experts import permute, reduce, replicate, upcycle
 from moescale.checkpoint.hf_config import write_notes
@@ -89,8 +90,11 @@ def _convert(source: Path, opened: Opened, destination: Path, options: Options, 
     _report(result)
     for line in said:
         print(line)
-    for note in (*opened.notes, *(write_notes(opened.config if change is None else change.config)
-                                  if options.to == hf.NAME else ())):
+    notes = list(opened.notes)
+    if options.to == hf.NAME:
+        config = opened.config if change is None else change.config
+        notes += [*write_notes(config), *filter(None, [padding_note(destination, config)])]
+    for note in notes:
         print(f"note: {note}")
     print(f"{opened.format} {opened.path} -> {options.to} {destination}: {result.size_bytes:,} bytes "
           f"in {seconds:.1f} s ({result.size_bytes / seconds / 1e6:,.0f} MB/s)")
