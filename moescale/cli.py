@@ -264,7 +264,7 @@ def dashboard(
     with _one_line_errors(run, stopped="stopped"):
         from moescale.monitor.wandb_workspaces import save_workspace
 
-        typer.echo(save_workspace(entity, load_config(run / "config.yaml").monitor.wandb_project))
+        typer.echo(save_workspace(entity, load_config(run / "config.yaml", whole=True).monitor.wandb_project))
 
 
 @app.command(no_args_is_help=True)

@@ -23,6 +23,7 @@ from moescale.checkpoint.loads import read_loads
 from moescale.checkpoint.mapped import Layout, Opened
 from moescale.checkpoint.readers import trying_again
 from moescale.config import ConfigError
+from moescale.config.errors import visible
 from moescale.config.files import explain
 
 Compare = Callable[..., str]
@@ -137,7 +138,7 @@ def _report(result: Result) -> None:
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        print(f"left out, {why}: {', '.join(names[:SHOWN])}{more}")
+        print(visible(f"left out, {why}: {', '.join(names[:SHOWN])}{more}"))
 
 
 def _print_placement(placed: placement.Placement) -> None:

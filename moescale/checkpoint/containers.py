@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
@@ -29,10 +30,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import skip_data
 
-from moescale.checkpoint.archive import read_archive
+from moescale.checkpoint.archive import read_archive, shape_of
 from moescale.checkpoint.index import INDEX, read_metadata, read_part
 from moescale.checkpoint.region import Chunk, Shape, Stored, covers_once, region, stored_whole
 from moescale.config import ConfigError
+from moescale.config.files import explain, open_regular
 from moescale.config.files import inside as inside
 
 DTYPES = {
@@ -48,29 +50,31 @@ Sizes = Mapping[str, tuple[Shape, torch.dtype]]
 
 def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """-> where each tensor lies, by name; the texts in the header. Raises ConfigError."""
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             refuse_pointer(path, file.read(len(POINTER)))
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if length > min(LARGEST_HEADER, size - 8):
                 raise ValueError
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_once)
         texts = header.pop("__metadata__", {})
         tensors = {}
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise ConfigError(f"{path}: {name} has dtype {entry['dtype']}, which MoEScale cannot read: save the "
                                   "model as float32 or bfloat16")
-            begin, end = entry["data_offsets"]
-            stored = stored_whole(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            if begin < 0 or min(stored.shape, default=0) < 0 or end - begin != stored.size_bytes:
+            begin, end = (shape_of([place])[0] for place in entry["data_offsets"])
+            stored = stored_whole(path, 8 + length + begin, DTYPES[entry["dtype"]], shape_of(entry["shape"]))
+            if end - begin != stored.size_bytes:
                 raise ValueError
             tensors[name] = stored
         ends = sorted(entry["data_offsets"] for entry in header.values())
     except ConfigError:
         raise
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {explain(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{path} is no safetensors file, or its header is damaged") from None
     if ends != sorted(ends) or any(one[1] > two[0] for one, two in pairwise(ends)):
@@ -79,6 +83,14 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     if wanted != size:
         raise ConfigError(f"{path} is damaged: it has {size:,} bytes, its header describes {wanted:,}")
     return tensors, texts
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON; one that has a name twice is refused, for readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found
 
 
 def create_safetensors(path: Path, sizes: Sizes) -> dict[str, Stored]:

@@ -21,8 +21,10 @@ from moescale.checkpoint.native import native_atoms
 from moescale.checkpoint.region import Chunk, Region, Shape, Stored
 from moescale.checkpoint.table import At, Cut, Piece, matches, piece, row, with_copies
 from moescale.config import Config, ConfigError, load_config
+from moescale.config.files import read_text
 
 NAME = "deepspeed"
+LARGEST_NAME = 1000  # bytes
 TAG, LATEST, CONFIG = "global_step0", "latest", "config.yaml"
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -53,7 +55,7 @@ def detect(path: Path) -> bool:
 
 
 def _tag(path: Path) -> Path:
-    tag = inside(path, LATEST).read_text(encoding="utf-8").strip()
+    tag = read_text(inside(path, LATEST), LARGEST_NAME).strip()
     folder = path / tag
     if not folder.resolve().is_relative_to(path.resolve()) or not folder.is_dir():
         raise ConfigError(f"{path / LATEST} names {tag!r}, which is not there")

@@ -8,10 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moescale.checkpoint.fingerprint import digests, fingerprints
 from moescale.checkpoint.mapped import Opened, atoms_of
 from moescale.checkpoint.native import PLANES
+from moescale.config.errors import visible
 
 
 def describe(opened: Opened) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def print_description(values: dict[str, Any]) -> None:
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(key.replace("_", " "), Text(f"{value:,}" if isinstance(value, int) else visible(str(value))))
     console = Console()
     console.print(table)
     print_fingerprints(values["fingerprints"])

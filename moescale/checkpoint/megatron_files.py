@@ -36,8 +36,10 @@ from moescale.checkpoint.plain_pickle import Record
 from moescale.checkpoint.region import Shape, Stored
 from moescale.checkpoint.table import At, Cut, Piece, Row, matches, piece, row, with_copies
 from moescale.config import Config, ConfigError
+from moescale.config.files import read_text
 
 NAME = "megatron"
+LARGEST_NAME = 1000  # bytes
 __all__ = ["NAME", "create", "detect", "finish", "open_checkpoint", "plan", "refuse"]
 TRACKER, ITERATION = "latest_checkpointed_iteration.txt", "iter_0000000"
 COMMON, METADATA = "common.pt", "metadata.json"
@@ -59,7 +61,7 @@ def open_checkpoint(path: Path) -> Opened:
     """Open a folder of Megatron-LM's, or one iteration's. Raises ConfigError."""
     folder = path
     if (path / TRACKER).is_file():
-        last = inside(path, TRACKER).read_text(encoding="utf-8").strip()
+        last = read_text(inside(path, TRACKER), LARGEST_NAME).strip()
         folder = path / (last if last == "release" else f"iter_{int(last):07d}" if last.isdigit() else "?")
         if not folder.is_dir():
             raise ConfigError(f"{path / TRACKER} names {last!r}, which is not there")

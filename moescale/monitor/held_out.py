@@ -42,7 +42,7 @@ class HeldOutRouting:
 
     def save(self, directory: Path) -> None:
         """Raises OSError."""
-        partial = directory / f"{FILE}.partial"
+        partial = directory / f".{FILE}.moescale-partial"  # a name that nobody else gives
         with partial.open("wb") as file:
             np.savez_compressed(file, **asdict(self))
         partial.replace(directory / FILE)

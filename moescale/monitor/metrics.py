@@ -55,7 +55,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """Put bytes in the place of a file's, whole or not at all."""
-    beside = path.with_name(path.name + ".partial")
+    beside = path.with_name(f".{path.name}.moescale-partial")  # a name that nobody else gives
     try:
         beside.write_bytes(content)
         beside.replace(path)

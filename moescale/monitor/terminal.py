@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from moescale.config.errors import visible
 from moescale.monitor.characters import curve
 from moescale.monitor.metrics import Metrics
 from moescale.monitor.routing import ExpertLoad, expert_loads
@@ -63,7 +64,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""
-        self.console.print(text, markup=False)
+        self.console.print(visible(text, keep="\n\t"), markup=False)
 
     def advance(self, step: int) -> None:
         """One more step is done. step: how many in all"""
