@@ -148,20 +148,22 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Other text, e.g. data.files=[texts/*.md].")
     ] = None,
+    whole: Annotated[bool, typer.Option("--all", help="Take all that was held out, not a sample as training.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Measure how well a trained model predicts text, on one process: loss, perplexity, bits a byte.
 
-    The text is all that the run held out, or all of the files that are named.
+    The text is what training evaluates on, of the documents that the run held
+    out, so that the figures are the same; or all of the files that are named.
 
-    moescale evaluate runs/quickstart
+    moescale evaluate runs/quickstart --all
 
     moescale evaluate runs/quickstart 'data.files=[texts/**/*.md]' --json
     """
     with _one_line_errors(checkpoint):
         from moescale.scoring import evaluate_checkpoint
 
-        found, notes = evaluate_checkpoint(checkpoint, overrides or [])
+        found, notes = evaluate_checkpoint(checkpoint, overrides or [], whole=whole)
         for note in notes:
             typer.echo(f"moescale: {note}", err=True)
         typer.echo(found.as_json() if json else found.as_text())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,33 +22,50 @@ from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
 
 
-def load_model(path: Path, overrides: Sequence[str] = ()) -> tuple[LanguageModel, Config, Path]:
+@dataclass(frozen=True)
+class Trained:
+    """A model read back, with all that belongs to it. state: the small values of its checkpoint."""
+
+    model: LanguageModel
+    config: Config
+    checkpoint: Path
+    state: dict[str, Any]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer_of_checkpoint(self.config.data, self.checkpoint, self.state["step"])
+
+
+def load_trained(path: Path, overrides: Sequence[str] = (), *, tokenizer: bool = True) -> Trained:
     """Load weights without optimizer state. path: a checkpoint or a run directory. overrides: of its configuration.
+
+    tokenizer: the model's own is needed too. Raises ConfigError.
+    """
+
+    def load(checkpoint: Path) -> Trained:
+        config = load_config(checkpoint / "config.yaml", overrides, whole=True)
+        check_model(checkpoint, config)
+        model = build_model(config)
+        model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+        for buffer in model.buffers():
+            buffer.zero_()  # counts, which no checkpoint holds
+        tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        load_checkpoint(checkpoint, tensors, prefix="model.")
+        trained = Trained(model.eval(), config, checkpoint, read_state(checkpoint))
+        if tokenizer:
+            trained.tokenizer  # noqa: B018 - read while the checkpoint is held
+        return trained
+
+    return read_last(path, load)
+
+
+def load_model(path: Path) -> tuple[LanguageModel, Config, Path]:
+    """Load weights alone. path: a checkpoint or a run directory.
 
     -> the model, the run's configuration, and the checkpoint that was read
     """
-    return read_last(path, lambda folder: _load(folder, overrides))
-
-
-def _load(checkpoint: Path, overrides: Sequence[str]) -> tuple[LanguageModel, Config, Path]:
-    config = load_config(checkpoint / "config.yaml", overrides, whole=True)
-    check_model(checkpoint, config)
-    model = build_model(config)
-    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    for buffer in model.buffers():
-        buffer.zero_()  # counts, which no checkpoint holds
-    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    load_checkpoint(checkpoint, tensors, prefix="model.")
-    return model.eval(), config, checkpoint
-
-
-def load_with_tokenizer(path: Path) -> tuple[LanguageModel, Config, Tokenizer]:
-    """Load weights and the tokenizer that they were trained with. path: a checkpoint or a run directory."""
-    def load(folder: Path) -> tuple[LanguageModel, Config, Tokenizer]:
-        model, config, _ = _load(folder, ())
-        return model, config, tokenizer_of_checkpoint(config.data, folder, read_state(folder)["step"])
-
-    return read_last(path, load)
+    trained = load_trained(path, tokenizer=False)
+    return trained.model, trained.config, trained.checkpoint
 
 
 def generate_text(
@@ -58,7 +78,8 @@ def generate_text(
     """
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"--temperature={temperature}: write a number from 0 up, e.g. 0.8")
-    model, config, tokenizer = load_with_tokenizer(path)
+    trained = load_trained(path)
+    config, tokenizer = trained.config, trained.tokenizer
     start = _start(tokenizer, prompt, special, config.model.vocab_size)
     names = [] if special else tokenizer.special_tokens(prompt)
     if names:
@@ -66,7 +87,7 @@ def generate_text(
               file=sys.stderr)
     yield prompt
     stream = tokenizer.stream(before=start)
-    tokens = _draw(model, start, config.data.seq_len, tokenizer, temperature, top_k, seed)
+    tokens = _draw(trained.model, start, config.data.seq_len, tokenizer, temperature, top_k, seed)
     for token in islice(tokens, num_tokens):
         if token in tokenizer.stops:
             break

@@ -75,6 +75,9 @@ def locate(config: Config, path: Path, overrides: Sequence[str]) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": found})})
 
 
+TOKENIZER_KEYS = {"data.tokenizer", "data.begin_token", "data.end_token"}
+
+
 def go_on(checkpoint: Path, config: Config, corpus: TokenCorpus, tokenizer: Tokenizer) -> Standing:
     """Compare a run with the checkpoint that it goes on from, and find where it stands.
 
@@ -84,20 +87,20 @@ def go_on(checkpoint: Path, config: Config, corpus: TokenCorpus, tokenizer: Toke
     tokenizers = _known_tokenizers(checkpoint, state, old)
     same_tokenizer = not tokenizers or tokenizer.fingerprint in tokenizers
     if not state.get("optimizer", True):
-        other = [] if same_tokenizer else [_other_tokenizer(tokenizers, old, config, tokenizer)]
+        other = [] if same_tokenizer else _other_tokenizer(tokenizers, checkpoint, old, config, tokenizer)
         return _begin(checkpoint, state, old, config, other)
     changed = differences(old, config)
     keys = {change.key for change in changed}
-    text_keys = {key for key in keys if decides_text(key)} - ({"data.tokenizer"} if same_tokenizer else set())
+    text_keys = {key for key in keys if decides_text(key)} - (TOKENIZER_KEYS if same_tokenizer else set())
     same_text = state["corpus"] == corpus.fingerprint if "corpus" in state else not text_keys and same_tokenizer
-    if not same_tokenizer and not keys & {"data.tokenizer", "data.begin_token", "data.end_token"}:
-        changed.append(_other_tokenizer(tokenizers, old, config, tokenizer))
+    if not same_tokenizer and not keys & TOKENIZER_KEYS:
+        changed += _other_tokenizer(tokenizers, checkpoint, old, config, tokenizer)
     elif not same_text and not text_keys:
         changed.append(Difference("data.files", f"text {str(state['corpus'])[:12]}", f"text {corpus.fingerprint[:12]}"))
 
     def harmless(key: str) -> bool:
         if decides_text(key):
-            return same_tokenizer if key == "data.tokenizer" else key in text_keys and same_text
+            return same_tokenizer if key in TOKENIZER_KEYS else key in text_keys and same_text
         return is_harmless(key, old, config)
 
     _refuse(checkpoint, old, config, [change for change in changed if not harmless(change.key)])
@@ -157,11 +160,20 @@ def _known_tokenizers(checkpoint: Path, state: Mapping[str, Any], old: Config) -
     return known
 
 
-def _other_tokenizer(known: Collection[str], old: Config, config: Config, tokenizer: Tokenizer) -> Difference:
+def _other_tokenizer(
+    known: Collection[str], checkpoint: Path, old: Config, config: Config, tokenizer: Tokenizer
+) -> list[Difference]:
+    """Say what the checkpoint's tokenizer was, whose file may be the same and only its beginnings and ends others."""
     was, now = old.data.tokenizer, config.data.tokenizer
+    if (checkpoint / "tokenizer.json").exists():
+        theirs = tokenizer_of_checkpoint(old.data, checkpoint, read_state(checkpoint)["step"])
+        if theirs.files.get("tokenizer.json") == tokenizer.files.get("tokenizer.json"):
+            return [Difference(f"data.{key}", theirs.token_name(before), tokenizer.token_name(after))
+                    for key, before, after in (("begin_token", theirs.begin, tokenizer.begin),
+                                               ("end_token", theirs.end, tokenizer.end))]
     if was == now:
         was, now = f"{was} of fingerprint {min(known)[:40]}", f"{now} of fingerprint {tokenizer.fingerprint[:40]}"
-    return Difference("data.tokenizer", was, now)
+    return [Difference("data.tokenizer", was, now)]
 
 
 # ---- where it stands

@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
-from moescale.checkpoint.store import read_last, read_state
-from moescale.config import ConfigError, DataConfig
+from moescale.checkpoint.store import read_last
+from moescale.config import ConfigError
 from moescale.data.batches import held_out_batches
 from moescale.data.token_file import prepare_tokens
-from moescale.data.tokenizer import tokenizer_of_checkpoint
-from moescale.generate import load_model, load_with_tokenizer
+from moescale.generate import load_trained
 
 EVALUATION_KEYS = ("data.", "monitor.eval_sequences", "precision.compute")  # that an evaluation may change
-SEQUENCES_A_PASS, PASSES_AT_HAND = 16, 64
+SEQUENCES_A_PASS, PASSES_AT_HAND = 16, 8
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,13 @@ class Evaluated:
                 f"{self.documents:,} {what}\n{self.checkpoint}, step {self.step:,}")
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> tuple[Evaluated, list[str]]:
+def evaluate_checkpoint(
+    path: Path, overrides: Sequence[str] = (), *, whole: bool = False
+) -> tuple[Evaluated, list[str]]:
     """Predict the run's held-out documents, or all documents of other files. path: a checkpoint or a run directory.
 
-    overrides: `key=value` of EVALUATION_KEYS; data.files names other files. Raises ConfigError.
+    overrides: `key=value` of EVALUATION_KEYS; data.files names other files. whole: all of what was held out, where
+    training looks at monitor.eval_sequences sequences from all over it. Raises ConfigError.
     -> what was found, and lines that the user should know
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
@@ -64,27 +68,34 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str] = ()) -> tuple[Eval
         if not key.startswith(EVALUATION_KEYS):
             raise ConfigError(f"{key} cannot change in an evaluation: write data.files=[...], another key of data, "
                               f"{' or '.join(EVALUATION_KEYS[1:])}")
-    return read_last(path, lambda folder: _evaluate(folder, overrides, keys))
+    return read_last(path, lambda folder: _evaluate(folder, overrides, keys, whole))
 
 
-def _evaluate(folder: Path, overrides: Sequence[str], keys: Sequence[str]) -> tuple[Evaluated, list[str]]:
-    model, config, checkpoint = load_model(folder, overrides)
-    state = read_state(checkpoint)
-    own = "data.files" not in keys and "data.held_out_files" not in keys
-    data = _with_own_tokenizer(config.data, checkpoint, state["step"], "data.tokenizer" in keys)
-    if "data.files" in keys:
+def _evaluate(
+    folder: Path, overrides: Sequence[str], keys: Sequence[str], whole: bool
+) -> tuple[Evaluated, list[str]]:
+    trained = load_trained(folder, overrides)
+    model, config, checkpoint, state = trained.model, trained.config, trained.checkpoint, trained.state
+    own, data = "data.files" not in keys and "data.held_out_files" not in keys, config.data
+    if data.tokenizer != "bytes" and "data.tokenizer" not in keys:  # the checkpoint's own copy of its tokenizer
+        tokenizer = trained.tokenizer
+        begin, end = (tokenizer.token_name(index) for index in (tokenizer.begin, tokenizer.end))
+        data = data.model_copy(update={"tokenizer": tokenizer.name, "begin_token": begin, "end_token": end})
+    if "data.files" in keys and "data.held_out_files" not in keys:
         data = data.model_copy(update={"held_out_files": data.files})
     corpus = prepare_tokens(data)
-    notes = []
+    notes = [note for note in dict.fromkeys(corpus.notes) if "data.held_out_files" not in note]
     if own and state.get("corpus") not in (None, corpus.fingerprint):
         notes.append("the texts are not those that the run was trained with, so that some may have been trained on")
     split, seq_len = corpus.held_out, data.seq_len
-    limit = config.monitor.eval_sequences if "monitor.eval_sequences" in keys else split.num_tokens
+    some = not whole and (own or "monitor.eval_sequences" in keys)
+    limit = config.monitor.eval_sequences if some else split.num_tokens
     total, scored = 0.0, 0
     device = next(model.parameters()).device
     parts = max(1, math.ceil(min(limit, split.num_tokens / seq_len) / (SEQUENCES_A_PASS * PASSES_AT_HAND)))
-    with torch.no_grad():
-        for part in range(parts):
+    console = Console(stderr=True)
+    with torch.no_grad(), Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
+        for part in shown.track(range(parts), description="evaluating"):
             for batch in held_out_batches(split, seq_len=seq_len, num_sequences=limit, rank=part, num_ranks=parts,
                                           micro_batch=SEQUENCES_A_PASS):
                 batch = batch.to(device)
@@ -99,15 +110,6 @@ def _evaluate(folder: Path, overrides: Sequence[str], keys: Sequence[str]) -> tu
                      bits, scored, split.num_tokens, split.num_documents, split.text_bytes), notes
 
 
-def _with_own_tokenizer(data: DataConfig, checkpoint: Path, step: int, other: bool) -> DataConfig:
-    """Name the checkpoint's own copy of its tokenizer. other: the user has named one."""
-    if other or data.tokenizer == "bytes":
-        return data
-    tokenizer = tokenizer_of_checkpoint(data, checkpoint, step)
-    begin, end = (tokenizer.token_name(index) for index in (tokenizer.begin, tokenizer.end))
-    return data.model_copy(update={"tokenizer": tokenizer.name, "begin_token": begin, "end_token": end})
-
-
 class Scorer:
     """Log-likelihoods of text under a checkpoint, in nats, as lm-evaluation-harness (0.4) defines them.
 
@@ -116,8 +118,9 @@ class Scorer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.model, config, self.tokenizer = load_with_tokenizer(Path(path))
-        self.context, self.num_rows = config.data.seq_len, config.model.vocab_size
+        trained = load_trained(Path(path))
+        self.model, self.tokenizer = trained.model, trained.tokenizer
+        self.context, self.num_rows = trained.config.data.seq_len, trained.config.model.vocab_size
 
     def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
         """Score a continuation, given the text before it.
@@ -159,7 +162,7 @@ class Scorer:
         ids = torch.tensor([(before + wanted)[-self.context - 1 :]], device=device)
         if int(ids.max()) >= self.num_rows:
             raise ConfigError("the text holds a special token for which the model has no row: leave it out")
-        scores = self.model.logits(ids[:, :-1])[0, -len(wanted) :].log_softmax(-1)
+        scores = self.model.logits(ids[:, :-1])[0, -len(wanted) :].double().log_softmax(-1)
         targets = ids[0, -len(wanted) :]
-        total = scores.double().gather(1, targets.unsqueeze(1)).sum()
+        total = scores.gather(1, targets.unsqueeze(1)).sum()
         return float(total), bool((scores.argmax(-1) == targets).all())

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import moescale.generate
+from moescale.checkpoint.store import read_state, write_manifest
 from moescale.cli import app
 from moescale.config import ConfigError
 from moescale.data.tokenizer import load_tokenizer
@@ -36,8 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                  "seq_len": 24, "global_batch": 8, "held_out": 0.2},
         "model": {"vocab_size": rows, "d_model": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1,
                   "head_dim": 16, "init": "fan_in"},
-        "moe": {"num_experts": 2, "top_k": 1, "d_ff": 32, "router": "switch"}, "optim": {"lr": 0.02},
-        "monitor": {"every": 20, "moved_every": None}}))
+        "moe": {"num_experts": 3, "top_k": 2, "d_ff": 32}, "optim": {"lr": 0.02},
+        "monitor": {"every": 20, "moved_every": None, "eval_sequences": 3}}))
     result = CliRunner().invoke(app, ["train", str(folder / "tiny.yaml")])
     assert result.exit_code == 0, result.output
     return folder / "run"
@@ -172,7 +174,60 @@ def test_evaluate_measures_what_training_measured(run: Path) -> None:
     assert found["loss"] == pytest.approx(line["eval_loss"], rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(line["eval_bits_per_byte"], rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(line["eval_loss"]), rel=1e-4)
-    assert found["scored_tokens"] == found["tokens"] - 1
-    limited = json.loads(evaluate(run, "monitor.eval_sequences=2", "--json")[1])
-    assert limited["scored_tokens"] == 2 * 24
+    assert found["scored_tokens"] == 3 * 24, "as many sequences as training looks at"
+    every = json.loads(evaluate(run, "--all", "--json")[1])
+    assert every["scored_tokens"] == every["tokens"] - 1 == found["tokens"] - 1 > 3 * 24
     assert f"{found['loss']:.4f}" in evaluate(run)[1]
+
+
+def test_evaluate_takes_all_of_other_files(run: Path) -> None:
+    other = run.parent / "other.txt"
+    other.write_text("a hello")
+    status, text = evaluate(run, f"data.files=[{other}]", "--json")
+    assert status == 0, text
+    found = json.loads(text)
+    assert (found["split"], found["documents"], found["bytes"]) == ("files", 1, 7)
+    assert found["tokens"] == 4, "beginning, two words, end"
+    encoded = torch.tensor([[1, *load_tokenizer(str(run.parent / "tokenizer/tokenizer.json")).encode_batch(
+        ["a hello"])[0].tolist(), 2]])
+    rows = Scorer(run).model.logits(encoded)[0].log_softmax(-1)
+    expected = -sum(float(rows[place, index]) for place, index in enumerate(encoded[0, 1:].tolist())) / 3
+    assert found["loss"] == pytest.approx(expected, rel=1e-4)
+    status, text = evaluate(run, "model.d_model=64")
+    assert status == 2
+    assert "model.d_model" in text
+
+
+def test_generate_of_transformers_stops_by_itself(run: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["convert", str(run), str(tmp_path / "export"), "--to", "hf"])
+    assert result.exit_code == 0, result.output
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    for prompt in ("hello", "a hello"):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        found = model.generate(ids, max_new_tokens=200, do_sample=False)[0].tolist()
+        assert found[-1] == 2
+        assert len(found) < 20
+        ours = generate(run, "--prompt", prompt, "--temperature", 0)[1]
+        assert tokenizer.decode(found, skip_special_tokens=True) == ours.removesuffix("\n")
+
+
+def test_a_run_of_the_time_before_goes_on_with_its_boundary(run: Path, tmp_path: Path) -> None:
+    def train(*more: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["train", str(run.parent / "tiny.yaml"), f"run.dir={tmp_path}", *more])
+        assert not isinstance(result.exception, Exception), result.exception
+        return result.exit_code, result.output
+
+    both = ("data.begin_token=</s>", "data.end_token=</s>")  # as the one token by name that stood before each document
+    assert train("run.steps=2", *both)[0] == 0
+    checkpoint = tmp_path / "checkpoints/step_00000002"
+    for file in (checkpoint / "config.yaml", tmp_path / "config.yaml"):
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join(line for line in lines if "begin_token" not in line and "end_token" not in line))
+    state = read_state(checkpoint)
+    write_manifest(checkpoint, {key: state[key] for key in ("step", "seed")})
+    status, text = train("run.steps=4")
+    assert status == 2
+    assert all(key in text for key in both), "what to write to go on with the same tokens"
+    status, text = train("run.steps=4", *both)
+    assert status == 0, text

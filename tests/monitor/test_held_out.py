@@ -13,13 +13,15 @@ import torch
 
 from moescale.config import Config, parse_config
 from moescale.data.token_file import prepare_tokens
-from moescale.data.tokenizer import ByteTokenizer
+from moescale.data.tokenizer import ByteTokenizer, load_tokenizer
 from moescale.engine.native import NativeEngine
-from moescale.evaluate import Evaluation
+from moescale.evaluate import Evaluation, shown
+from moescale.monitor.content import content_classes, file_kinds
 from moescale.monitor.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting
 from moescale.monitor.routing import layers
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
+from tests.tokenizers import write_metaspace
 
 SEQ, EXPERTS = 32, 12
 LETTER = {".py": "p", ".md": "m", ".txt": "t", ".jsonl": "j", "Rust": "r"}  # all that a file of a kind holds
@@ -96,3 +98,17 @@ def test_tokens_know_their_kind_of_file(tmp_path: Path, ranks: int, parallel: di
         probs = np.array(probabilities[token // SEQ * every * SEQ + token % SEQ])
         assert routing.likely[0, token].tolist() == np.argsort(-probs, kind="stable")[:LIKELY].tolist()
         assert routing.probability[0, token] == pytest.approx(np.sort(probs)[::-1][:LIKELY], rel=1e-3)
+
+
+def test_shown_pieces_join_to_the_text(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(write_metaspace(tmp_path / "tokenizer")))
+    first, second = (ids.tolist() for ids in tokenizer.encode_batch(["a hello", "hello é a"]))
+    pieces = shown(tokenizer, [*first[1:], 2, 1, *second, 2])
+    assert len(pieces) == len(first) - 1 + len(second) + 3
+    assert "".join(pieces) == "hello\N{PILCROW SIGN}\N{PILCROW SIGN}hello é a\N{PILCROW SIGN}"
+    assert "" in pieces, "the first bytes of a character"
+    kinds = np.full(len(pieces), ".txt")
+    routing = HeldOutRouting(1, np.arange(1), len(pieces), np.array(pieces), kinds, np.zeros((1, len(pieces), 2)),
+                             np.zeros((1, len(pieces), 2)), np.zeros((1, 1, 1)), np.zeros((1, 1, 1)))
+    assert (content_classes(routing) >= 0).all(), "none is padding"
+    assert file_kinds(routing)[1].tolist() == [0] * len(pieces)
