@@ -26,7 +26,7 @@ COMPRESSED = (".gz", ".zst")
 KIND_FIELDS = ("language", "lang", "source")  # of a line or row: what kind of document it is, the first that is there
 MAX_KIND_LETTERS = 40
 MAX_DOCUMENT_BYTES = 2**30
-MAX_LINE_BYTES = 2**27  # JSON of many small values takes twenty times its size
+MAX_LINE_BYTES = 2**26  # JSON of many small values takes twenty times its size
 MAX_GROWTH, GROWTH_FROM_BYTES = 200, 2**26  # text shrinks tenfold; only what is made to fill a disk grows more
 BLOCK_BYTES = 2**20
 
