@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ STEPS = 6
 def make_config(folder: Path, parallel: dict[str, int]) -> Config:
     return parse_config({
         "run": {"dir": str(folder), "steps": STEPS, "seed": 3},
-        "data": {"files": [str(Path(__file__).parent.parent / "**/*.py")], "cache_dir": str(folder / "cache"),
+        "data": {"files": [str(folder / "text/*.txt")], "cache_dir": str(folder / "cache"),
                  "seq_len": 32, "global_batch": 8, "micro_batch": 2},
         "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
                   "init": "fan_in", "window": 16, "pattern": [{"channel_mixer": "feed_forward"}, {}]},
@@ -66,8 +67,18 @@ LAYOUTS = [
 ]
 
 
+def write_text(folder: Path) -> None:
+    """Write the documents that are trained on: made-up, and the same in every call."""
+    draw = random.Random(0)
+    (folder / "text").mkdir(exist_ok=True)
+    for number in range(40):
+        words = (draw.choice(["routers", "send", "tokens", "to", "experts", "and", "back"]) for _ in range(200))
+        (folder / f"text/{number}.txt").write_text(" ".join(words))
+
+
 def run_joined(layout: tuple[int, dict], folder: Path, resume: bool, save_at: int | None) -> dict:
-    """-> the first rank's losses, and the tensors of all ranks, which a pipeline spreads over some of them"""
+    """Return the first rank's losses, and the tensors of all ranks, which a pipeline spreads over some of them."""
+    write_text(folder)
     results = run_ranks(layout[0], run_steps, folder, layout[1], resume, save_at)
     return {"losses": results[0]["losses"],
             **{key: {name: tensor for result in results for name, tensor in result[key].items()}
@@ -90,6 +101,7 @@ def test_resume_in_another_layout(tmp_path: Path, before: tuple, after: tuple) -
 
 
 def test_load_gives_the_model_on_one_process(tmp_path: Path) -> None:
+    write_text(tmp_path)
     saved = run_ranks(4, run_steps, tmp_path, {"ep": 4}, False, 2)[0]
     model, _, _ = load_model(tmp_path)
     tensors = model.state_dict()
