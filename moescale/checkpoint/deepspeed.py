@@ -17,7 +17,9 @@ import torch
 
 from moescale.checkpoint.containers import Sizes, create_pickle, inside, open_pickle
 from moescale.checkpoint.mapped import Layout, Opened
+from moescale.checkpoint.megatron_arguments import refuse_changes, words
 from moescale.checkpoint.native import native_atoms
+from moescale.checkpoint.plain_pickle import Record
 from moescale.checkpoint.region import Chunk, Region, Shape, Stored
 from moescale.checkpoint.table import At, Cut, Piece, matches, piece, row, with_copies
 from moescale.config import Config, ConfigError, load_config
@@ -47,6 +49,18 @@ TABLE = (
 EXPERTS = tuple(row(f"{MIXER}experts.{part}.{{expert}}", MOE + f"experts.deepspeed_experts.{{expert}}.{part}.weight",
                     cut=1 if part == "down" else 0) for part in ("gate", "up", "down"))
 ROUTERS = ("mixtral", "switch", "gshard")  # what its gate can do
+HARMLESS = words("""
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
+    optimizer scheduler communication_data_type seq_parallel_communication_data_type prescale_gradients
+    gradient_predivide_factor gradient_allreduce_op sparse_gradients fp16 bf16 bfloat16 amp torch_autocast
+    data_types gradient_clipping max_grad_norm zero_optimization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer steps_per_print wall_clock_breakdown memory_breakdown dump_state disable_allgather
+    disable_python_gc activation_checkpointing tensorboard wandb csv_monitor comet flops_profiler autotuning
+    elasticity comms_logger checkpoint data_efficiency curriculum_learning pipeline eigenvalue aio nebula
+    hybrid_engine dataloader_drop_last use_node_local_storage use_data_before_expert_parallelism compile
+    tensor_parallel sequence_parallel_size timers log_level vocabulary_size load_universal monitor_config local_rank
+    data_parallel_group global_rank keep_in_fp32_modules zenflow datastates
+""")  # of DeepSpeed's own settings: those that say how is trained, watched and saved, not what
 
 
 def detect(path: Path) -> bool:
@@ -77,6 +91,7 @@ def open_checkpoint(path: Path) -> Opened:
     for name in names:
         if MODEL_FILE.fullmatch(name):
             values = open_pickle(inside(folder, name))
+            _refuse_settings(values, config, str(folder / name))
             if zero and not config.num_moe_layers:
                 tensors |= _gather(folder, values, zero, len(ranks))
                 break
@@ -93,6 +108,31 @@ def open_checkpoint(path: Path) -> Opened:
     layout = Layout(tp=len(ranks), etp=_expert_tensor(config, tensors, len(ranks)))
     pieces = _pieces(config, atoms, layout)
     return Opened(NAME, folder, config, layout, atoms, tensors, pieces, left_out)
+
+
+def _refuse_settings(values: Any, config: Config, source: str) -> None:
+    """Refuse what a file says of the model that MoEScale does not compute. Raises ConfigError."""
+    if not isinstance(values, Mapping):
+        return
+    settings = values.get("ds_config")
+    for name, value in settings.items() if isinstance(settings, Mapping) else ():
+        if name not in HARMLESS and _acts(value):
+            raise ConfigError(f"{source}: ds_config {name}={value!s:.80} is not known to leave the model as it is: "
+                              "if it does, save the checkpoint without it")
+    experts = [number for number in values.get("num_experts") or [] if number != 1]  # 1 where a layer has none
+    if any(number != config.moe.num_experts for number in experts) or (experts and not config.num_moe_layers):
+        raise ConfigError(f"{source}: num_experts={experts} is not what its {CONFIG} says: moe.num_experts="
+                          f"{config.moe.num_experts} in {config.num_moe_layers} layers")
+    args = values.get("args")
+    if isinstance(args, Record):  # of Megatron-DeepSpeed
+        refuse_changes(args.attributes(), source)
+
+
+def _acts(value: Any) -> bool:
+    """Say whether a setting does something: one that is not enabled, or of which no part is, does not."""
+    if not isinstance(value, Mapping):
+        return bool(value)
+    return bool(value["enabled"]) if "enabled" in value else any(_acts(part) for part in value.values())
 
 
 def _expert_tensor(config: Config, tensors: Mapping[str, Stored], tp: int) -> int:
@@ -166,6 +206,9 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
     if config.num_moe_layers and config.moe.router not in ROUTERS:
         raise ConfigError(f"moe.router={config.moe.router} cannot be expressed by DeepSpeed's gate: convert --to "
                           "moescale or megatron")
+    if config.num_moe_layers and config.moe.router == "mixtral" and config.moe.top_k == 1 < config.moe.num_experts:
+        raise ConfigError("moe.top_k=1 with moe.router=mixtral cannot be expressed by DeepSpeed's gate, which weighs "
+                          "one expert by its share of all: convert --to moescale")
     if layout.style is not None:
         raise ConfigError(f"--style {layout.style}: a DeepSpeed checkpoint has one style, leave it out")
     if layout.pp > 1:

@@ -13,11 +13,12 @@ from typing import Any
 from moescale.config import ConfigError
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """List the words of a text."""
     return frozenset(text.split())
 
 
-READ = _words("""
+READ = words("""
     num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups kv_channels
     vocab_size padded_vocab_size seq_length normalization norm_epsilon layernorm_epsilon position_embedding_type
     rotary_base swiglu window_size untie_embeddings_and_output_weights num_experts moe_layer_freq moe_router_topk
@@ -28,30 +29,30 @@ READ = _words("""
     tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size expert_tensor_parallel_size
 """)
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # what changes the model, and the values at which it does not; none is one too
-    **dict.fromkeys(_words("""
+    **dict.fromkeys(words("""
         add_bias_linear add_qkv_bias apply_layernorm_1p apply_residual_connection_post_layernorm attention_output_gate
         enable_mhc_connections gated_linear_unit is_hybrid_model layernorm_zero_centered_gamma
         moe_apply_probs_on_input moe_extended_tp moe_router_force_load_balancing moe_shared_expert_gate
         moe_token_dropping mtp_standalone multi_latent_attention onnx_safe openai_gelu qk_l2_norm qk_layernorm
         quick_geglu retro_add_retriever rotary_interleaved squared_relu use_legacy_models use_mup use_rope_scaling
     """), (False,)),
-    **dict.fromkeys(_words("""
+    **dict.fromkeys(words("""
         activation_func activation_func_clamp_value experimental_attention_variant heterogeneous_block_specs
         heterogeneous_layers_config_encoded_json heterogeneous_layers_config_path hybrid_layer_pattern
         hybrid_override_pattern linear_attention_freq moe_expert_rank_capacity_factor moe_latent_size
         moe_mlp_glu_interleave_size moe_router_force_biased moe_router_topk_limited_devices
         moe_shared_expert_glu_interleave_size mrope_section num_moe_experts softmax_scale spec window_attn_skip_freq
     """), (False, "", [])),
-    **dict.fromkeys(_words("""
+    **dict.fromkeys(words("""
         rotary_percent rotary_seq_len_interpolation_factor mup_attn_scale_power mup_embedding_mult mup_output_mult
         mup_width_mult
     """), (1,)),
-    **dict.fromkeys(_words("""
+    **dict.fromkeys(words("""
         glu_linear_offset hybrid_attention_ratio hybrid_mlp_ratio mtp_num_layers no_rope_freq
     """), (0,)),
     "softmax_type": ("vanilla",),
 }
-HARMLESS = _words("""
+HARMLESS = words("""
     DDP_impl _cpu_offloading_context _is_global_batch_size_explicitly_specified
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split accumulate_allreduce_grads_in_fp32
     activation_func_fp8_input_store activation_offload_fraction add_position_embedding adlr_autoresume
@@ -162,7 +163,7 @@ HARMLESS = _words("""
     wgrad_deferral_limit world_size yaml_cfg yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
     yarn_original_max_position_embeddings
 """)
-HARMLESS_FAMILIES = tuple(_words("""
+HARMLESS_FAMILIES = tuple(words("""
     wandb_ tensorboard_ log_ rl_ grpo_ langrl_ inference_ ckpt_ dino_ one_logger_ fault_injector_ flight_recorder_
     inprocess_ logits_ save_ fim_ muon_ lr_ adam_ megatron_fsdp_ ddp_ tp_comm_ fp8_ fp4_ cpu_offloading_ cuda_graph_
     recompute_ tokenizer_ tiktoken_ profile_ optimizer_ overlap_ exit_ dist_ckpt_ moe_routing_trace_ moe_paged_stash_
@@ -174,11 +175,16 @@ UNSET: tuple[Any, ...] = (None, False, 0, "", [], (), {})
 
 def refuse_unknown(arguments: Mapping[str, Any], source: str) -> None:
     """Refuse by name each argument that changes the model, or may do so. Raises ConfigError."""
+    refuse_changes(arguments, source)
     for name, value in arguments.items():
-        if name in READ or name in HARMLESS or name.startswith(HARMLESS_FAMILIES) or value is None:
-            continue
-        if name in NEUTRAL and value not in NEUTRAL[name]:
-            raise ConfigError(f"{source}: {name}={value!s:.80} cannot be expressed by MoEScale")
-        if name not in NEUTRAL and value not in UNSET:
+        known = name in READ or name in HARMLESS or name in NEUTRAL or name.startswith(HARMLESS_FAMILIES)
+        if not known and value not in UNSET:
             raise ConfigError(f"{source}: {name}={value!s:.80} is no argument of which MoEScale knows that it leaves "
                               "the model as it is: if it does, save the checkpoint without it")
+
+
+def refuse_changes(arguments: Mapping[str, Any], source: str) -> None:
+    """Refuse by name each argument that is known to change the model. Raises ConfigError."""
+    for name, value in arguments.items():
+        if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+            raise ConfigError(f"{source}: {name}={value!s:.80} cannot be expressed by MoEScale")

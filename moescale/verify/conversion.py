@@ -20,7 +20,7 @@ from moescale.config import Config, ConfigError
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
 from moescale.moe.routers.token_choice import MixtralRouter
-from moescale.verify import megatron
+from moescale.verify import deepspeed, megatron
 
 SEQUENCES, SEQ, BEYOND = 2, 64, 32
 MOST_LOGITS = 1 << 28  # of the sequence that is longer than the window
@@ -96,9 +96,9 @@ def logits(
 
         certain = CERTAIN * _depth(opened)
         return [(scores, margins > certain) for scores, margins in logits_and_margins(opened.path, batches, dtype)]
-    if opened.format == "megatron":
-        return [(megatron.logits(opened, tokens, dtype), torch.ones_like(tokens, dtype=torch.bool))
-                for tokens in batches]
+    if opened.format in ("megatron", "deepspeed"):
+        run = megatron.logits if opened.format == "megatron" else deepspeed.logits
+        return [(run(opened, tokens, dtype), torch.ones_like(tokens, dtype=torch.bool)) for tokens in batches]
     precision = opened.config.precision.model_copy(update={"compute": "float32"})
     model = build_model(opened.config.model_copy(update={"precision": precision}), "cpu")
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if "statistics" not in name}

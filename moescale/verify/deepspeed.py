@@ -1,0 +1,101 @@
+"""A DeepSpeed checkpoint's model as `config.yaml` beside it says, for `--verify`: read here once more, by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moescale.checkpoint.mapped import Opened
+from moescale.checkpoint.region import read_region, region
+from moescale.verify.reference import attend, feed_forward, rms_norm, rotate, slopes
+
+GATED = ("swiglu", "geglu")
+
+
+@torch.no_grad()
+def logits(opened: Opened, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Run the model in float32, with weights rounded to `dtype` first.
+
+    tokens: [batch, seq] int64. Returns [batch, seq, vocab] float32.
+    """
+    model, weights = opened.config.model, _Weights(opened, dtype)
+    embedding = torch.cat(weights.shards("embedding.weight"))
+    x = functional.embedding(tokens, embedding)
+    for number, layer in enumerate(model.layers):
+        at = f"blocks.{number}."
+        y = _norm(opened, x, weights.shards(at + "mixer_norm.weight")[0])
+        mixed = _attention(opened, weights, at + "mixer.", y)
+        if model.block == "serial":
+            x = x + mixed
+            y = _norm(opened, x, weights.shards(at + "channel_norm.weight")[0])
+        at += "channel_mixer."
+        mixture = layer.channel_mixer == "moe"
+        more = _mixture(opened, weights, at, y, number) if mixture else _dense(weights, at, y, model.activation)
+        x = x + more if model.block == "serial" else x + mixed + more
+    x = _norm(opened, x, weights.shards("norm.weight")[0])
+    head = embedding if model.tied_embeddings else torch.cat(weights.shards("head.weight"))
+    return x @ head.T * (model.d_model**-0.5 if model.scale_logits else 1.0)
+
+
+def _norm(opened: Opened, x: Tensor, weight: Tensor) -> Tensor:
+    model = opened.config.model
+    if model.norm == "layernorm":
+        return functional.layer_norm(x, weight.shape, weight, None, model.norm_eps)
+    return rms_norm(x, weight, model.norm_eps)
+
+
+def _attention(opened: Opened, weights: _Weights, at: str, x: Tensor) -> Tensor:
+    model = opened.config.model
+    q, k, v = (torch.cat([x @ part.T for part in weights.shards(f"{at}{name}.weight")], -1)
+               .unflatten(-1, (-1, model.head_dim)) for name in "qkv")
+    if model.positions == "rope":
+        q, k = rotate(q, model.rope_theta), rotate(k, model.rope_theta)
+    before = None if model.window is None else model.window - 1
+    mixed = attend(q, k, v, before, slopes(model.num_heads) if model.positions == "alibi" else None)
+    return mixed @ torch.cat(weights.shards(at + "o.weight"), 1).T
+
+
+def _dense(weights: _Weights, at: str, x: Tensor, activation: str) -> Tensor:
+    names = ("gate", "up") if activation in GATED else ("up",)
+    first = [torch.cat(weights.shards(f"{at}{name}.weight")) for name in names]
+    return feed_forward(x, first, torch.cat(weights.shards(at + "down.weight"), 1), activation)
+
+
+def _mixture(opened: Opened, weights: _Weights, at: str, x: Tensor, number: int) -> Tensor:
+    """Route as DeepSpeed's gate does: one expert by its share of all, several by their shares of what is chosen."""
+    moe = opened.config.moe
+    share, chosen = (x @ weights.shards(at + "deepspeed_moe.gate.wg.weight")[0].T).softmax(-1).topk(moe.top_k, -1)
+    if moe.top_k > 1:
+        share = share / share.sum(-1, keepdim=True)
+    total = torch.zeros_like(x)
+    for expert in range(moe.num_experts):
+        weight = (share * (chosen == expert)).sum(-1)
+        rows = weight.nonzero(as_tuple=True)
+        own = weights.of_expert(number, expert)
+        room = f"{at}deepspeed_moe.experts.deepspeed_experts.{expert}."
+        total[rows] += weight[rows].unsqueeze(-1) * _dense(own, room, x[rows], moe.activation)
+    return total + _dense(weights, at + "shared.", x, moe.activation) if moe.num_shared_experts else total
+
+
+class _Weights:
+    """Finds tensors by their names in the files of all ranks. file: what stands before a rank's own name in them"""
+
+    def __init__(self, opened: Opened, dtype: torch.dtype | None, file: str = "", ranks: int | None = None) -> None:
+        self.opened, self.dtype, self.at = opened, dtype, file
+        self.ranks = opened.layout.tp if ranks is None else ranks
+
+    def of_expert(self, number: int, expert: int) -> _Weights:
+        """Look into the files of one expert of a layer; they number the layers with experts alone."""
+        before = sum(layer.channel_mixer == "moe" for layer in self.opened.config.model.layers[:number])
+        file = f"layer_{before}_expert_{expert}_"
+        return _Weights(self.opened, self.dtype, file, self.opened.layout.etp)
+
+    def shards(self, name: str) -> list[Tensor]:
+        """Read a tensor as the ranks of tensor parallelism hold it."""
+        found = []
+        for rank in range(self.ranks):
+            stored = self.opened.tensors[f"{self.at}mp_rank_{rank:02d}_model_states.pt:{name}"]
+            values = read_region(stored, region(stored.shape)).reshape(stored.shape)
+            found.append((values if self.dtype is None else values.to(self.dtype)).float())
+        return found
