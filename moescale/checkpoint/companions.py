@@ -20,6 +20,7 @@ from moescale.data.tokenizer import COMPANIONS, tokenizer_of_checkpoint
 
 TOKENIZER, OLDER = "tokenizer.json", "tokenizer.model"
 SETTINGS, GENERATION, CONFIG = "tokenizer_config.json", "generation_config.json", "config.json"
+SPECIAL = "special_tokens_map.json"
 END = "<|endoftext|>"  # what the boundary of `bytes` is called in an export
 
 
@@ -61,7 +62,10 @@ def with_companions(opened: Opened, folder: Path) -> Opened:
 
 
 def write_companions(folder: Path, files: Mapping[str, bytes], config: Config, step: int) -> None:
-    """Write them into an export, and make what it lacks. step: that the source was trained to. Raises ConfigError."""
+    """Write them into an export, make what it lacks, and put data.begin_token and data.end_token in.
+
+    step: that the source was trained to. Raises ConfigError.
+    """
     config_json = json.loads((folder / CONFIG).read_text(encoding="utf-8")) if (folder / CONFIG).exists() else None
     for name, content in files.items():
         if name != CONFIG:
@@ -77,18 +81,37 @@ def write_companions(folder: Path, files: Mapping[str, bytes], config: Config, s
             settings |= {"split_special_tokens": True, "add_prefix_space": False, "add_bos_token": False,
                          "add_eos_token": False}
         write_json(folder / SETTINGS, settings)
+    named = {key: token for key, name, token in (("bos_token", config.data.begin_token, begin),
+                                                 ("eos_token", config.data.end_token, end)) if name and token}
+    for file in (SETTINGS, SPECIAL, GENERATION):
+        if named and file in files:  # the keys come before what the files say, here as in training
+            values = _read_object(files[file])
+            texts = {key: text for key, (_, text) in named.items()}
+            write_json(folder / file, _ids_named(values, named) if file == GENERATION else values | texts)
     if config_json is None:
         return
     generation = _read_object(files.get(GENERATION))
     for key, token in (("bos_token_id", begin), ("eos_token_id", end)):
         if key not in config_json:
             config_json[key] = generation.get(key, carried_config(files).get(key, None if token is None else token[0]))
+    config_json = _ids_named(config_json, named)
     write_json(folder / CONFIG, config_json)
     if GENERATION not in files:
         ids = {key: config_json[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
                if config_json.get(key) is not None}
         if ids:
             write_json(folder / GENERATION, ids)
+
+
+def _ids_named(values: Mapping[str, Any], named: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+    """Put the ids of tokens that the configuration names; other ends stay beside the one that it names."""
+    found = dict(values)
+    for key, (index, _) in named.items():
+        before = found.get(f"{key}_id")
+        ends = before if isinstance(before, list) else [] if before is None else [before]
+        others = [end for end in ends if end != index] if key == "eos_token" else []
+        found[f"{key}_id"] = [index, *others] if others else index
+    return found
 
 
 def _special_tokens(folder: Path, config: Config, step: int) -> tuple[tuple[int, str] | None, tuple[int, str] | None]:

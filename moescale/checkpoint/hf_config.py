@@ -43,7 +43,7 @@ NEUTRAL: dict[str, Any] = {  # changes nothing at this value, or at null
     "embd_pdrop": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_multiplier": 1.0,
     "residual_multiplier": 1.0, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "logit_scale": 1.0,
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "use_qk_norm": False, "qk_norm": False,
-    "num_nextn_predict_layers": 0, "rope_interleaved": False,
+    "num_nextn_predict_layers": 0, "rope_interleaved": False, "is_causal": True,
 }
 HARMLESS = frozenset({  # say nothing of what the model computes
     "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
@@ -53,6 +53,7 @@ HARMLESS = frozenset({  # say nothing of what the model computes
     "task_specific_params", "tokenizer_class", "prefix", "_attn_implementation", "attn_implementation",
     "_attn_implementation_autoset", "_flash_attn_2_enabled", "use_flash_attention", "use_flash_attn", "_commit_hash",
     "unsloth_fixed", "unsloth_version", "unsloth_tensor_names", "model_max_length", "tokenizer_model_max_length",
+    "max_sequence_length", "max_seq_length", "is_llama_config",
     "neftune_noise_alpha", "gradient_checkpointing", "transformers.js_config", "bos_token_id", "eos_token_id",
     "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "mask_token_id", "decoder_start_token_id",
     "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
@@ -155,6 +156,9 @@ def _refuse_unknown(values: Mapping[str, Any], kind: str, window: int | None, so
         if key in ("quantization_config", "compression_config"):
             raise ConfigError(f"{source}: {key}={_short(value)}: quantized weights cannot be converted: take the "
                               "bfloat16 ones, or load these with transformers, dequantize() and save_pretrained(...)")
+        if key == "auto_map":
+            raise ConfigError(f"{source}: auto_map={_short(value)}: the model has code of its own, which is not run: "
+                              f"take the key out if the {kind} of transformers computes the same")
         if key in NEUTRAL:
             raise ConfigError(f"{source}: {key}={_short(value)} cannot be expressed by MoEScale: only "
                               f"{'null' if neutral is None else str(neutral).lower()} can")
@@ -236,7 +240,7 @@ def write_config(config: Config, dtype: torch.dtype, carried: Mapping[str, Any])
         "num_key_value_heads": model.num_kv_heads, "head_dim": model.head_dim,
         "hidden_act": {"swiglu": "silu", "geglu": "gelu"}[activation],
         "max_position_embeddings": config.data.seq_len, "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta, "tie_word_embeddings": model.tied_embeddings, "attention_dropout": 0.0,
+        "rope_theta": model.rope_theta, "tie_word_embeddings": model.tied_embeddings,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if kind == "llama":
@@ -249,12 +253,13 @@ def write_config(config: Config, dtype: torch.dtype, carried: Mapping[str, Any])
             "router_aux_loss_coef": _rounded(moe.load_balance_coefficient * model.num_layers / moe.top_k),
             "router_jitter_noise": moe.jitter,
         }
+    values["attention_dropout"] = 0.0
     if not _same_model(carried, values):
         return values
-    kept = {key: value for key, value in carried.items() if key in HARMLESS and key not in ("dtype", "_name_or_path")}
-    positions = max(config.data.seq_len, int(carried.get("max_position_embeddings") or 0))
-    return {**values, **kept, "architectures": values["architectures"], "max_position_embeddings": positions,
-            "torch_dtype": values["torch_dtype"]}
+    values["max_position_embeddings"] = max(config.data.seq_len, int(carried.get("max_position_embeddings") or 0))
+    kept = {key: value for key, value in carried.items() if key in HARMLESS and key not in ("dtype", "_name_or_path")
+            and (key not in values or key == "attention_dropout")}
+    return {**values, **kept}
 
 
 def _same_model(carried: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moescale.checkpoint.containers import inside, open_safetensors, refuse_pointer
 from moescale.checkpoint.region import Stored
 from moescale.config import ConfigError
-from moescale.config.files import parse_json, read_bytes
+from moescale.config.files import parse_json, read_bytes, read_text
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 PREFIXES = {  # of tensor names: who leaves them, and how to save without them
@@ -97,6 +98,9 @@ def _refuse_prefix(path: Path, tensors: Mapping[str, Stored]) -> None:
         if tensors and all(name.startswith(prefix) for name in tensors):
             raise ConfigError(f"{path}: all names of tensors have the prefix {prefix}: {why} (transformers does not "
                               "find them either)")
+    if "score.weight" in tensors:
+        raise ConfigError(f"{path} holds score.weight, the head of a classifier or reward model: take a model that "
+                          "predicts text, with lm_head.weight")
     if "embed_tokens.weight" in tensors:
         raise ConfigError(f"{path}: the names of tensors lack the prefix model., for they were saved without a head: "
                           "load them with transformers' AutoModelForCausalLM and save that")
@@ -106,6 +110,9 @@ def explain(path: Path) -> str | None:
     """Say why a folder that looks like Hugging Face's holds no model to read; None for others."""
     if (path / "snapshots").is_dir():
         found = sorted(inner for inner in (path / "snapshots").iterdir() if inner.is_dir())
+        with suppress(OSError, ValueError):
+            main = read_text(path / "refs/main").strip()
+            found.sort(key=lambda inner: inner.name == main)  # last, if it is there
         return f"{path} is a folder of the Hugging Face cache: write {found[-1]}" if found else None
     names = {file.name for file in path.iterdir() if file.is_file() or file.is_symlink()}
     models = sorted(name for name in names if name.endswith(".safetensors")

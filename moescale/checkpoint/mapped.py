@@ -104,7 +104,7 @@ def read_atom(opened: Opened, pieces: Sequence[Piece], name: str) -> Tensor:
         if not piece.copy:
             goal.copy_(part.reshape(goal.shape))
         elif not torch.equal(goal, part.reshape(goal.shape)):
-            raise ConfigError(f"{opened.path}: {_named(piece.key)} is no copy of what another file holds of {name}")
+            raise ConfigError(f"{opened.path}: {_named(piece.key)} is no copy of {name}, which the model has but once")
     return values
 
 

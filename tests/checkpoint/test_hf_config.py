@@ -86,6 +86,7 @@ def test_what_changes_the_model_is_refused_by_name(kind: str, changes: dict[str,
     ("llama", {"rope_scaling": None, "layer_types": ["full_attention"] * 2, "sliding_window": None, "mlp_bias": None}),
     ("llama", {"rope_scaling": {"type": "default"}, "max_window_layers": 2, "use_sliding_window": False}),
     ("mistral", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2}),
+    ("llama", {"is_llama_config": True, "rope_interleaved": False, "max_sequence_length": 99, "is_causal": True}),
     ("mixtral", {"num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}),
 ])
 def test_what_says_nothing_of_the_model_is_taken(kind: str, changes: dict[str, Any]) -> None:
@@ -128,6 +129,18 @@ def test_what_came_with_the_model_stays_with_it(tmp_path: Any) -> None:
     assert "pad_token_id" not in other
     (tmp_path / "config.json").write_text(json.dumps(back))
     assert AutoConfig.from_pretrained(tmp_path).max_position_embeddings == 32768
+
+
+def test_a_mistral_without_a_window_gets_none_on_its_way(tmp_path: Any) -> None:
+    """It is written as a Llama, whose model_type stays, or the window that a Mistral has by default would come back."""
+    carried = {"model_type": "mistral", **SMALL, "sliding_window": None, "attention_dropout": 0.1}
+    config = read_config(carried, "config.json", None)
+    back = write_config(config, torch.float32, carried)
+    assert read_config(back, "config.json", None).model == config.model
+    (tmp_path / "config.json").write_text(json.dumps(back))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.architectures == [f"{theirs.model_type.capitalize()}ForCausalLM"]
+    assert (getattr(theirs, "sliding_window", None), theirs.attention_dropout) == (None, 0.1)
 
 
 def test_every_key_is_of_one_kind() -> None:

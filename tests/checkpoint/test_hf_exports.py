@@ -44,9 +44,10 @@ def with_tokenizer(config: Config, tokenizer: object) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": tokenizer})})
 
 
-def write_run_with(run_dir: Path, tokenizer: Path) -> Path:
-    """Write a run as training does, with the files that its tokenizer has beside it."""
+def write_run_with(run_dir: Path, tokenizer: Path, **data: object) -> Path:
+    """Write a run as training does, with the files that its tokenizer has beside it. data: further keys."""
     config = with_tokenizer(make_config({**DENSE, "window": None, "vocab_size": 280}), str(tokenizer))
+    config = config.model_copy(update={"data": config.data.model_copy(update=data)})
     files = {"config.yaml": config.to_yaml(), **load_tokenizer(str(tokenizer)).files}
     save_checkpoint(run_dir, 0, make_tensors(config), {"seed": 0}, files, keep=1)
     return run_dir
@@ -145,6 +146,22 @@ def test_files_of_a_tokenizer_come_along(tmp_path: Path, settings: dict[str, str
     if settings:
         assert AutoTokenizer.from_pretrained(tmp_path / "back").apply_chat_template(
             [{"role": "user", "content": "hi"}], tokenize=False) == "hi</s>"
+
+
+def test_tokens_that_a_run_names_come_before_what_files_say(tmp_path: Path) -> None:
+    """A run that was trained with data.begin_token and data.end_token stops at its end in other programs, too."""
+    tokenizer = write_metaspace(tmp_path / "model", {"<|start|>": True, "<|done|>": True})
+    for name, text in SETTINGS.items():
+        (tokenizer.parent / name).write_text(text)
+    run = write_run_with(tmp_path / "run", tokenizer, begin_token="<|start|>", end_token="<|done|>")
+    call("convert", run, tmp_path / "hf", "--to", "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    begin, end = (theirs.convert_tokens_to_ids(token) for token in ("<|start|>", "<|done|>"))
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (begin, end)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    for found in (model.config, model.generation_config):
+        assert (found.bos_token_id, found.eos_token_id) == (begin, [end, 2, 9])
+    assert model.generation_config.temperature == 0.7
 
 
 def test_token_ids_of_config_json_alone_make_a_generation_config(of_bytes: Path, tmp_path: Path) -> None:

@@ -98,6 +98,17 @@ def of_dtype(dtype: torch.dtype) -> Callable[[Path], None]:
     return change
 
 
+def head_of_a_classifier(source: Path) -> None:
+    tensors = load_file(source / SINGLE)
+    tensors["score.weight"] = tensors.pop("lm_head.weight")
+    save_file(tensors, source / SINGLE)
+
+
+def own_code(source: Path) -> None:
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoModel": "own.Own"}}))
+
+
 def unheard_of(source: Path) -> None:
     data = (source / SINGLE).read_bytes()
     (source / SINGLE).write_bytes(data.replace(b'"F32"', b'"F7X"', 1))
@@ -112,6 +123,7 @@ def unheard_of(source: Path) -> None:
     (lambda source: (source / "config.json").write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
     (renamed("_orig_mod."), "_orig_mod."), (renamed("module."), "module."), (renamed("base_model.model."), "peft"),
     (renamed("", "model."), "prefix model."), (of_dtype(torch.float8_e4m3fn), "float8_e4m3fn"),
+    (own_code, "code of its own"), (head_of_a_classifier, "score.weight"),
     (of_dtype(torch.int16), "int16"), (unheard_of, "F7X"),
 ])
 def test_what_is_no_model_is_refused_with_the_true_reason(
@@ -137,6 +149,10 @@ def test_links_of_the_hugging_face_cache_and_no_others(source: Path, published: 
     code, said = call(cache)
     assert code == 2
     assert "snapshots/0123abcd" in said
+    shutil.copytree(snapshot, cache / "snapshots/ffff", symlinks=True)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("0123abcd")
+    assert "snapshots/0123abcd" in call(cache)[1]
     shutil.move(cache / "blobs", tmp_path / "outside")
     (cache / "blobs").mkdir()
     for file in snapshot.iterdir():
