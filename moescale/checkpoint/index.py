@@ -34,6 +34,7 @@ from moescale.config import ConfigError
 from moescale.config.files import inside, read_bytes
 
 INDEX = ".metadata"
+MOST_ATTRIBUTES = 100  # of an object: torch's have up to six
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -42,7 +43,7 @@ def read_metadata(folder: Path) -> Metadata:
     Objects of classes that torch does not know, such as the plans of other systems, are left out.
     """
     try:
-        return _metadata(read_plain(read_bytes(folder / INDEX, MOST_BYTES)))
+        return _metadata(read_plain(read_bytes(folder / INDEX, MOST_BYTES), tree=False))
     except PickleError as error:
         raise ConfigError(f"{folder} is damaged: its index {INDEX} cannot be read, it {error}") from None
     except OSError as error:
@@ -51,22 +52,22 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _metadata(found: Any) -> Metadata:
+    """Make torch's index anew. Parts that several tensors share are made for each, as many as have a place."""
     values = _attributes(found, "Metadata", "MCoreMetadata")
+    stored, parts = _dict(values.get("storage_data")), 0
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, entry in _dict(values.get("state_dict_metadata")).items():
         if not isinstance(name, str):
             raise PickleError("names a tensor by what is no text")
-        entries[name] = _entry(entry)
+        entries[name] = _entry(entry, len(stored) - parts)
+        parts += len(getattr(entries[name], "chunks", ()))
     places: dict[MetadataIndex, _StorageInfo] = {}
-    for key, place in _dict(values.get("storage_data")).items():
+    for key, place in stored.items():
         index = _attributes(key, "MetadataIndex")
         name, offset = index.get("fqn"), index.get("offset")
         if not isinstance(name, str):
             raise PickleError("names a tensor by what is no text")
         places[MetadataIndex(name, None if offset is None else shape_of(offset))] = _place(place)
-    parts = sum(len(entry.chunks) for entry in entries.values() if isinstance(entry, TensorStorageMetadata))
-    if parts > len(places):
-        raise PickleError(f"lists {parts} parts of tensors, but where {len(places)} lie")
     return Metadata(entries, storage_data=places)
 
 
@@ -75,6 +76,8 @@ def _attributes(value: Any, *names: str) -> dict[str, Any]:
     if not isinstance(value, Record) or value.name.rpartition(".")[2] not in names:
         shown = value.name if isinstance(value, Record) else type(value).__name__
         raise PickleError(f"has {shown:.80} in the place of torch's {names[0]}")
+    if isinstance(value.state, dict) and len(value.state) > MOST_ATTRIBUTES:
+        raise PickleError(f"gives torch's {names[0]} more than {MOST_ATTRIBUTES} attributes")
     return value.attributes()
 
 
@@ -84,11 +87,11 @@ def _dict(value: Any) -> dict[Any, Any]:
     return value
 
 
-def _entry(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+def _entry(value: Any, most_parts: int) -> TensorStorageMetadata | BytesStorageMetadata:
     """Describe what is stored under one name: a tensor, or something else, which nobody reads."""
     if not isinstance(value, Record) or not value.name.endswith(".TensorStorageMetadata"):
         return BytesStorageMetadata()
-    found = value.attributes()
+    found = _attributes(value, "TensorStorageMetadata")
     state = _attributes(found.get("properties"), "TensorProperties") or found["properties"].state
     dtype = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
     if not isinstance(dtype, Name) or dtype.name not in DTYPES:
@@ -96,6 +99,8 @@ def _entry(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     chunks = found.get("chunks")
     if not isinstance(chunks, list):
         raise PickleError("holds a tensor without parts")
+    if len(chunks) > most_parts:
+        raise PickleError("lists more parts of tensors than it says where they lie")
     size = torch.Size(shape_of(found.get("size")))
     return TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype.name]), size, [_chunk(chunk) for chunk in chunks])
 
@@ -135,8 +140,13 @@ def read_object(folder: Path, metadata: Metadata, name: str) -> Any:
 class SafeReader(FileSystemReader):
     """Torch's reader of distributed checkpoints, but that index and tensors are read by code that builds no object."""
 
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        """metadata: as `read_metadata` gave it."""
+        super().__init__(folder)
+        self._metadata = metadata
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
+        metadata = self._metadata
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
@@ -161,11 +171,18 @@ def _narrowed(dim: int, start: int, length: int) -> Any:
 
 
 def read_index(folder: Path, files: Collection[str]) -> dict[str, TensorStorageMetadata]:
-    """Read the index and refuse one that leads out of the checkpoint or does not cover its tensors.
+    """Read the index, hold it to the checkpoint, and return what is stored of each tensor, by name.
+
+    Arguments and errors are those of `tensors_of`.
+    """
+    return tensors_of(read_metadata(folder), folder, files)
+
+
+def tensors_of(metadata: Metadata, folder: Path, files: Collection[str]) -> dict[str, TensorStorageMetadata]:
+    """Refuse an index that leads out of the checkpoint or does not cover its tensors.
 
     files: names that the checkpoint consists of. Returns what is stored of each tensor, by name. Raises ConfigError.
     """
-    metadata = read_metadata(folder)
     if not {place.relative_path for place in metadata.storage_data.values()} <= set(files):
         raise ConfigError(f"{folder} is damaged: its index names files that its manifest does not")
     found = {}

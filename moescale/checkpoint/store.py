@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from moescale.checkpoint.index import INDEX, SafeReader, read_index
+from moescale.checkpoint.index import INDEX, SafeReader, read_index, read_metadata, tensors_of
 from moescale.checkpoint.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
 from moescale.checkpoint.readers import ATTEMPTS, holding, is_held, trying_again
 from moescale.config import ConfigError, LostRanksError, TrainingError, is_of_lost_ranks
@@ -104,8 +104,9 @@ def load_checkpoint(
             share = sorted(files)[ranks.rank :: ranks.size]
             ranks.together(lambda: _verify(folder, {name: files[name] for name in share}))
             names = {name for part in ranks.gather(list(tensors)) for name in part}  # a pipeline's ranks hold others
-            ranks.together(lambda: _compare(folder, read_index(folder, files), tensors, names, prefix))
-            ranks.together(lambda: _read(SafeReader(folder), tensors, ranks))
+            index = ranks.together(lambda: read_metadata(folder))
+            ranks.together(lambda: _compare(folder, tensors_of(index, folder, files), tensors, names, prefix))
+            ranks.together(lambda: _read(SafeReader(folder, index), tensors, ranks))
             spoilt = _not_finite(tensors, ranks)
             if spoilt is not None:
                 raise _Failed(f"{folder}: {spoilt} holds values that are no finite numbers; "
@@ -405,7 +406,8 @@ def _last_finite(folder: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> Pat
     """Read earlier checkpoints over the tensors, the last one first, until one holds finite numbers alone."""
 
     def read(name: str) -> None:
-        _read(SafeReader(folder.with_name(name)), tensors, ranks)
+        older = folder.with_name(name)
+        _read(SafeReader(older, read_metadata(older)), tensors, ranks)
 
     for name in ranks.gather([older.name for older in _older(folder)])[0]:  # those that the first rank sees
         try:

@@ -174,6 +174,17 @@ def _same_parts(index: Metadata) -> None:
     index.state_dict_metadata["a"].chunks *= 3  # type: ignore[union-attr]
 
 
+def _shared_parts(index: Metadata) -> None:
+    """A pickle of some kilobytes that lists a billion parts."""
+    index.state_dict_metadata["a"].chunks *= 30_000  # type: ignore[union-attr]
+    for number in range(30_000):
+        index.state_dict_metadata[f"a{number}"] = index.state_dict_metadata["a"]
+
+
+def _attributes(index: Metadata) -> None:
+    vars(index.state_dict_metadata["a"]).update({f"x{number}": 0 for number in range(1000)})
+
+
 def _elsewhere(index: Metadata) -> None:
     index.storage_data[MetadataIndex("b", (0,))] = _StorageInfo("../outside", 0, 10)
 
@@ -194,7 +205,8 @@ def _no_tensor(index: Metadata) -> None:
     index.storage_data[MetadataIndex("b", (0,))] = index.storage_data[MetadataIndex("c", ())]
 
 
-@pytest.mark.parametrize("change", [_same_parts, _elsewhere, _beyond, _huge, _outside, _no_tensor])
+@pytest.mark.parametrize("change", [
+    _same_parts, _shared_parts, _attributes, _elsewhere, _beyond, _huge, _outside, _no_tensor])
 def test_an_index_that_cannot_be_is_one_line(tmp_path: Path, change: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         open_distributed(index_with(change, tmp_path))

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from moescale.checkpoint import store
-from moescale.checkpoint.index import SafeReader
+from moescale.checkpoint.index import read_metadata
 from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from moescale.config import ConfigError, LostRanksError, TrainingError
 from moescale.parallel.ranks import run_ranks
@@ -246,7 +246,7 @@ def test_an_index_that_is_none_is_one_line(tmp_path: Path, data: bytes) -> None:
 def test_an_index_with_holes_is_refused(tmp_path: Path) -> None:
     """Torch would leave those parts of the weights as they were, without a word."""
     folder = save(tmp_path)
-    index = SafeReader(folder).read_metadata()
+    index = read_metadata(folder)
     index.state_dict_metadata["model.a"].chunks.clear()  # type: ignore[union-attr]
     _replace(folder, ".metadata", pickle.dumps(index))
     refused(folder, "does not hold the whole of model.a")
@@ -254,10 +254,10 @@ def test_an_index_with_holes_is_refused(tmp_path: Path) -> None:
 
 def test_files_of_any_size_are_read(tmp_path: Path) -> None:
     folder = save(tmp_path)
-    index = SafeReader(folder).read_metadata()
+    index = read_metadata(folder)
     far = {name: dataclasses.replace(place, offset=2**40, length=2**40) for name, place in index.storage_data.items()}
     _replace(folder, ".metadata", pickle.dumps(dataclasses.replace(index, storage_data=far)))
-    assert {place.offset for place in SafeReader(folder).read_metadata().storage_data.values()} == {2**40}
+    assert {place.offset for place in read_metadata(folder).storage_data.values()} == {2**40}
 
 
 FILES: list[object] = [
