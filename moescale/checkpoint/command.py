@@ -104,7 +104,7 @@ def _convert(source: Path, opened: Opened, destination: Path, options: Options, 
 
 
 def _change(source: Path, opened: Opened, options: Options) -> tuple[Change | None, bool]:
-    """-> the other model that is asked for, if any, and whether its logits are the source's"""
+    """Say what other model is asked for, if any, and whether its logits are the source's."""
     asked = [name for name in ("upcycle", "experts", "drop_experts", "merge_experts", "place_experts")
              if getattr(options, name) is not None]
     if len(asked) > 1:

@@ -130,9 +130,12 @@ def padding_note(folder: Path, config: Config) -> str | None:
     """Say what llama.cpp makes of rows of the vocabulary that no token of the export's tokenizer has."""
     if not (folder / TOKENIZER).exists() or (folder / OLDER).exists():
         return None
-    tokenizer = _read_object((folder / TOKENIZER).read_bytes())
-    ids, rows = max(_texts(tokenizer), default=-1) + 1, config.model.vocab_size
-    if ids >= rows or not tokenizer["model"].get("byte_fallback"):  # of other kinds it fills up the tokens
+    try:
+        ids = tokenizer_of_checkpoint(config.data, folder, 0).num_ids
+    except ConfigError:  # as in _special_tokens
+        return None
+    rows, model = config.model.vocab_size, _read_object((folder / TOKENIZER).read_bytes())["model"]
+    if ids >= rows or not model.get("byte_fallback"):  # of other kinds it fills up the tokens
         return None
     return (f"model.vocab_size={rows} has {rows - ids} rows beyond the {ids} ids of the tokenizer: transformers takes "
             f"that, llama.cpp does not unless {OLDER} lies there: give {TOKENIZER} {rows - ids} more tokens, or a new "

@@ -49,7 +49,7 @@ Sizes = Mapping[str, tuple[Shape, torch.dtype]]
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """-> where each tensor lies, by name; the texts in the header. Raises ConfigError."""
+    """Read where each tensor lies, by name, and the texts in the header. Raises ConfigError."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -204,7 +204,7 @@ def _reserve(file: Any, shape: Shape, dtype: torch.dtype) -> int:
 
 @cache
 def _header_size(shape: Shape, dtype: torch.dtype) -> int:
-    """-> bytes before the data of a tensor that `torch.save` writes alone"""
+    """Count the bytes before the data of a tensor that `torch.save` writes alone."""
     with tempfile.TemporaryFile() as archive, FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         torch.save(torch.empty(shape, dtype=dtype), archive)
         archive.seek(0)

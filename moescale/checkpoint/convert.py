@@ -200,7 +200,7 @@ def _by_atom(pieces: list[Piece]) -> dict[str, list[Piece]]:
 def _dtypes(
     source: Opened, recipes: Mapping[str, Recipe], dtype: torch.dtype | None, to: str, config: Config
 ) -> dict[str, torch.dtype]:
-    """-> what each native tensor is written as"""
+    """Choose what each native tensor is written as."""
     wide = torch.float64 if config.precision.compute == "float64" else torch.float32
     stored = {piece.native: source.tensors[piece.key].dtype for piece in source.pieces}
     chosen = {}
@@ -284,7 +284,7 @@ def _copy_all(
 def _need(
     source: Opened, origins: Sequence[Sequence[Piece]], goals: Sequence[Piece], places: Mapping[str, Stored]
 ) -> int:
-    """-> bytes that a tensor on its way takes at most: as it was read, and as it is written"""
+    """Count the bytes that a tensor on its way takes at most: as it was read, and as it is written."""
     read = max((pieces[0].part.size * len(pieces) * source.tensors[pieces[0].key].dtype.itemsize for pieces in origins),
                default=0)
     return read + max(goal.part.size * places[goal.key].dtype.itemsize for goal in goals) + ROWS_BYTES

@@ -49,7 +49,7 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
 
 
 def _with(config: Config, **groups: Mapping[str, Any]) -> Config:
-    """-> the run with other values, checked as if it were read from a file"""
+    """Give the run other values, checked as if they were read from a file."""
     values = config.model_dump(mode="json")
     values |= {group: {**values[group], **new} for group, new in groups.items()}
     return parse_config(values, "the new model")
@@ -158,7 +158,7 @@ def reduce(opened: Opened, loads: Mapping[int, Sequence[int]], number: int, *, m
 
 
 def _sources(opened: Opened, layer: int, counts: Sequence[int], left: int, merge: bool) -> list[list[int]]:
-    """-> for each kept expert, in order, the old ones that it is made of, itself first"""
+    """List for each kept expert, in order, the old ones that it is made of, itself first."""
     busiest = sorted(range(len(counts)), key=lambda expert: (-counts[expert], expert))
     kept = sorted(busiest[:left])
     made = {expert: [expert] for expert in kept}

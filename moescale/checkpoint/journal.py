@@ -52,7 +52,7 @@ class Journal:
             self._append([{"plan": plan}])
 
     def fresh(self) -> Path:
-        """-> an empty folder, to lay files out in"""
+        """Make an empty folder, to lay files out in."""
         folder = self.folder / "fresh"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

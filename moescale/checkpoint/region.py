@@ -33,11 +33,11 @@ class Region:
         return math.prod(self.shape)
 
     def order(self) -> list[int]:
-        """-> the dims, the one with the longest step first"""
+        """Order the dims, the one with the longest step first."""
         return sorted(range(len(self.shape)), key=lambda dim: -self.stride[dim])
 
     def rows(self, begin: int, end: int) -> Region:
-        """-> some of its first dim"""
+        """Take some of its first dim."""
         return Region(self.offset + begin * self.stride[0], (end - begin, *self.shape[1:]), self.stride)
 
     def runs(self) -> tuple[np.ndarray, int]:
@@ -119,7 +119,7 @@ def write_region(stored: Stored, part: Region, values: Tensor) -> None:
 
 
 def _transfers(stored: Stored, part: Region) -> Iterator[tuple[Path, list[tuple[int, int, int]]]]:
-    """-> for each file: place in it, place in the view's own order, size, all in bytes"""
+    """List for each file: place in it, place in the view's own order, size, all in bytes."""
     itemsize = stored.dtype.itemsize
     starts, length = part.runs()
     order = np.argsort(starts, kind="stable")

@@ -164,6 +164,18 @@ def test_tokens_that_a_run_names_come_before_what_files_say(tmp_path: Path) -> N
     assert model.generation_config.temperature == 0.7
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"model": []}', '{"model": {"type": "BPE", "vocab": 3}}', "["])
+def test_a_tokenizer_json_that_is_none_goes_along_and_is_named_when_it_is_needed(
+    of_bytes: Path, tmp_path: Path, content: str
+) -> None:
+    source = shutil.copytree(of_bytes, tmp_path / "source")
+    (source / "tokenizer.model").unlink()
+    (source / "tokenizer.json").write_text(content)
+    call("convert", source, tmp_path / "hf", "--to", "hf")
+    call("convert", tmp_path / "hf", tmp_path / "run", "--to", "moescale")
+    assert "tokenizer.json" in call("generate", tmp_path / "run", status=2)
+
+
 def test_token_ids_of_config_json_alone_make_a_generation_config(of_bytes: Path, tmp_path: Path) -> None:
     source = shutil.copytree(of_bytes, tmp_path / "source")
     (source / "generation_config.json").unlink()
