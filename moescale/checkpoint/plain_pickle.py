@@ -8,6 +8,7 @@ compares or prints it ends soon.
 
 from __future__ import annotations
 
+import gc
 import pickletools
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -75,6 +76,8 @@ def read_plain(
     if len(data) > MOST_BYTES:
         raise PickleError(f"has more than {MOST_BYTES:,} bytes")
     machine = _Machine(calls or {}, persistent)
+    collects = gc.isenabled()
+    gc.disable()  # it would look through all that was read so far, again and again
     try:
         value = machine.run(data)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
@@ -85,6 +88,9 @@ def read_plain(
         if type(error) is ValueError or isinstance(error, UnicodeError):
             raise PickleError("holds instructions that make no sense") from None
         raise
+    finally:
+        if collects:
+            gc.enable()
     if tree:
         _bound(value, 10_000_000 + MOST_GROWTH * len(data))
     return value
