@@ -36,7 +36,8 @@ BROKEN_PIPE_STATUS = 141  # as of a command whose reader is gone: 128 + SIGPIPE
 
 app = typer.Typer(
     help="Train mixtures of experts, from one laptop process to a torchrun cluster.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # else [a, b] is taken for a style, and not shown
 )
 
 

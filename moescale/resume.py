@@ -89,7 +89,7 @@ def go_on(checkpoint: Path, config: Config, corpus: TokenCorpus, tokenizer: Toke
     if not state.get("optimizer", True):
         other = [] if same_tokenizer else _other_tokenizer(tokenizers, checkpoint, old, config, tokenizer)
         return _begin(checkpoint, state, old, config, other)
-    changed = differences(old, config)
+    changed = [change for change in differences(old, config) if change.key != "run.allow_changes"]  # of this start
     keys = {change.key for change in changed}
     text_keys = {key for key in keys if decides_text(key)} - (TOKENIZER_KEYS if same_tokenizer else set())
     same_text = state["corpus"] == corpus.fingerprint if "corpus" in state else not text_keys and same_tokenizer
@@ -236,4 +236,4 @@ def _told_rate(step: int, before: tuple[Config, Peak], after: tuple[Config, Peak
     stood, stands, ends = (learning_rate(at, some.run.steps, some.optim, its) for at, some, its in (
         (step, old, old_peak), (step, config, peak), (config.run.steps - 1, config, peak)))
     return [f"the learning rate stood at {stood:.4g} and goes on from {stands:.4g}, to {ends:.4g} at step "
-            f"{config.run.steps}" + ("" if stands > ends else "; another optim.lr scales it")]
+            f"{config.run.steps}" + (": it stays there, unless optim.lr is another" if stands == ends else "")]

@@ -196,6 +196,14 @@ def test_help_teaches(here: Path) -> None:
         assert f"moescale {command}" in result.output
 
 
+def test_help_shows_what_stands_in_brackets(here: Path) -> None:
+    def help_of(command: str) -> str:
+        return " ".join(CliRunner().invoke(app, [command, "--help"]).output.split())
+
+    assert "true and [a, b] as there" in help_of("train")
+    assert help_of("evaluate").count("data.files=[texts/*") == 2
+
+
 @pytest.mark.parametrize(("arguments", "status"), [("--help", 0), ("no-such-command", 2)])
 def test_one_of_many_ranks_leaves_without_taking_the_interpreter_down(arguments: str, status: int) -> None:
     code = "import atexit, os; atexit.register(os.abort); from moescale.cli import main; main()"

@@ -175,6 +175,7 @@ def test_what_is_not_known_to_be_harmless_is_refused_until_it_is_allowed(
     status, said = run.train("run.steps=8", *overrides, allow)
     assert status == 0, said
     assert all(f"{override} (was {value})" in said for override, value in zip(overrides, values, strict=True))
+    assert "run.allow_changes" not in said, "it is of this start"
     assert yaml.safe_load(Path("run/config.yaml").read_text())["run"]["allow_changes"] == [], "allowed this once"
 
 
