@@ -64,7 +64,7 @@ class Evaluation:
         return {} if before is None else moved(self._before, before, self.layers, num_tokens)
 
     def _batches(self, num_sequences: int) -> list[Batch]:
-        """-> this rank's part, on its device"""
+        """Give this rank's part, on its device."""
         batches = held_out_batches(
             self.split, seq_len=self.config.data.seq_len, num_sequences=num_sequences, rank=self.mesh.batch_rank,
             num_ranks=self.mesh.batch_size, micro_batch=self.config.data.micro_batch or 1,
@@ -72,7 +72,7 @@ class Evaluation:
         return [batch.to(self.mesh.device) for batch in batches]
 
     def _text(self) -> tuple[list[str], list[str]]:
-        """-> of each token whose experts are kept, its text and the kind of its file; kinds are empty for padding"""
+        """Give the text of each token whose experts are kept, and the kind of its file; kinds are empty for padding."""
         seq_len = self.config.data.seq_len
         texts: list[str] = []
         kinds: list[str] = []

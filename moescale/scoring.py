@@ -142,7 +142,7 @@ class Scorer:
             self.tokenizer.encode_published(text).tolist()))
 
     def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """-> pairs of ids known and ids to be predicted; windows after the first know one id of the one before"""
+        """Give pairs of ids known and ids to be predicted; windows after the first know one id of the one before."""
         size = self.context
         if ids:
             yield [self.tokenizer.begin], ids[:size]

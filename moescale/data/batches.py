@@ -139,7 +139,7 @@ def held_out_batches(
 
 
 def held_out_windows(tokens: TokenSplit, seq_len: int, num_sequences: int) -> list[int]:
-    """-> each held-out sequence's first token in the stream"""
+    """Spread the held-out sequences evenly, and give the place of each one's first token in the stream."""
     whole, rest = divmod(tokens.num_tokens - 1, seq_len)
     windows = whole if whole >= num_sequences else whole + (rest > 0)  # the partial last one only when needed
     count = min(num_sequences, windows)

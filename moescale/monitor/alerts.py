@@ -32,7 +32,7 @@ class Alerts:
         self.known: set[str] = set()
 
     def look(self, metrics: Metrics) -> list[str]:
-        """-> what is new"""
+        """Give the alerts that are new."""
         self.lines.append(metrics)
         found = dict(self._routing()) if len(self.lines) == self.lines.maxlen else {}
         found.update(self._loss(metrics))

@@ -42,7 +42,7 @@ def _kind(match: re.Match[str]) -> int:
 
 
 def file_kinds(routing: HeldOutRouting) -> tuple[list[str], np.ndarray]:
-    """-> the kinds of file, those of most tokens first, and of which each token is, [tokens] int, -1 = padding"""
+    """List the kinds of file, those of most tokens first, and of which each token is, [tokens] int, -1 = padding."""
     names, tokens = np.unique(routing.kinds[routing.kinds != ""], return_counts=True)
     ordered = names[np.argsort(-tokens, kind="stable")].tolist()
     place = {name: number for number, name in enumerate(ordered)}
@@ -50,7 +50,7 @@ def file_kinds(routing: HeldOutRouting) -> tuple[list[str], np.ndarray]:
 
 
 def preference(routing: HeldOutRouting, kinds: np.ndarray, num_kinds: int, num_experts: int) -> np.ndarray:
-    """-> [layers, kinds, experts], each expert's share of the rows of a kind of token, over an even share"""
+    """Compute each expert's share of the rows of a kind of token, over an even share. [layers, kinds, experts]"""
     result = np.zeros((len(routing.layers), num_kinds, num_experts))
     for kind in range(num_kinds):
         counts = _counts(routing.expert[:, kinds == kind], num_experts)
@@ -59,7 +59,7 @@ def preference(routing: HeldOutRouting, kinds: np.ndarray, num_kinds: int, num_e
 
 
 def pair_preference(routing: HeldOutRouting, num_experts: int) -> np.ndarray:
-    """-> [layers, experts, experts], how often two experts share a token, over what their loads alone would give"""
+    """Count how often two experts share a token, over what their loads alone would give. [layers, experts, experts]"""
     result = np.ones((len(routing.layers), num_experts, num_experts))
     for layer, expert in enumerate(routing.expert):
         chosen = np.zeros((len(expert), num_experts + 1))  # the last one takes what is none
@@ -89,7 +89,7 @@ class Repetition:
 
 
 def repetition(routing: HeldOutRouting) -> list[Repetition]:
-    """-> of each layer, counted within sequences; chance is the same tokens in a random order"""
+    """Compare neighbours in each layer, within sequences; chance is the same tokens in a random order."""
     valid = routing.kinds != ""
     follows = valid[1:] & valid[:-1] & (np.arange(1, len(valid)) % routing.seq_len != 0)
     shuffled = np.random.default_rng(0).permutation(np.flatnonzero(valid))
@@ -99,7 +99,7 @@ def repetition(routing: HeldOutRouting) -> list[Repetition]:
 
 
 def _alike(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """-> shares of the pairs with the same first expert, and with one in common. ours, theirs: [pairs, top_k]"""
+    """Compute the shares of pairs with the same first expert, and with one in common. ours, theirs: [pairs, top_k]"""
     if not len(ours):
         return 0.0, 0.0
     common = ((ours[:, :, None] == theirs[:, None]) & (ours >= 0)[:, :, None]).any((1, 2))

@@ -49,7 +49,7 @@ class HeldOutRouting:
 
     @staticmethod
     def load(directory: Path) -> HeldOutRouting | None:
-        """-> what the last evaluation left; None where there is nothing to read"""
+        """Read what the last evaluation left; None where there is nothing to read."""
         try:
             with open_regular(directory / FILE) as packed:
                 with zipfile.ZipFile(packed) as archive:  # a packed entry may become a thousand times as large

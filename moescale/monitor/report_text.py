@@ -25,7 +25,7 @@ MOST_PAIRS = 1_000_000  # layers x experts x experts
 
 
 def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
-    """-> HTML of the last layer, and what the script shows of the others; both empty where nothing was kept"""
+    """Give HTML of the last layer, and what the script shows of the others; both empty where nothing was kept."""
     routing, experts = HeldOutRouting.load(run.directory), run.config.moe.num_experts
     if routing is None or not routing.expert.size or not routing.fits(run.layers, experts):
         return "", {}
@@ -67,7 +67,7 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
 def _shares(
     routing: HeldOutRouting, names: Sequence[str], kinds: np.ndarray, experts: int
 ) -> tuple[list[str], np.ndarray]:
-    """-> of the kinds that enough tokens are of, the first MOST_KINDS: names, and [layers, kinds, experts]"""
+    """Take the first MOST_KINDS that enough tokens are of: their names, and [layers, kinds, experts]."""
     present = [kind for kind in range(len(names)) if (kinds == kind).sum() >= ENOUGH_TOKENS][:MOST_KINDS]
     return [visible(names[kind]) for kind in present], preference(routing, kinds, len(names), experts)[:, present]
 

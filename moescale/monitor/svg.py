@@ -105,7 +105,7 @@ def cell_paths(classes: np.ndarray) -> str:
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[Any], np.ndarray]:
-    """-> what maps values onto a stretch of the picture"""
+    """Make what maps values onto a stretch of the picture."""
     return lambda value: start + (np.asarray(value, dtype=float) - low) * (end - start) / (high - low)
 
 
