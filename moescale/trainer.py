@@ -262,9 +262,11 @@ class _Run:
         """Stop before figures that are no finite numbers are logged or saved."""
         if not all(map(math.isfinite, figures.values())):
             said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+            last = latest_checkpoint(self.run_dir)
+            left = "no checkpoint was saved" if last is None else (
+                f"the last checkpoint is {last}: remove it to go on from an earlier one if it diverges again")
             raise TrainingError(f"step {self.engine.step_count}: {said}; try a lower optim.lr or a longer "
-                                "optim.warmup_steps; the last good checkpoint is "
-                                f"{latest_checkpoint(self.run_dir) or 'none'}")
+                                f"optim.warmup_steps; {left}")
 
     def _figures(
         self, losses: StepLosses, grad_norm: Tensor, lr: float, first: int, started: float

@@ -295,6 +295,20 @@ def test_weights_that_are_no_numbers_are_never_saved(run: Started) -> None:
     assert store.latest_checkpoint(Path("run")) == Path("run/checkpoints/step_00000006")
 
 
+def test_weights_that_are_too_large_are_left_by_removing_their_checkpoint(run: Started) -> None:
+    """They are numbers yet, so that they are saved, and every step from there on fails."""
+    wild = ["optim.lr=1e37", "optim.final_lr_share=1", "checkpoint.every=1", "monitor.every=100",
+            "monitor.eval_every=100"]
+    assert run.train("run.steps=20", *wild)[0] == 1
+    spoilt = Path("run/checkpoints/step_00000007")
+    assert store.latest_checkpoint(Path("run")) == spoilt
+    status, said = run.train("run.steps=20")
+    assert status == 1, said
+    assert f"{spoilt}: remove it" in said
+    shutil.rmtree(spoilt)
+    assert run.train("run.steps=8")[0] == 0
+
+
 def test_a_checkpoint_with_weights_that_are_no_numbers_is_refused(
     run: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
