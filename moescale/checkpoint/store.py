@@ -27,13 +27,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moescale.checkpoint.index import INDEX, SafeReader, read_index, read_metadata, tensors_of
 from moescale.checkpoint.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
 from moescale.checkpoint.readers import ATTEMPTS, holding, is_held, trying_again
-from moescale.config import ConfigError, LostRanksError, TrainingError, is_of_lost_ranks
+from moescale.checkpoint.together import Failed, Ranks, describe, limited
+from moescale.config import ConfigError, TrainingError
 from moescale.config.files import inside, read_json
 
 FORMAT = 1
@@ -59,8 +60,8 @@ def save_checkpoint(
     no finite number; what existed before stays.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    ranks = _Ranks(group)
-    with _limited(f"saving step {step}"):
+    ranks = Ranks(group)
+    with limited(f"saving step {step}"):
         spoilt = _not_finite(tensors, ranks)
     if spoilt is not None:
         good = latest_checkpoint(run_dir)
@@ -69,14 +70,14 @@ def save_checkpoint(
                             f"{good or 'none'}")
     partial = folder.with_suffix(".partial")
     try:
-        with _limited(f"saving step {step}"):
+        with limited(f"saving step {step}"):
             ranks.on_first(lambda: _make_room(partial, files))
             ranks.together(lambda: _write(partial, tensors, ranks))
             own = ranks.together(lambda: _check_sums(partial, f"__{ranks.rank}_*"))
             listing = {name: sums for part in ranks.gather(own) for name, sums in part.items()}
             ranks.together(lambda: _look(partial, listing, ranks))
             ranks.on_first(lambda: _finish(partial, folder, {"step": step, **state}, listing))
-    except _Failed as error:
+    except Failed as error:
         if ranks.rank == 0:
             discard(partial)
         good = latest_checkpoint(run_dir)
@@ -96,9 +97,9 @@ def load_checkpoint(
     Raises ConfigError for a folder that is damaged, for a checkpoint of another model, and for values that are no
     finite numbers.
     """
-    ranks = _Ranks(group)
+    ranks = Ranks(group)
     try:
-        with _limited(f"loading {folder}"):
+        with limited(f"loading {folder}"):
             manifest = ranks.together(lambda: _read_manifest(folder))
             files = manifest["files"]
             share = sorted(files)[ranks.rank :: ranks.size]
@@ -109,9 +110,9 @@ def load_checkpoint(
             ranks.together(lambda: _read(SafeReader(folder, index), tensors, ranks))
             spoilt = _not_finite(tensors, ranks)
             if spoilt is not None:
-                raise _Failed(f"{folder}: {spoilt} holds values that are no finite numbers; "
+                raise Failed(f"{folder}: {spoilt} holds values that are no finite numbers; "
                               f"{_advice(folder, _last_finite(folder, tensors, ranks))}")
-    except _Failed as error:
+    except Failed as error:
         raise ConfigError(str(error)) from None
     return dict(manifest["state"])
 
@@ -185,7 +186,7 @@ def read_last(path: Path, read: Callable[[Path], T]) -> T:
     try:
         return trying_again(lambda: last_checkpoint(path), lambda folder: (folder / MANIFEST).exists(), held)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {_describe(error)}") from None
+        raise ConfigError(f"{path} cannot be read: {describe(error)}") from None
 
 
 def _all(parent: Path) -> list[Path]:
@@ -195,71 +196,6 @@ def _all(parent: Path) -> list[Path]:
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
-
-
-class _Failed(Exception):
-    """Some rank could not do its part; the same text on every rank."""
-
-
-class _Ranks:
-    """The ranks that save or load together; this one alone where there is no group."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.alone = not dist.is_initialized()
-        self.rank = 0 if self.alone else dist.get_rank(group)
-        self.size = 1 if self.alone else dist.get_world_size(group)
-
-    def gather(self, value: Any) -> list[Any]:
-        """-> what every rank gives"""
-        if self.alone:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Let every rank do its part, and all fail if one does, so that none waits for it. -> what this one's gave"""
-        problem: str | None = None
-        bug: Exception | None = None
-        try:
-            result = work()
-        except CheckpointException as error:  # raised on all ranks by torch, with each rank's own error in it
-            problem = next((_describe(failure[0]) for failure in error.failures.values()), str(error))
-        except LostRanksError:
-            raise
-        except Exception as error:
-            problem = _describe(error)
-            bug = None if isinstance(error, (OSError, ConfigError, RuntimeError)) else error
-        problems = [text for text in self.gather(problem) if text is not None]
-        if bug is not None:
-            raise bug
-        if problems:
-            raise _Failed(problems[0])
-        return result
-
-    def on_first(self, work: Callable[[], None]) -> None:
-        """Let rank 0 do something for all."""
-        self.together(work if self.rank == 0 else lambda: None)
-
-
-@contextmanager
-def _limited(task: str) -> Iterator[None]:
-    """Name what was under way, and the key of its limit, where a rank did not come in time or is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, LostRanksError) or not is_of_lost_ranks(error):
-            raise
-        cause = " ".join(str(error).split())[:200]
-        raise LostRanksError(f"rank {dist.get_rank()}, {task}: {cause}; see what other ranks say first. If the disk "
-                             "only needs longer, raise checkpoint.timeout_seconds") from None
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower() + (f" ({error.filename})" if error.filename else "")
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class _Writer(FileSystemWriter):
@@ -290,18 +226,18 @@ def _make_room(partial: Path, files: Mapping[str, str | bytes]) -> None:
         _write_synced(partial / name, content)
 
 
-def _write(partial: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> None:
+def _write(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     with _without_warnings():
         writer = _Writer(partial, single_file_per_rank=True, sync_files=True)
         dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.alone)
 
 
-def _read(reader: FileSystemReader, tensors: dict[str, Tensor], ranks: _Ranks) -> None:
+def _read(reader: FileSystemReader, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     with _without_warnings():
         dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.alone)
 
 
-def _look(partial: Path, listing: dict[str, list[int]], ranks: _Ranks) -> None:
+def _look(partial: Path, listing: dict[str, list[int]], ranks: Ranks) -> None:
     """See that what the ranks wrote lies there: rank 0 for all sizes, each rank for a neighbour's bytes."""
     neighbour = f"__{(ranks.rank - 1) % ranks.size}_"
     read = {name for name in listing if ranks.size > 1 and name.startswith(neighbour)}
@@ -361,7 +297,7 @@ def _remove_old(parent: Path, keep: int) -> None:
             set_aside(folder, aside)
             remove_marked(aside)
     except OSError as error:  # no reason to end the run: the new checkpoint is in its place
-        warnings.warn(f"an old checkpoint could not be removed: {_describe(error)}", stacklevel=2)
+        warnings.warn(f"an old checkpoint could not be removed: {describe(error)}", stacklevel=2)
 
 
 def _check_sums(folder: Path, pattern: str) -> dict[str, list[int]]:
@@ -402,7 +338,7 @@ def _advice(folder: Path, good: Path | None) -> str:
     return f"remove {remove} to " + (f"go on from {good.name}" if good else "start anew")
 
 
-def _last_finite(folder: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> Path | None:
+def _last_finite(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Path | None:
     """Read earlier checkpoints over the tensors, the last one first, until one holds finite numbers alone."""
 
     def read(name: str) -> None:
@@ -412,14 +348,14 @@ def _last_finite(folder: Path, tensors: dict[str, Tensor], ranks: _Ranks) -> Pat
     for name in ranks.gather([older.name for older in _older(folder)])[0]:  # those that the first rank sees
         try:
             ranks.together(partial(read, name))
-        except _Failed:
+        except Failed:
             continue
         if _not_finite(tensors, ranks) is None:
             return folder.with_name(name)
     return None
 
 
-def _not_finite(tensors: Mapping[str, Tensor], ranks: _Ranks) -> str | None:
+def _not_finite(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:
     """Name a tensor that holds what is no finite number on some rank, the same on all; None if there is none."""
     parts = {name: getattr(tensor, "_local_tensor", tensor).detach() for name, tensor in tensors.items()
              if tensor.is_floating_point()}
