@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from moescale.config.files import read_json
 from moescale.data.documents import BLOCK_BYTES, SourceFile
-from moescale.data.pack import Pack, open_pack
+from moescale.data.pack import LARGEST_LIST, Pack, open_pack
 from moescale.data.progress import reading
 from moescale.data.publish import is_locked, lock, remove, temporary_beside
 
@@ -164,7 +165,7 @@ def content_hash(file: SourceFile) -> str:
 def _read(place: Path) -> dict[str, Any]:
     """Read what a corpus uses; empty when that cannot be read or was damaged."""
     try:
-        stored = json.loads((place / "packs.json").read_text(encoding="utf-8"))
+        stored = read_json(place / "packs.json", LARGEST_LIST)
         used = stored["used"]
         return dict(used) if stored["crc32"] == zlib.crc32(json.dumps(used).encode()) else {}
     except (OSError, ValueError, KeyError, TypeError):

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from moescale.config import ConfigError
+from moescale.config.files import read_json
 from moescale.data.documents import BadDocument, Document
 from moescale.data.tokenizer import Tokenizer, with_boundaries
 
 FORMAT = 4  # of the folder and of what stands around a document; a change renews every cache
+LARGEST_LIST = 2**30  # bytes of a list of files
 BLOCK_TOKENS = 2**15  # that share a checksum
 MAX_KINDS, OTHER_KIND = 255, "other"  # all that come later are one kind, so that a byte holds their number
 ARRAYS: dict[str, np.dtype] = {
@@ -99,7 +101,7 @@ class Pack:
 def open_pack(directory: Path) -> Pack | None:
     """Open a pack; None when it is absent, or its sizes or the checksums of all but its tokens are not right."""
     try:
-        stored = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        stored = read_json(directory / "meta.json", LARGEST_LIST)
         meta = stored["meta"]
         if stored["crc32"] != zlib.crc32(_canonical(meta)):
             return None

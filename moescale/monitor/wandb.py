@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moescale.config.files import read_json
 from moescale.monitor.metrics import Metrics, replace_text
 from moescale.monitor.routing import values
 
@@ -202,9 +203,9 @@ class Wandb:
 def _read_state(path: Path) -> dict[str, Any]:
     """Read which run wandb has of this directory, and up to which step; of earlier versions its folder says which."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         return {"id": str(state["id"]), "step": int(state["step"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         before = sorted(path.parent.glob("*run-*-*"))
         return {"id": before[-1].name.rpartition("-")[2]} if before else {}
 

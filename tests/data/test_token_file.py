@@ -214,6 +214,8 @@ def test_damaged_list_of_packs_is_written_anew(
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << int(generator.integers(8))]) + whole[place + 1:])
         assert prepare_tokens(config).fingerprint == first
         assert path.read_bytes() == whole
+    path.write_bytes(b"[" * 10**6)  # nested too deeply for Python's reader
+    assert prepare_tokens(config).fingerprint == first
     path.write_bytes(b"")
     other = config.model_copy(update={"files": (f"{tmp_path}/text/*.md",)})
     prepare_tokens(other)  # which cleans up
@@ -261,6 +263,8 @@ def test_damaged_cache_is_rewritten(config: DataConfig, name: str) -> None:
         assert path.read_bytes() == whole
     with open(path, "r+b") as file:
         file.truncate(10)
+    check_whole(config)
+    path.write_bytes(b"[" * 10**6)  # nested too deeply for Python's reader
     check_whole(config)
     path.unlink()
     check_whole(config)
