@@ -70,7 +70,7 @@ LAYOUTS = [
 def write_text(folder: Path) -> None:
     """Write the documents that are trained on: made-up, and the same in every call."""
     draw = random.Random(0)
-    (folder / "text").mkdir(exist_ok=True)
+    (folder / "text").mkdir(parents=True, exist_ok=True)
     for number in range(40):
         words = (draw.choice(["routers", "send", "tokens", "to", "experts", "and", "back"]) for _ in range(200))
         (folder / f"text/{number}.txt").write_text(" ".join(words))
