@@ -45,10 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """See that a run gives back the signals that it listened to."""
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which a run respects
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)]
     yield
     assert before == [signal.getsignal(number) for number in (
         signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)]
+    signal.signal(signal.SIGHUP, outside)
 
 
 def start(folder: Path, run: str, *words: str) -> tuple[int, str]:
@@ -90,8 +92,6 @@ def test_a_signal_lets_the_step_be_finished_and_saved(
     folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
 ) -> None:
     run = f"run_{number.name}"
-    if number == signal.SIGHUP:  # under nohup it is ignored, which a run respects
-        signal.signal(number, signal.SIG_DFL)
     monkeypatch.setattr(NativeEngine, "step", once(4, send(number), NativeEngine.step))
     ended, output = start(folder, run)
     monkeypatch.undo()
