@@ -235,6 +235,8 @@ class Agreement:
             raise
         except BaseException as error:
             if self.store is None:
+                if isinstance(error, Stopped) and self.launch.restarts > 0:
+                    raise Silenced(error.status) from None  # torchrun ends it because another rank has left
                 raise
             mine, others = self._claim(error)
             if others is not None:

@@ -14,8 +14,8 @@ from moescale.cluster import agreement, directory
 from moescale.cluster.agreement import Agreement, ranks_text
 from moescale.cluster.directory import choose_checkpoint, shared_directory
 from moescale.cluster.identity import describe_run, refuse_differences
-from moescale.cluster.launch import read_launch
-from moescale.config import Config, ConfigError, LostRanksError, Silenced, parse_config
+from moescale.cluster.launch import Launch, read_launch
+from moescale.config import Config, ConfigError, LostRanksError, Silenced, Stopped, parse_config
 from moescale.parallel.ranks import run_ranks
 
 
@@ -114,6 +114,14 @@ def stopped_before() -> tuple[str, Any]:
 
 def test_ranks_that_left_when_asked_to_are_not_started_again() -> None:
     assert run_ranks(2, stopped_before, timeout_seconds=40) == [("silent", 75)] * 2
+
+
+@pytest.mark.parametrize(("restarts", "kind"), [(0, Stopped), (1, Silenced)])
+def test_one_that_is_started_again_leaves_in_silence_when_torchrun_ends_it(restarts: int, kind: type) -> None:
+    ranks = Agreement(Launch(size=2, restarts=restarts, elastic=True))
+    with pytest.raises(kind) as ended, ranks.one_voice():
+        raise Stopped("stopped by SIGTERM before the first step", 75)
+    assert ended.value.status == 75
 
 
 def alone_of_two(rank: int) -> tuple[str, Any]:
