@@ -233,20 +233,20 @@ def report(
     moescale report runs/quickstart --terminal
     """
     with _one_line_errors(*runs, output, stopped="stopped"):
-        from moescale.monitor.comparison import compare, read_histories
+        from moescale.report.comparison import compare, read_histories
 
         histories, problems = read_histories(runs)
         for problem in problems:
             typer.echo(f"moescale: left out: {problem}", err=True)
         if terminal:
-            from moescale.monitor.characters import draw, draw_table
+            from moescale.report.characters import draw, draw_table
 
             for history in histories:
                 typer.echo(draw(history, shutil.get_terminal_size().columns) + "\n")
             if len(histories) > 1:
                 typer.echo(draw_table(compare(histories)))
             return
-        from moescale.monitor.report import write_report
+        from moescale.report.page import write_report
 
         path = output or histories[0].directory / "report.html"
         write_report(histories, path)
@@ -311,8 +311,8 @@ def convert(
     the same model if theirs are equal, in whatever format.
     """
     with _one_line_errors(source, destination, load, stopped="stopped; the same command goes on from here"):
-        from moescale.checkpoint import command
-        from moescale.checkpoint.mapped import Layout
+        from moescale.convert import command
+        from moescale.convert.mapping.mapped import Layout
 
         if inspect:
             command.inspect(source, json)

@@ -12,9 +12,9 @@ from moescale.data.batches import Batch, held_out_batches, held_out_windows
 from moescale.data.split import TokenSplit
 from moescale.data.tokenizer import Tokenizer, pieces
 from moescale.engine.base import Engine
-from moescale.monitor.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting, moved
-from moescale.monitor.record import HeldOutRecorder
+from moescale.monitor.seen import HeldOutRecorder
 from moescale.parallel.mesh import Mesh
+from moescale.record.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting, moved
 
 KEPT_TOKENS = 4096  # of an evaluation, whose routing is kept for the report
 FOLLOWED_TOKENS = 512  # whose experts are compared every so often

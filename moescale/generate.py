@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescale.checkpoint.native import check_model
 from moescale.checkpoint.store import load_checkpoint, read_last, read_state
 from moescale.config import Config, ConfigError, load_config
+from moescale.convert.formats.native import check_model
 from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moescale.checkpoint.native import native_atoms
 from moescale.checkpoint.store import MANIFEST, latest_checkpoint, read_state
 from moescale.config import Config, ConfigError, load_config
 from moescale.config.changes import (
@@ -22,6 +21,7 @@ from moescale.config.changes import (
     is_harmless,
 )
 from moescale.config.read import read_overrides
+from moescale.convert.formats.native import native_atoms
 from moescale.data.batches import START, Position, num_windows
 from moescale.data.token_file import TokenCorpus
 from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint

@@ -17,7 +17,7 @@ import torch
 from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PickleError, Record, read_plain
 from moescale.checkpoint.region import Stored, stored_whole
 from moescale.config import ConfigError
-from moescale.config.files import open_regular
+from moescale.files.reading import open_regular
 
 MOST_DIMS, MOST_ELEMENTS = 64, 1 << 50
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}

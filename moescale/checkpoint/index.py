@@ -31,7 +31,7 @@ from moescale.checkpoint.archive import DTYPES, read_archive, shape_of
 from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PickleError, Record, read_plain
 from moescale.checkpoint.region import Stored, read_region, region
 from moescale.config import ConfigError
-from moescale.config.files import inside, read_bytes
+from moescale.files.reading import inside, read_bytes
 
 INDEX = ".metadata"
 MOST_ATTRIBUTES = 100  # of an object: torch's have up to six

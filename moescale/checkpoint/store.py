@@ -31,11 +31,11 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moescale.checkpoint.index import INDEX, SafeReader, read_index, read_metadata, tensors_of
-from moescale.checkpoint.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
 from moescale.checkpoint.readers import ATTEMPTS, holding, is_held, trying_again
 from moescale.checkpoint.together import Failed, Ranks, describe, limited
 from moescale.config import ConfigError, TrainingError
-from moescale.config.files import inside, read_json
+from moescale.files.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
+from moescale.files.reading import inside, read_json
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"

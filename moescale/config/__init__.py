@@ -6,17 +6,6 @@ group starts.
 """
 
 from moescale.config.describe import describe, differing_keys, written
-from moescale.config.errors import (
-    ConfigError,
-    LostRanksError,
-    Silenced,
-    Stopped,
-    TrainingError,
-    any_of,
-    check_local,
-    is_of_lost_ranks,
-    memory_asked,
-)
 from moescale.config.groups import (
     SIGMOID_BIAS_KEYS,
     CheckpointConfig,
@@ -33,6 +22,17 @@ from moescale.config.groups import (
 from moescale.config.layout import sequence_pieces
 from moescale.config.read import load_config, parse_config, read_overrides
 from moescale.config.run import Config
+from moescale.errors import (
+    ConfigError,
+    LostRanksError,
+    Silenced,
+    Stopped,
+    TrainingError,
+    any_of,
+    check_local,
+    is_of_lost_ranks,
+    memory_asked,
+)
 
 __all__ = [
     "SIGMOID_BIAS_KEYS",

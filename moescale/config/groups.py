@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from moescale.config.errors import ConfigError, any_of, check_local, check_width, divisors, refuse
+from moescale.errors import ConfigError, any_of, check_local, check_width, divisors, refuse
 
 LocalPath = Annotated[str, AfterValidator(check_local)]
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]

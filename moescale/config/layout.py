@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from moescale.config.errors import any_of, divisors, factors, refuse, round_up
 from moescale.config.groups import ParallelConfig
+from moescale.errors import any_of, divisors, factors, refuse, round_up
 
 if TYPE_CHECKING:
     from moescale.config.run import Config

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import ValidationError
 
-from moescale.config.errors import ConfigError, any_of, refuse
-from moescale.config.files import explain, read_text
 from moescale.config.nodes import LARGEST, compose
 from moescale.config.run import Config
 from moescale.config.values import check_key, group, homes, pairs, read_node, words
+from moescale.errors import ConfigError, any_of, refuse
+from moescale.files.reading import explain, read_text
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, whole: bool = False) -> Config:

@@ -8,7 +8,6 @@ from typing import Self
 import yaml
 from pydantic import Field, model_validator
 
-from moescale.config.errors import refuse
 from moescale.config.groups import (
     CheckpointConfig,
     DataConfig,
@@ -22,6 +21,7 @@ from moescale.config.groups import (
     RunConfig,
 )
 from moescale.config.layout import settle
+from moescale.errors import refuse
 
 MOST_EXPERTS = 1_000_000  # of all layers
 

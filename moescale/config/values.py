@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from moescale.config.errors import ConfigError, any_of, refuse
 from moescale.config.run import Config
+from moescale.errors import ConfigError, any_of, refuse
 
 NULLS = ("null", "Null", "NULL", "~", "")
 SWITCHES = {word: value for value, words in ((True, "true yes on"), (False, "false no off"))

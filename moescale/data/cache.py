@@ -20,11 +20,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from moescale.config.files import read_json
 from moescale.data.documents import BLOCK_BYTES, SourceFile
 from moescale.data.pack import LARGEST_LIST, Pack, open_pack
 from moescale.data.progress import reading
-from moescale.data.publish import is_locked, lock, remove, temporary_beside
+from moescale.files.publish import is_locked, lock, remove, temporary_beside
+from moescale.files.reading import read_json
 
 KEPT_DAYS = 30
 CHECKED_AT_START_BYTES = 2**32  # tokens beyond are checked as they are read

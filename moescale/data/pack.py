@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from moescale.config import ConfigError
-from moescale.config.files import read_json
 from moescale.data.documents import BadDocument, Document
 from moescale.data.tokenizer import Tokenizer, with_boundaries
+from moescale.files.reading import read_json
 
 FORMAT = 4  # of the folder and of what stands around a document; a change renews every cache
 LARGEST_LIST = 2**30  # bytes of a list of files

@@ -30,9 +30,9 @@ from moescale.data.documents import (
 )
 from moescale.data.pack import FORMAT, Pack, PackWriter
 from moescale.data.progress import Reading, reading
-from moescale.data.publish import publish, remove_leftovers, temporary_folder
 from moescale.data.split import TokenSplit, held_out_documents
 from moescale.data.tokenizer import Tokenizer, configured_tokenizer
+from moescale.files.publish import publish, remove_leftovers, temporary_folder
 
 PACK_BYTES = 2**24  # of source files that share a pack; a file that is as large has its own
 CHUNK_CHARACTERS = 2**22  # handed to the tokenizer at a time

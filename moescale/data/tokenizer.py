@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moescale.config import ConfigError, DataConfig
-from moescale.config.files import parse_json, read_bytes
+from moescale.files.reading import parse_json, read_bytes
 
 # The first of these that a tokenizer knows ends its documents, and begins them, where none of the model's files says
 # otherwise; ends of text come before starts, whole texts before sentences.

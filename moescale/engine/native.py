@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from moescale.checkpoint.store import load_checkpoint, read_state, save_checkpoint
+from moescale.comm.collectives import all_reduce_sum
 from moescale.config import Config
 from moescale.data.batches import Batch
 from moescale.engine.base import StepLosses
 from moescale.model.language_model import LanguageModel, LossSums
-from moescale.ops.collectives import all_reduce_sum
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.optim.optimizer import STATE, build_optimizer
 from moescale.optim.schedule import Peak, first_peak, learning_rate

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moescale.ops.collectives import local_tensor
+from moescale.comm.collectives import local_tensor
 from moescale.ops.product import linear
 
 T = TypeVar("T")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from moescale.comm.sequence_shards import Sequence
 from moescale.layers.linear import Linear
 from moescale.layers.positions import alibi_slopes, rotary_angles
 from moescale.ops.attention import attention
 from moescale.ops.rotary import rotate
-from moescale.ops.sequence import Sequence
 
 
 class Attention(nn.Module):

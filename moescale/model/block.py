@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moescale.comm.sequence_shards import Sequence
 from moescale.layers.feed_forward import FeedForward
-from moescale.ops.sequence import Sequence
 
 
 class Block(nn.Module):

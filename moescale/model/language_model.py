@@ -8,12 +8,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from moescale.comm.collectives import local_tensor
+from moescale.comm.sequence_shards import Sequence
 from moescale.layers.linear import Embedding, Linear
 from moescale.moe.routers import Router
-from moescale.ops.collectives import local_tensor
 from moescale.ops.head_losses import head_losses
 from moescale.ops.product import linear
-from moescale.ops.sequence import Sequence
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moescale.ops.collectives import Group, all_reduce_sum
-from moescale.ops.sequence import Sequence
+from moescale.comm.collectives import Group, all_reduce_sum
+from moescale.comm.sequence_shards import Sequence
 
 
 class SequenceScope:

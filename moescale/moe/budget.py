@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moescale.comm.collectives import Group, all_gather
 from moescale.moe.routing import Routing
-from moescale.ops.collectives import Group, all_gather
 
 
 class RowBudget:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moescale.comm.exchange import Walk
 from moescale.moe.hops import Hop, Way
 from moescale.moe.routing import Routing
-from moescale.ops.exchange import Walk
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moescale.comm.collectives import local_tensor
 from moescale.layers.feed_forward import ACTIVATIONS, GATED
 from moescale.layers.linear import matrix_fill
 from moescale.moe.routing import Routing
-from moescale.ops.collectives import local_tensor
 from moescale.ops.expert_feed_forward import expert_feed_forward
 from moescale.ops.random import uniform
 

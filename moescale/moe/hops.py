@@ -18,9 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from moescale.comm.collectives import Group
+from moescale.comm.exchange import AllGather, AllToAll, CommunicationError, Exchange, Journey, Walk, exchange_numbers
 from moescale.moe.routing import Routing
-from moescale.ops.collectives import Group
-from moescale.ops.exchange import AllGather, AllToAll, CommunicationError, Exchange, Journey, Walk, exchange_numbers
 from moescale.ops.permute import permute, reorder, unpermute
 
 

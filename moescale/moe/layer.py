@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
+from moescale.comm.exchange import Result, Walk, take_turns
 from moescale.layers.feed_forward import FeedForward
 from moescale.moe.budget import RowBudget
 from moescale.moe.dispatchers import Dispatcher
@@ -18,7 +19,6 @@ from moescale.moe.experts import Experts
 from moescale.moe.routers import Router
 from moescale.moe.routing import Routing
 from moescale.moe.statistics import Statistics, Uncounted
-from moescale.ops.exchange import Result, Walk, take_turns
 
 
 class MoELayer(nn.Module):

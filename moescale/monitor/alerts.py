@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from moescale.monitor.metrics import Metrics
 from moescale.monitor.routing import values
+from moescale.record.metrics import Metrics
 
 PATIENCE_STEPS = 30  # what is wrong must be so for about as long, in up to three logged steps
 DEAD_SHARE = 0.01  # of the rows that are an expert's even share

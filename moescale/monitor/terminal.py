@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from moescale.config.errors import visible
-from moescale.monitor.characters import curve
-from moescale.monitor.metrics import Metrics
+from moescale.errors import visible
 from moescale.monitor.routing import ExpertLoad, expert_loads
+from moescale.record.metrics import Metrics
+from moescale.report.characters import curve
 
 
 class _View:

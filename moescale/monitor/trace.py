@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moescale.monitor.record import Seen, recording
+from moescale.monitor.seen import Seen, recording
 
 
 class Tracer:

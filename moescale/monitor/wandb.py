@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moescale.config.files import read_json
-from moescale.monitor.metrics import Metrics, replace_text
+from moescale.files.reading import read_json
 from moescale.monitor.routing import values
+from moescale.record.metrics import Metrics, replace_text
 
 Mode = Literal["auto", "offline", "online"]
 MAX_KEYS = 200

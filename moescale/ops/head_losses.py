@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescale.ops.collectives import Group
+from moescale.comm.collectives import Group
 from moescale.ops.device import triton_runs
 from moescale.ops.product import multiply
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moescale.ops.collectives import local_tensor
+from moescale.comm.collectives import local_tensor
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from moescale.comm.collectives import local_tensor
 from moescale.config import OptimConfig
-from moescale.ops.collectives import local_tensor
 
 STATE = ("exp_avg", "exp_avg_sq")
 

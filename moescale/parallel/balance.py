@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
+from moescale.comm.collectives import Group, all_reduce_sum
 from moescale.config import Config
 from moescale.model.language_model import LanguageModel
 from moescale.moe.balance import GlobalBatchScope
 from moescale.moe.layer import MoELayer
-from moescale.ops.collectives import Group, all_reduce_sum
 
 
 def count_as_it_goes(model: LanguageModel, group: Group) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moescale.comm.collectives import Group
+from moescale.comm.exchange import AllToAll, Journey
 from moescale.ops.attention import attention
-from moescale.ops.collectives import Group
-from moescale.ops.exchange import AllToAll, Journey
 from moescale.ops.permute import permute, reorder
 
 

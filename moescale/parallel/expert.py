@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from moescale.comm.collectives import Group, all_reduce_sum
 from moescale.config import Config
 from moescale.model.language_model import LanguageModel
 from moescale.moe.budget import RowBudget
@@ -14,7 +15,6 @@ from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.hops import Hop
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import SigmoidBiasRouter
-from moescale.ops.collectives import Group, all_reduce_sum
 from moescale.parallel.mesh import Mesh, node_ranks
 
 HIDDEN = {"gate": 1, "up": 1, "down": 2}  # the dim of the hidden features, which `etp` cuts

@@ -10,8 +10,8 @@ from types import FrameType
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moescale.comm.exchange import CommunicationError
 from moescale.config import LostRanksError, TrainingError, is_of_lost_ranks
-from moescale.ops.exchange import CommunicationError
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from moescale.comm.sequence_shards import SharedSequence
 from moescale.config import Config, sequence_pieces
 from moescale.mixers.attention import Attention
 from moescale.model.block import Block
@@ -14,7 +15,6 @@ from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
 from moescale.moe.layer import MoELayer
-from moescale.ops.sequence import SharedSequence
 from moescale.parallel.context import ContextAttention, deal_pieces
 from moescale.parallel.expert import limit_rows, spread_experts
 from moescale.parallel.fsdp import shard_parameters

@@ -20,9 +20,9 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
+from moescale.comm.collectives import local_tensor
 from moescale.config import Config
 from moescale.model.language_model import LanguageModel, LossSums
-from moescale.ops.collectives import local_tensor
 from moescale.parallel.mesh import Mesh
 
 SCHEDULES = {

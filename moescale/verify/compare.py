@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moescale.ops.collectives import all_reduce_sum
+from moescale.comm.collectives import all_reduce_sum
 from moescale.verify.trace import Trace
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moescale.checkpoint.fingerprint import digests, fingerprints
-from moescale.checkpoint.mapped import Opened, atoms_of
-from moescale.checkpoint.native import PLANES
 from moescale.config import Config, ConfigError
+from moescale.convert.fingerprint import digests, fingerprints
+from moescale.convert.formats.native import PLANES
+from moescale.convert.mapping.mapped import Opened, atoms_of
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
 from moescale.moe.routers.token_choice import MixtralRouter

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moescale.checkpoint.mapped import Opened
 from moescale.checkpoint.region import read_region, region
+from moescale.convert.mapping.mapped import Opened
 from moescale.verify.reference import attend, feed_forward, rms_norm, rotate, slopes
 
 GATED = ("swiglu", "geglu")

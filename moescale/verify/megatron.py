@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moescale.checkpoint.mapped import Opened
-from moescale.checkpoint.megatron_files import stored_arguments
 from moescale.checkpoint.region import read_region, region
+from moescale.convert.formats.megatron.files import stored_arguments
+from moescale.convert.mapping.mapped import Opened
 from moescale.verify.reference import attend, feed_forward, rms_norm, rotate
 
 ATTENTION_NORMS = ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")

@@ -17,12 +17,12 @@ import torch
 from typer.testing import CliRunner
 
 from moescale.checkpoint import store
-from moescale.checkpoint.convert import open_source
 from moescale.checkpoint.readers import Hold, is_held
 from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_last, save_checkpoint
 from moescale.cli import app
 from moescale.config import ConfigError, load_config
-from tests.checkpoint.models import make_config, write_run
+from moescale.convert.run import open_source
+from tests.convert.models import make_config, write_run
 
 
 @contextmanager

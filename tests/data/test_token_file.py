@@ -21,10 +21,10 @@ from moescale.data import cache as cache_module
 from moescale.data import pack as pack_module
 from moescale.data import token_file
 from moescale.data.corpus import open_corpus
-from moescale.data.publish import publish, temporary_beside
 from moescale.data.split import TokenSplit
 from moescale.data.token_file import prepare_tokens
 from moescale.data.tokenizer import ByteTokenizer, load_tokenizer, with_boundaries
+from moescale.files.publish import publish, temporary_beside
 
 
 @pytest.fixture

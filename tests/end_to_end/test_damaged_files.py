@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moescale.checkpoint.convert import convert, open_source
-from moescale.checkpoint.mapped import Layout
 from moescale.cli import app
-from tests.checkpoint.models import make_config, write_run
-from tests.monitor.test_report import make_run, make_text
+from moescale.convert.mapping.mapped import Layout
+from moescale.convert.run import convert, open_source
+from tests.convert.models import make_config, write_run
+from tests.report.test_report import make_run, make_text
 
 COMMANDS = {  # a folder: what reads it
     "native": (["convert", "--inspect"], ["generate", "--tokens", "2"], ["convert", "THERE", "--to", "hf"]),

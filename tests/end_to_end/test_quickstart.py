@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moescale.monitor.metrics import MEASURED
 from moescale.monitor.routing import WHOLE
+from moescale.record.metrics import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
 LAYOUTS = [

@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moescale.comm.exchange import AllToAll, CommunicationError, Walk, take_turns
+from moescale.comm.sequence_shards import Sequence
 from moescale.moe.budget import RowBudget
 from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.experts import Experts
 from moescale.moe.hops import Hop
 from moescale.moe.layer import MoELayer
 from moescale.moe.routing import Routing, sort_by_expert
-from moescale.ops.exchange import AllToAll, CommunicationError, Walk, take_turns
 from moescale.ops.permute import permute, unpermute
-from moescale.ops.sequence import Sequence
 from moescale.parallel.ranks import RanksError, run_ranks
 
 EXPERTS, TOP_K, D_MODEL, D_FF = 8, 3, 16, 8

@@ -14,11 +14,11 @@ from moescale.data.split import TokenSplit
 from moescale.data.tokenizer import ByteTokenizer
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
-from moescale.monitor.held_out import moved
-from moescale.monitor.record import Seen, recording
 from moescale.monitor.routing import routing_metrics
+from moescale.monitor.seen import Seen, recording
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
+from moescale.record.held_out import moved
 from tests.data import make
 from tests.parallel.test_layouts import VOCAB, make_batches, make_config
 

@@ -163,7 +163,7 @@ def test_artifacts_hold_what_a_run_is_made_of(tmp_path: Path, monkeypatch: pytes
     assert first.keys() == {"config", "code", "checkpoint"}
     assert second.keys() == {*first, "checkpoint used"}
     assert paths(first["config"]) == {"config.yaml", "layout.json"}
-    assert {"trainer.py", "monitor/page/report.js"} <= paths(first["code"])
+    assert {"trainer.py", "report/assets/report.js"} <= paths(first["code"])
     (layout,) = (each for each in first["config"]["manifest"]["contents"] if each["path"] == "layout.json")
     assert json.loads(Path(layout["local_path"]).read_text()) == {"ep": 4}
     (weights,) = first["checkpoint"]["manifest"]["contents"]

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from moescale.checkpoint import convert as conversion
-from moescale.checkpoint import hf
-from moescale.checkpoint.convert import convert, open_source
-from moescale.checkpoint.mapped import Layout
 from moescale.config import ConfigError
+from moescale.convert import run as conversion
+from moescale.convert.formats.hf import weights as hf
+from moescale.convert.mapping.mapped import Layout
+from moescale.convert.run import convert, open_source
 from moescale.verify.conversion import compare_models
 from moescale.verify.transformers import logits_and_margins
-from tests.checkpoint.models import DENSE, make_config, write_run
+from tests.convert.models import DENSE, make_config, write_run
 
 
 @pytest.fixture(scope="module")

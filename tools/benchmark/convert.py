@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-from moescale.checkpoint.containers import Sizes
-from moescale.checkpoint.convert import convert, open_source
-from moescale.checkpoint.hf import create, plan
-from moescale.checkpoint.mapped import Layout, Opened
-from moescale.checkpoint.native import native_atoms
 from moescale.checkpoint.region import Stored
 from moescale.config import Config, parse_config
+from moescale.convert.containers import Sizes
+from moescale.convert.formats.hf.weights import create, plan
+from moescale.convert.formats.native import native_atoms
+from moescale.convert.mapping.mapped import Layout, Opened
+from moescale.convert.run import convert, open_source
 
 MODEL = {"vocab_size": 32000, "d_model": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "rope_theta": 1e6}
 MOE = {"num_experts": 8, "top_k": 2, "d_ff": 14336}

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from moescale.comm.collectives import Group
 from moescale.layers.feed_forward import FeedForward
 from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.experts import Experts
 from moescale.moe.hops import Hop
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS, Capacity
-from moescale.ops.collectives import Group
 
 
 class Peer(ABC):

@@ -25,9 +25,9 @@ from moescale.config import Config, load_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.monitor.alerts import Alerts
-from moescale.monitor.metrics import JsonLines
 from moescale.monitor.routing import layers, routing_metrics, watch
 from moescale.parallel.mesh import start_mesh
+from moescale.record.metrics import JsonLines
 
 WARM_UP = 3
 KINDS = ("nothing counted", "the load alone", "logged")

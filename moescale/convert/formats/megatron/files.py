@@ -1,0 +1,296 @@
+"""Megatron-Core checkpoints as a format: the distributed one, and the files of its ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from moescale.checkpoint.index import read_metadata, read_object
+from moescale.checkpoint.plain_pickle import Record
+from moescale.checkpoint.region import Shape, Stored
+from moescale.config import Config, ConfigError
+from moescale.convert.containers import (
+    Sizes,
+    create_distributed,
+    create_pickle,
+    inside,
+    open_distributed,
+    open_pickle,
+)
+from moescale.convert.formats.megatron.names import (
+    DISTRIBUTED,
+    OF_RANKS,
+    OTHER_NAMES,
+    RANK_NAMES,
+    read_arguments,
+    refuse,
+    ungated,
+    write_arguments,
+)
+from moescale.convert.formats.native import native_atoms
+from moescale.convert.mapping.mapped import Layout, Opened
+from moescale.convert.mapping.table import At, Cut, Piece, Row, matches, piece, row, with_copies
+from moescale.files.reading import read_text
+
+NAME = "megatron"
+LARGEST_NAME = 1000  # bytes
+__all__ = ["NAME", "create", "detect", "finish", "open_checkpoint", "plan", "refuse"]
+TRACKER, ITERATION = "latest_checkpointed_iteration.txt", "iter_0000000"
+COMMON, METADATA = "common.pt", "metadata.json"
+COMMON_OBJECT = "common_state/shard_0_1"  # where newer versions keep what common.pt held
+RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?")
+MODEL_FILE = "model_optim_rng.pt"
+LEFT_OUT = {
+    r"(chained_\d+\.)?optimizer\..*": "the optimizer's state stays in Megatron", r".*_extra_state.*": "no weight",
+    r"rng_state.*": "MoEScale's draws follow from the seed", r".*(local_)?tokens_per_expert": "counts of a step",
+    r".*rotary_pos_emb\.inv_freq": "it follows from rotary_base",
+}
+
+
+def detect(path: Path) -> bool:
+    return (path / TRACKER).is_file() or (path / METADATA).is_file() or any(path.glob("mp_rank_*"))
+
+
+def open_checkpoint(path: Path) -> Opened:
+    """Open a folder of Megatron-LM's, or one iteration's. Raises ConfigError."""
+    folder = path
+    if (path / TRACKER).is_file():
+        last = read_text(inside(path, TRACKER), LARGEST_NAME).strip()
+        folder = path / (last if last == "release" else f"iter_{int(last):07d}" if last.isdigit() else "?")
+        if not folder.is_dir():
+            raise ConfigError(f"{path / TRACKER} names {last!r}, which is not there")
+    return _open_distributed(folder) if (folder / METADATA).is_file() else _open_ranks(folder)
+
+
+def _arguments(values: Any) -> Namespace:
+    """Take the arguments that Megatron keeps among the values of a file; none where they are no arguments."""
+    found = values.get("args") if isinstance(values, Mapping) else None
+    return Namespace(**found.attributes()) if isinstance(found, Record) else Namespace()
+
+
+def _left_out(names: Sequence[str]) -> dict[str, str]:
+    return {name: why for name in names for pattern, why in LEFT_OUT.items()
+            if re.fullmatch(pattern, name.rpartition(":")[2])}
+
+
+def stored_arguments(folder: Path) -> Namespace:
+    """Read the arguments that an iteration's folder keeps. Raises ConfigError."""
+    if (folder / METADATA).is_file():
+        return _arguments(_common(folder, read_metadata(folder))[0])
+    first = min(inner.name for inner in folder.glob("mp_rank_*"))
+    return _arguments(open_pickle(inside(folder, f"{first}/{MODEL_FILE}")))
+
+
+def _common(folder: Path, metadata: Metadata) -> tuple[Any, Path]:
+    """Read what a distributed checkpoint keeps beside tensors. Returns it, and where it lies."""
+    if (folder / COMMON).is_file():
+        return open_pickle(inside(folder, COMMON)), folder / COMMON
+    stored = read_object(folder, metadata, COMMON_OBJECT)  # a list of the one object
+    return stored[0] if isinstance(stored, list) and stored else None, folder
+
+
+def _open_distributed(folder: Path) -> Opened:
+    metadata = read_metadata(folder)
+    common, place = _common(folder, metadata)
+    config = read_arguments(_arguments(common), str(place))
+    names = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)]
+    left_out = _left_out(names)
+    tensors = open_distributed(folder, metadata, left_out)
+    atoms = native_atoms(config)
+    pieces = _distributed_pieces(config, atoms, _kind_of(tensors), tensors)
+    return Opened(NAME, folder, config, Layout(style="torch_dist"), atoms, tensors, pieces, left_out)
+
+
+def _kind_of(names: Iterable[str]) -> str:
+    """Tell by its names which table of DISTRIBUTED a checkpoint follows."""
+    if any(name.startswith("decoder.layers.self_attention") for name in names):
+        return "stacked"
+    return "apart" if any(name.endswith("linear_fc1.weight_w") or ".experts.experts.0." in name
+                          for name in names) else "numbered"
+
+
+def _gated(config: Config, rows: Sequence[Row]) -> Sequence[Row]:
+    activation = config.moe.activation if config.num_moe_layers else config.model.activation
+    return rows if activation in ("swiglu", "geglu") else ungated(rows)
+
+
+def _distributed_pieces(
+    config: Config, atoms: Mapping[str, Shape], kind: str, present: Mapping[str, Any] | None = None
+) -> list[Piece]:
+    found = []
+    for entry, native, layer, expert in matches(_gated(config, DISTRIBUTED[kind]), atoms, config):
+        key = entry.foreign.format(layer=layer, expert=expert)
+        key = _present(key, present) if present is not None else _fused(key, config, layer)
+        at = At(config, layer, expert, config.moe.num_experts, config.model.num_layers)
+        found.append(piece(entry, atoms[native], native, key, at))
+    return with_copies(found)
+
+
+def _present(key: str, present: Mapping[str, Any]) -> str:
+    """-> the key, or what it is called where a norm is fused with the matrix behind it, whichever is there"""
+    others = (key.replace(old, new) for old, new in OTHER_NAMES.items())
+    return key if key in present else next((other for other in others if other in present), key)
+
+
+def _fused(key: str, config: Config, layer: int) -> str:
+    """-> the name that Transformer Engine's layers give: a dense layer's second norm is fused, a mixture's is not"""
+    for old, new in OTHER_NAMES.items():
+        if old != "pre_mlp_layernorm.weight" or config.model.layers[layer].channel_mixer == "feed_forward":
+            key = key.replace(old, new)
+    return key
+
+
+def _open_ranks(folder: Path) -> Opened:
+    """Open the files of all ranks; what lies in several of them must be the same in all."""
+    tensors: dict[str, Stored] = {}
+    ranks: dict[str, tuple[int, ...]] = {}
+    args = Namespace()
+    for inner in sorted(folder.glob("mp_rank_*")):
+        found = RANK.fullmatch(inner.name)
+        if found is None:
+            raise ConfigError(f"{folder} holds {inner.name}, which names no rank: mp_rank_00 and mp_rank_00_001 do")
+        values = open_pickle(inside(folder, f"{inner.name}/{MODEL_FILE}"))
+        if not isinstance(values, Mapping) or not isinstance(values.get("model"), Mapping):
+            raise ConfigError(f"{inner / MODEL_FILE} has no `model`"
+                              + (": virtual pipeline stages are not read" if "model0" in values else ""))
+        args = _arguments(values) if values.get("args") else args
+        ranks[inner.name] = tuple(int(number) for number in found.groups() if number is not None)
+        own = {name: value for name, value in values["model"].items() if isinstance(value, Stored)}
+        tensors |= {f"{inner.name}:{name}": value for name, value in own.items()}
+    config = read_arguments(args, str(folder))
+    style = _style(tensors)
+    layout = _layout(args, style)
+    files = {name: _place(numbers, layout, name) for name, numbers in ranks.items()}
+    atoms = native_atoms(config)
+    return Opened(NAME, folder, config, layout, atoms, tensors, _rank_pieces(config, atoms, layout, files, tensors),
+                  _left_out(list(tensors)))
+
+
+def _layout(args: Namespace, style: str) -> Layout:
+    words = ("expert", "tensor", "pipeline")
+    ep, tp, pp = (int(getattr(args, f"{word}_model_parallel_size", 1) or 1) for word in words)
+    return Layout(ep, tp, pp, int(getattr(args, "expert_tensor_parallel_size", None) or tp), style)
+
+
+def _style(tensors: Mapping[str, Stored]) -> str:
+    if any(name.endswith("experts.weight1") for name in tensors):
+        return "grouped"
+    grouped = any(re.search(r"experts\.linear_fc1\.weight\d+$", name) for name in tensors)
+    return "te_grouped" if grouped else "sequential"
+
+
+def _place(numbers: tuple[int, ...], layout: Layout, name: str) -> tuple[int, int, int]:
+    """-> ranks of tp, pp and ep that a file's name means: a number that is always 0 is left out of it"""
+    rest = list(numbers[1:])
+    if len(rest) != (layout.pp > 1) + (layout.ep > 1):
+        raise ConfigError(f"{name} does not fit a checkpoint of {layout.pp} stages and {layout.ep} ranks of experts")
+    return numbers[0], rest.pop(0) if layout.pp > 1 else 0, rest.pop(0) if layout.ep > 1 else 0
+
+
+def _files(layout: Layout) -> dict[str, tuple[int, int, int]]:
+    """Name the file of each rank. -> its ranks of tp, pp and ep"""
+    files = {}
+    for tp in range(layout.tp):
+        for pp in range(layout.pp):
+            for ep in range(layout.ep):
+                name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if layout.pp > 1 else "")
+                files[name + (f"_{ep:03d}" if layout.ep > 1 else "")] = (tp, pp, ep)
+    return files
+
+
+def _rank_pieces(
+    config: Config, atoms: Mapping[str, Shape], layout: Layout, files: Mapping[str, tuple[int, int, int]],
+    present: Mapping[str, Any] | None = None,
+) -> list[Piece]:
+    """Say what each rank's file holds: layers and experts have the numbers that they have on that rank."""
+    found = []
+    rows = [*_gated(config, RANK_NAMES), *_gated(config, OF_RANKS[layout.style or "sequential"])]
+    if config.model.tied_embeddings and layout.pp > 1:
+        rows.append(row("embedding.weight", "output_layer.weight", cut=0))  # the last stage's copy
+    layers, experts = config.model.num_layers // layout.pp, config.moe.num_experts // layout.ep
+    for file, (tp, pp, ep) in files.items():
+        for entry, native, layer, expert in _held(rows, atoms, config, layout, pp, ep):
+            key = entry.foreign.format(layer=layer % layers, expert=expert % experts)
+            if layout.style == "te_grouped":
+                key = _fused(key, config, layer)
+            if present is not None:
+                key = _present(f"{file}:{key}", present).partition(":")[2]
+            cut = Cut(tp % layout.etp, layout.etp) if "{expert}" in entry.native else Cut(tp, layout.tp)
+            at = At(config, layer, expert % experts, experts)
+            found.append(piece(entry, atoms[native], native, f"{file}:{key}", at, cut))
+    return with_copies(found)
+
+
+def _held(
+    rows: Sequence[Row], atoms: Mapping[str, Shape], config: Config, layout: Layout, pp: int, ep: int
+) -> Iterator[tuple[Row, str, int, int]]:
+    layers, experts = config.model.num_layers // layout.pp, config.moe.num_experts // layout.ep
+    for entry, native, layer, expert in matches(rows, atoms, config):
+        stage = layer // layers
+        if "{layer}" not in entry.native:
+            stage = 0 if entry.foreign.startswith("embedding") else layout.pp - 1
+        if stage == pp and ("{expert}" not in entry.native or expert // experts == ep):
+            yield entry, native, layer, expert
+
+
+def settled(layout: Layout) -> Layout:
+    """Choose a style where none is given: the distributed one, unless files of ranks are asked for."""
+    style = layout.style or ("torch_dist" if layout == Layout() else "sequential")
+    return Layout(layout.ep, layout.tp, layout.pp, layout.etp, style)
+
+
+def plan(config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]:
+    layout = settled(layout)
+    if layout.style != "torch_dist":
+        return _rank_pieces(config, atoms, layout, _files(layout))
+    return _distributed_pieces(config, atoms, _kind(config))
+
+
+def _kind(config: Config) -> str:
+    return "stacked" if len(set(config.model.layers)) == 1 else "numbered"
+
+
+def create(
+    folder: Path, config: Config, layout: Layout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
+) -> dict[str, Stored]:
+    """Lay out one iteration and the file that names it."""
+    layout = settled(layout)
+    (folder / TRACKER).write_text("0", encoding="utf-8")
+    inner = folder / ITERATION
+    inner.mkdir()
+    values = {"args": write_arguments(config, layout), "checkpoint_version": 3.0, "iteration": 0}
+    if layout.style != "torch_dist":
+        return _create_ranks(inner, values, sizes)
+    create_pickle(inner / COMMON, values, "", {})
+    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    versions = {f"{name}_version": 1 for name in backends}
+    (inner / METADATA).write_text(json.dumps({**backends, **versions}), encoding="utf-8")
+    files: dict[str, dict[str, Any]] = {}
+    for index, (key, size) in enumerate(sizes.items()):
+        files[f"__{index}_0.distcp"] = {key: size}
+    stacked = int(_kind(config) == "stacked")
+    leading = {key: stacked * ("layers." in key) + (".experts.experts." in key) for key in sizes}
+    return create_distributed(inner, files, leading)
+
+
+def _create_ranks(folder: Path, values: Mapping[str, Any], sizes: Sizes) -> dict[str, Stored]:
+    by_file: dict[str, dict[str, Any]] = {}
+    for key, size in sizes.items():
+        file, _, name = key.partition(":")
+        by_file.setdefault(file, {})[name] = size
+    tensors: dict[str, Stored] = {}
+    for file, own in by_file.items():
+        (folder / file).mkdir()
+        places = create_pickle(folder / file / MODEL_FILE, values, "model", own)
+        tensors |= {f"{file}:{name}": stored for name, stored in places.items()}
+    return tensors
+
+
+def finish(folder: Path, opened: Opened) -> None:
+    """Nothing is left to do."""

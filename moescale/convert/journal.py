@@ -1,0 +1,143 @@
+"""A folder that is filled beside its place: what is done is remembered, so that a killed conversion goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moescale.config import ConfigError
+from moescale.files.leftovers import is_ours, make_marked, unmark
+from moescale.files.reading import parse_json, read_text
+
+LARGEST_JOURNAL = 1 << 30  # bytes
+COMMIT_BYTES = 1 << 28  # written between two moments at which what is done is made certain
+
+
+class Journal:
+    """`DEST.partial`: `data` becomes the destination; `journal.jsonl` names what in it is done, and its digests."""
+
+    def __init__(self, destination: Path, plan: str) -> None:
+        """plan: what the conversion is; another plan starts anew. Raises ConfigError where another is at work."""
+        self.destination = destination
+        self.folder = destination.with_name(destination.name + ".partial")
+        self.data = self.folder / "data"
+        self._file = self.folder / "journal.jsonl"
+        self._guard, self._waiting, self._bytes = threading.Lock(), {}, 0  # type: ignore[var-annotated]
+        if not self.folder.exists() and not self.folder.is_symlink():
+            with contextlib.suppress(FileExistsError):  # another conversion may have made it just now
+                make_marked(self.folder)
+        if not is_ours(self.folder) and not any("plan" in line for line in _lines(self._file)):
+            raise ConfigError(f"{self.folder} is in the way, and no conversion left it: move it away, or give another "
+                              "destination")
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{self.folder} is being written by another conversion: wait for it") from None
+        except OSError:
+            pass  # a file system without locks
+        lines = list(_lines(self._file))
+        self.done: dict[str, dict[str, str]] = {}
+        if lines and lines[0].get("plan") == plan and self.data.is_dir():
+            self.done = {line["atom"]: line["digests"] for line in lines[1:]}
+        else:
+            self._clear()
+            self._append([{"plan": plan}])
+
+    def fresh(self) -> Path:
+        """Make an empty folder, to lay files out in."""
+        folder = self.folder / "fresh"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def adopt(self, fresh: Path) -> None:
+        """Take laid out files as those to fill, unless there are some that were filled in part."""
+        if self.data.is_dir():
+            shutil.rmtree(fresh)
+        else:
+            fresh.rename(self.data)
+
+    def finished(self, atom: str, digests: dict[str, str], size_bytes: int) -> None:
+        """Remember that a tensor is written; any thread may call."""
+        with self._guard:
+            self._waiting[atom] = digests
+            self._bytes += size_bytes
+            if self._bytes >= COMMIT_BYTES:
+                self._commit()
+
+    def commit(self) -> None:
+        with self._guard:
+            self._commit()
+
+    def _commit(self) -> None:
+        """First the data, then the word that it is there."""
+        sync_tree(self.data)
+        self._append({"atom": atom, "digests": digests} for atom, digests in self._waiting.items())
+        self.done.update(self._waiting)
+        self._waiting, self._bytes = {}, 0
+
+    def publish(self) -> None:
+        """Put the data into its place, in one step."""
+        sync_tree(self.data)
+        if self.destination.is_dir():
+            self.destination.rmdir()  # an empty one; rename would not replace it everywhere
+        self.data.rename(self.destination)
+        _sync(self.destination.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder, but for what somebody else put there."""
+        with contextlib.suppress(OSError):
+            self._clear()
+            unmark(self.folder)
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def _clear(self) -> None:
+        for name in ("data", "fresh"):
+            if (self.folder / name).exists():
+                shutil.rmtree(self.folder / name)
+        self._file.unlink(missing_ok=True)
+
+    def _append(self, values: Iterable[Any]) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(value) + "\n" for value in values)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read whole lines; the last may have been cut off."""
+    try:
+        text = read_text(path, LARGEST_JOURNAL)
+    except (OSError, UnicodeDecodeError):
+        return
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            value = parse_json(line)
+            if isinstance(value, dict):
+                yield value
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until all that lies in a folder is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""A checkpoint seen through its format's table: which native tensors it holds, and where each part of them lies."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moescale.checkpoint.region import Region, Shape, Stored, covers_once, read_region, region
+from moescale.config import Config, ConfigError
+from moescale.convert.mapping.table import Piece
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Over how many ranks a format's files are cut, and which of its styles they have; None is its usual one."""
+
+    ep: int = 1
+    tp: int = 1
+    pp: int = 1
+    etp: int = 1
+    style: str | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that lies on the disk, every tensor of which is accounted for.
+
+    atoms: shapes of native tensors, each expert's apart. tensors, by key. left_out: tensors that are not read, and why.
+    files: to take along, by name. state: small values that a run goes on from. notes: what the user should hear.
+    hold: keeps it from being removed.
+    """
+
+    format: str
+    path: Path
+    config: Config
+    layout: Layout
+    atoms: Mapping[str, Shape]
+    tensors: Mapping[str, Stored]
+    pieces: Sequence[Piece]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    hold: object = None
+
+    def __post_init__(self) -> None:
+        check_pieces(self.atoms, {key: stored.shape for key, stored in self.tensors.items()}, self.pieces,
+                     str(self.path), self.left_out)
+
+    def by_atom(self) -> dict[str, list[Piece]]:
+        found = defaultdict(list)
+        for piece in self.pieces:
+            found[piece.native].append(piece)
+        return found
+
+
+def check_pieces(
+    atoms: Mapping[str, Shape], shapes: Mapping[str, Shape], pieces: Iterable[Piece], name: str,
+    left_out: Iterable[str] = (),
+) -> None:
+    """Refuse a mapping that does not use every element of every tensor once, on both of its sides.
+
+    atoms: native tensors. shapes: of the stored ones, by key. name: of the checkpoint, for errors.
+    """
+    ours: dict[str, list[Region]] = {atom: [] for atom in atoms}
+    theirs: dict[str, list[Region]] = {key: [] for key in shapes if key not in set(left_out)}
+    for piece in pieces:
+        if piece.key not in shapes:
+            raise ConfigError(f"{name} is not whole: {_named(piece.key)} is missing")
+        if tuple(shapes[piece.key]) != tuple(piece.shape):
+            raise ConfigError(f"{name}: {_named(piece.key)} has shape {list(shapes[piece.key])}, but its configuration "
+                              f"makes it {list(piece.shape)}")
+        theirs[piece.key].append(piece.place)
+        if not piece.copy:
+            ours[piece.native].append(piece.part)
+    for atom, parts in ours.items():
+        problem = covers_once(atoms[atom], parts)
+        if problem:
+            raise ConfigError(f"{name} does not hold the whole of {atom} once: it {problem}")
+    for key, parts in theirs.items():
+        problem = covers_once(shapes[key], parts)
+        if problem:
+            raise ConfigError(f"{name}: {_named(key)} {problem}; no model that MoEScale can express has it")
+
+
+def read_atom(opened: Opened, pieces: Sequence[Piece], name: str) -> Tensor:
+    """Put a native tensor together from its parts. Raises ConfigError where two copies of a part differ."""
+    whole = region(opened.atoms[name])
+    first = pieces[0]
+    if first.part == whole:
+        values = read_region(opened.tensors[first.key], first.place).reshape(whole.shape).contiguous()
+        rest = pieces[1:]
+    else:
+        values, rest = torch.empty(whole.shape, dtype=opened.tensors[first.key].dtype), pieces
+    for piece in sorted(rest, key=lambda piece: piece.copy):
+        part = read_region(opened.tensors[piece.key], piece.place)
+        goal = values.as_strided(piece.part.shape, piece.part.stride, piece.part.offset)
+        if not piece.copy:
+            goal.copy_(part.reshape(goal.shape))
+        elif not torch.equal(goal, part.reshape(goal.shape)):
+            raise ConfigError(f"{opened.path}: {_named(piece.key)} is no copy of {name}, which the model has but once")
+    return values
+
+
+def atoms_of(opened: Opened, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+    """Read native tensors, one after another."""
+    for name, pieces in opened.by_atom().items():
+        if wanted(name):
+            yield name, read_atom(opened, pieces, name)
+
+
+def _named(key: str) -> str:
+    """Say what a key means: a file may stand before the tensor's name."""
+    file, _, tensor = key.rpartition(":")
+    return f"{tensor} in {file}" if file else tensor

@@ -1,0 +1,362 @@
+"""From one format to another, tensor by tensor, through native names.
+
+A source is opened by its headers, and every element of it is accounted for; the destination is laid out at its full
+size beside its place; native tensors then go across one by one, several at a time, and the folder is renamed. Whatever
+goes wrong on the way, the destination does not appear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+from moescale.checkpoint.region import Chunk, Shape, Stored, read_region, write_region
+from moescale.config import Config, ConfigError
+from moescale.convert.companions import with_companions, write_companions
+from moescale.convert.containers import Sizes
+from moescale.convert.fingerprint import Digest, digests, fingerprints, has_rows
+from moescale.convert.formats import deepspeed, native
+from moescale.convert.formats.hf import weights as hf
+from moescale.convert.formats.hf.folder import explain
+from moescale.convert.formats.megatron import files as megatron_files
+from moescale.convert.journal import Journal
+from moescale.convert.mapping.mapped import Layout, Opened, check_pieces, read_atom
+from moescale.convert.mapping.table import Piece
+from moescale.files.reading import explain as reason
+
+THREADS = 4
+BLOCK = 1 << 20  # elements looked at at a time
+ROWS_BYTES = 1 << 22  # of a matrix that goes across row by row, at a time
+
+
+class Format(Protocol):
+    """What a module of a format has."""
+
+    NAME: str
+
+    def detect(self, path: Path) -> bool: ...
+    def open_checkpoint(self, path: Path) -> Opened: ...
+    def refuse(self, config: Config, layout: Layout, dtype: torch.dtype | None) -> None: ...
+    def plan(self, config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]: ...
+    def create(
+        self, folder: Path, config: Config, layout: Layout, pieces: list[Piece], sizes: Sizes, opened: Opened
+    ) -> dict[str, Stored]: ...
+    def finish(self, folder: Path, opened: Opened) -> None: ...
+
+
+FORMATS: dict[str, Format] = {module.NAME: module for module in (native, hf, megatron_files, deepspeed)}
+
+
+class RemovedError(ConfigError):
+    """A source that is no longer there."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a native tensor of the destination comes from those of the source, one by one in their order."""
+
+    sources: tuple[str, ...]
+    combine: Callable[[Iterator[Tensor]], Tensor] = next
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another model than the source's: its configuration, and a recipe for each of its native tensors.
+
+    files: texts to put beside it.
+    """
+
+    config: Config
+    recipes: Mapping[str, Recipe]
+    files: Mapping[str, str]
+    name: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """source: as it was read. fingerprints: of what was written. left_out: source tensors that were not used, why."""
+
+    source: Opened
+    fingerprints: Mapping[str, str]
+    left_out: Mapping[str, str]
+    size_bytes: int
+
+
+Check = Callable[[Opened, Opened, Mapping[str, str]], None]
+"""Looks at the source and at what was written, by its fingerprints, before it appears. Raises ConfigError."""
+
+
+def open_source(path: Path) -> Opened:
+    """Open a checkpoint of any known format. Raises ConfigError."""
+    if not path.is_dir():
+        hint = (": download the model first and give its folder" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+                else "")
+        raise ConfigError(f"no such checkpoint: {path}{hint}")
+    for module in FORMATS.values():
+        opened = _open(module, path)
+        if opened is not None:
+            return opened
+    raise ConfigError(explain(path) or f"{path} is no checkpoint of a known format: " + ", ".join(FORMATS))
+
+
+def _open(module: Format, path: Path) -> Opened | None:
+    """Open a checkpoint of one format; None where it is of another. Raises ConfigError."""
+    try:
+        if not module.detect(path):
+            return None
+        opened = module.open_checkpoint(path)
+        return opened if opened.format == native.NAME else with_companions(opened, path)
+    except ConfigError:
+        raise
+    except Exception as error:  # what other programs or enemies wrote can be odd in any way
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}, "
+        raise ConfigError(f"{path} cannot be read as a checkpoint of {module.NAME}: {kind}{reason(error)}") from None
+
+
+def convert(
+    source: Opened, destination: Path, to: str, layout: Layout, dtype: torch.dtype | None = None, *,
+    change: Change | None = None, check: Check | None = None,
+) -> Result:
+    """Write a checkpoint in another format, whole or not at all; the same call again goes on where it was cut off.
+
+    dtype: of the weights; None keeps the source's, where the format can hold it. change: to another model.
+    Raises ConfigError.
+    """
+    target = FORMATS[to]
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConfigError(f"{destination} exists already: give a folder that does not")
+    config, recipes = (source.config, _unchanged(source)) if change is None else (change.config, change.recipes)
+    if to != native.NAME:  # no other format takes the optimizer's state
+        recipes = {name: recipe for name, recipe in recipes.items() if not name.startswith(native.PLANES)}
+    target.refuse(config, layout, dtype)
+    config = native.settled(config, destination, source.files)
+    atoms = native.native_atoms(config)
+    if any(name.startswith(native.PLANES) for name in recipes):
+        atoms = native.with_planes(atoms)
+    if recipes.keys() != atoms.keys():
+        raise AssertionError("a recipe for each native tensor, and none else")
+    pieces = target.plan(config, layout, atoms)
+    shapes = {piece.key: piece.shape for piece in pieces}
+    check_pieces(atoms, shapes, pieces, f"{to} checkpoint of this model")
+    written = _dtypes(source, recipes, dtype, to, config)
+    sizes = {piece.key: (piece.shape, written[piece.native]) for piece in pieces}
+    _check_room(destination, sizes)
+    journal = Journal(destination, _plan(source, config, to, layout, sizes, change))
+    try:
+        fresh = journal.fresh()
+        places = target.create(fresh, config, layout, pieces, sizes, source)
+        if to != native.NAME:
+            write_companions(fresh, source.files, config, source.state.get("step", 0))
+        for name, text in ({} if change is None else change.files).items():
+            (fresh / name).write_text(text, encoding="utf-8")
+        places = {key: _moved(stored, fresh, journal.data) for key, stored in places.items()}
+        journal.adopt(fresh)
+        _copy_all(source, recipes, _by_atom(pieces), places, journal)
+        target.finish(journal.data, source)
+        found = fingerprints({name: digest for parts in journal.done.values() for name, digest in parts.items()
+                              if not name.startswith(native.PLANES)})
+        if check is not None:
+            check(source, target.open_checkpoint(journal.data), found)
+        journal.publish()
+    except ConfigError:
+        journal.discard()  # it would come to the same end again
+        raise
+    except OSError as error:
+        if not source.path.exists():
+            raise RemovedError(f"{source.path} was removed while it was read") from None
+        raise ConfigError(f"{destination} could not be written: {(error.strerror or str(error)).lower()}; the same "
+                          "command goes on from here") from None
+    finally:
+        journal.close()
+    used = {name for recipe in recipes.values() for name in recipe.sources}
+    left_out = {**source.left_out, **{name: "not part of the destination" for name in source.atoms if name not in used}}
+    return Result(source, found, left_out, sum(stored.size_bytes for stored in places.values()))
+
+
+def _unchanged(source: Opened) -> dict[str, Recipe]:
+    return {name: Recipe((name,)) for name in source.atoms}
+
+
+def _by_atom(pieces: list[Piece]) -> dict[str, list[Piece]]:
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.native, []).append(piece)
+    return found
+
+
+def _dtypes(
+    source: Opened, recipes: Mapping[str, Recipe], dtype: torch.dtype | None, to: str, config: Config
+) -> dict[str, torch.dtype]:
+    """Choose what each native tensor is written as."""
+    wide = torch.float64 if config.precision.compute == "float64" else torch.float32
+    stored = {piece.native: source.tensors[piece.key].dtype for piece in source.pieces}
+    chosen = {}
+    for name, recipe in recipes.items():
+        kept = [stored[part] for part in recipe.sources]
+        chosen[name] = wide if to == native.NAME or name.endswith("expert_bias") or not kept else dtype or kept[0]
+    return chosen
+
+
+def _check_room(destination: Path, sizes: Sizes) -> None:
+    need = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes.values())
+    parent = destination.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(destination.name + ".partial")
+    there = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free + there
+    if need > free:
+        raise ConfigError(f"{destination} needs {need:,} bytes, but {parent} has {free:,} left")
+
+
+def _plan(
+    source: Opened, config: Config, to: str, layout: Layout, sizes: Sizes, change: Change | None
+) -> str:
+    """Say in a few letters what is converted to what: only the same conversion goes on where one was cut off."""
+    files = sorted({chunk.path for stored in source.tensors.values() for chunk in stored.chunks})
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    what = [stats, config.model_dump(mode="json"), to, vars(layout), [(key, str(size)) for key, size in sizes.items()],
+            None if change is None else [change.name, *map(str, change.files.values())]]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def _moved(stored: Stored, old: Path, new: Path) -> Stored:
+    chunks = tuple(Chunk(new / chunk.path.relative_to(old), chunk.offset, chunk.part) for chunk in stored.chunks)
+    return replace(stored, chunks=chunks)
+
+
+def _copy_all(
+    source: Opened, recipes: Mapping[str, Recipe], pieces: Mapping[str, list[Piece]], places: Mapping[str, Stored],
+    journal: Journal,
+) -> None:
+    """Copy what is not done yet, several tensors at a time, within twice the memory of the largest matrix."""
+    origin = source.by_atom()
+    todo = [name for name in recipes if name not in journal.done]
+    sizes = {name: sum(places[piece.key].dtype.itemsize * piece.part.size for piece in pieces[name]) for name in todo}
+    needs = {name: _need(source, [origin[part] for part in recipes[name].sources], pieces[name], places)
+             for name in todo}
+    budget = _Budget(max(needs.values(), default=0))
+    stop = threading.Event()
+
+    def copy(name: str) -> None:
+        recipe, goals = recipes[name], pieces[name]
+        with budget.of(needs[name]):
+            if not stop.is_set():
+                if _streams(recipe, origin, goals, name):
+                    found = _copy_rows(source, origin[recipe.sources[0]][0], goals, places, name)
+                else:
+                    values = recipe.combine(read_atom(source, origin[part], part) for part in recipe.sources)
+                    _refuse_nan(values, name, source.path)
+                    values = values.to(places[goals[0].key].dtype).contiguous()
+                    found = digests(name, values)
+                    for goal in goals:
+                        begin = values.storage_offset() + goal.part.offset
+                        part = values.as_strided(goal.part.shape, goal.part.stride, begin)
+                        write_region(places[goal.key], goal.place, part)
+                journal.finished(name, found, sizes[name])
+
+    with _progress(sum(sizes.values())) as advance, ThreadPoolExecutor(THREADS) as pool:
+        futures = {name: pool.submit(copy, name) for name in todo}
+        try:
+            for name, future in futures.items():
+                future.result()
+                advance(sizes[name])
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            journal.commit()
+            raise
+    journal.commit()
+
+
+def _need(
+    source: Opened, origins: Sequence[Sequence[Piece]], goals: Sequence[Piece], places: Mapping[str, Stored]
+) -> int:
+    """Count the bytes that a tensor on its way takes at most: as it was read, and as it is written."""
+    read = max((pieces[0].part.size * len(pieces) * source.tensors[pieces[0].key].dtype.itemsize for pieces in origins),
+               default=0)
+    return read + max(goal.part.size * places[goal.key].dtype.itemsize for goal in goals) + ROWS_BYTES
+
+
+def _streams(
+    recipe: Recipe, origin: Mapping[str, Sequence[Piece]], goals: Sequence[Piece], name: str
+) -> bool:
+    """Say whether a tensor can go across a few rows at a time: it is as it was, and lies in rows on both sides."""
+    if recipe.combine is not next or has_rows(name):
+        return False
+    theirs = origin[recipe.sources[0]]
+    whole = theirs[0].part
+    return len(theirs) == 1 and all(
+        piece.part == whole and piece.place.shape == whole.shape and piece.place.order() == whole.order()
+        for piece in (*theirs, *goals))
+
+
+def _copy_rows(
+    source: Opened, theirs: Piece, goals: Sequence[Piece], places: Mapping[str, Stored], name: str
+) -> dict[str, str]:
+    """Copy a matrix a few rows at a time, which stay in the processor's caches on their way. -> its digest"""
+    stored, dtype, shape = source.tensors[theirs.key], places[goals[0].key].dtype, theirs.place.shape
+    step = max(1, ROWS_BYTES // (math.prod(shape[1:]) * max(stored.dtype.itemsize, dtype.itemsize)))
+    digest = Digest(shape)
+    for begin in range(0, shape[0], step):
+        end = min(begin + step, shape[0])
+        values = read_region(stored, theirs.place.rows(begin, end))
+        _refuse_nan(values, name, source.path)
+        values = values.to(dtype)
+        digest.update(values)
+        for goal in goals:
+            write_region(places[goal.key], goal.place.rows(begin, end), values)
+    return {name: digest.hex()}
+
+
+def _refuse_nan(values: Tensor, name: str, path: Path) -> None:
+    flat = values.reshape(-1)
+    for begin in range(0, len(flat), BLOCK):
+        block = flat[begin : begin + BLOCK]
+        # the sum is no number where one of them is none; it may also be too large, so then all are looked at
+        if not bool(block.sum(dtype=torch.float32).isfinite()) and not bool(block.isfinite().all()):
+            raise ConfigError(f"{path}: {name} holds values that are no finite numbers")
+
+
+class _Budget:
+    """Lets work begin while memory is left for it; a piece of work larger than all of it runs alone."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.total = self.left = size_bytes
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def of(self, size_bytes: int) -> Iterator[None]:
+        size_bytes = min(size_bytes, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= size_bytes)
+            self.left -= size_bytes
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += size_bytes
+                self.changed.notify_all()
+
+
+@contextmanager
+def _progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar with bytes a second on a terminal. -> takes the bytes that were written since the last call"""
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=not os.isatty(2)) as bar:
+        task = bar.add_task("", total=total_bytes)
+        yield lambda size_bytes: bar.advance(task, size_bytes)
