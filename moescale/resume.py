@@ -21,7 +21,7 @@ from moescale.config.changes import (
     is_harmless,
 )
 from moescale.config.read import read_overrides
-from moescale.convert.formats.native import native_atoms
+from moescale.convert.formats.native import native_weights
 from moescale.data.batches import START, Position, num_windows
 from moescale.data.token_file import TokenCorpus
 from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
@@ -134,12 +134,13 @@ def _begin(
 
 def _refuse(checkpoint: Path, old: Config, config: Config, changed: Sequence[Difference]) -> None:
     refused = [change for change in changed if not is_allowed(change.key, config.run.allow_changes)]
-    atoms, old_atoms = native_atoms(config), native_atoms(old)
-    if atoms != old_atoms:
-        name = next(name for name in (*old_atoms, *atoms) if old_atoms.get(name) != atoms.get(name))
+    weights, old_weights = native_weights(config), native_weights(old)
+    if weights != old_weights:
+        name = next(name for name in (*old_weights, *weights) if old_weights.get(name) != weights.get(name))
         keys = ", ".join(change.as_it_was for change in changed if decides_function(change.key))
-        raise ConfigError(f"{checkpoint} is a checkpoint of another model, whose {name} is {_shape(old_atoms, name)} "
-                          f"there and {_shape(atoms, name)} here: {keys}; write them as they were, or another run.dir")
+        raise ConfigError(f"{checkpoint} is a checkpoint of another model, whose {name} is "
+                          f"{_shape(old_weights, name)} there and {_shape(weights, name)} here: {keys}; write them as "
+                          "they were, or another run.dir")
     if refused:
         names = ",".join(change.key for change in refused)
         raise ConfigError(f"{checkpoint} was written with {', '.join(change.as_it_was for change in refused)}: write "
@@ -147,8 +148,8 @@ def _refuse(checkpoint: Path, old: Config, config: Config, changed: Sequence[Dif
                           f"run.allow_changes=[{names}] to go on all the same, or another run.dir to start anew")
 
 
-def _shape(atoms: Mapping[str, Sequence[int]], name: str) -> str:
-    return str(list(atoms[name])) if name in atoms else "absent"
+def _shape(weights: Mapping[str, Sequence[int]], name: str) -> str:
+    return str(list(weights[name])) if name in weights else "absent"
 
 
 def _known_tokenizers(checkpoint: Path, state: Mapping[str, Any], old: Config) -> set[str]:

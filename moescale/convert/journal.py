@@ -46,7 +46,7 @@ class Journal:
         lines = list(_lines(self._file))
         self.done: dict[str, dict[str, str]] = {}
         if lines and lines[0].get("plan") == plan and self.data.is_dir():
-            self.done = {line["atom"]: line["digests"] for line in lines[1:]}
+            self.done = {line["weight"]: line["digests"] for line in lines[1:]}
         else:
             self._clear()
             self._append([{"plan": plan}])
@@ -65,10 +65,10 @@ class Journal:
         else:
             fresh.rename(self.data)
 
-    def finished(self, atom: str, digests: dict[str, str], size_bytes: int) -> None:
+    def finished(self, weight: str, digests: dict[str, str], size_bytes: int) -> None:
         """Remember that a tensor is written; any thread may call."""
         with self._guard:
-            self._waiting[atom] = digests
+            self._waiting[weight] = digests
             self._bytes += size_bytes
             if self._bytes >= COMMIT_BYTES:
                 self._commit()
@@ -80,7 +80,7 @@ class Journal:
     def _commit(self) -> None:
         """First the data, then the word that it is there."""
         sync_tree(self.data)
-        self._append({"atom": atom, "digests": digests} for atom, digests in self._waiting.items())
+        self._append({"weight": weight, "digests": digests} for weight, digests in self._waiting.items())
         self.done.update(self._waiting)
         self._waiting, self._bytes = {}, 0
 

@@ -35,7 +35,7 @@ from moescale.convert.formats.hf import weights as hf
 from moescale.convert.formats.hf.folder import explain
 from moescale.convert.formats.megatron import files as megatron_files
 from moescale.convert.journal import Journal
-from moescale.convert.mapping.mapped import Layout, Opened, check_pieces, read_atom
+from moescale.convert.mapping.mapped import Layout, Opened, check_pieces, read_weight
 from moescale.convert.mapping.table import Piece
 from moescale.files.reading import explain as reason
 
@@ -52,7 +52,7 @@ class Format(Protocol):
     def detect(self, path: Path) -> bool: ...
     def open_checkpoint(self, path: Path) -> Opened: ...
     def refuse(self, config: Config, layout: Layout, dtype: torch.dtype | None) -> None: ...
-    def plan(self, config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]: ...
+    def plan(self, config: Config, layout: Layout, weights: Mapping[str, Shape]) -> list[Piece]: ...
     def create(
         self, folder: Path, config: Config, layout: Layout, pieces: list[Piece], sizes: Sizes, opened: Opened
     ) -> dict[str, Stored]: ...
@@ -145,14 +145,14 @@ def convert(
         recipes = {name: recipe for name, recipe in recipes.items() if not name.startswith(native.PLANES)}
     target.refuse(config, layout, dtype)
     config = native.settled(config, destination, source.files)
-    atoms = native.native_atoms(config)
+    weights = native.native_weights(config)
     if any(name.startswith(native.PLANES) for name in recipes):
-        atoms = native.with_planes(atoms)
-    if recipes.keys() != atoms.keys():
+        weights = native.with_planes(weights)
+    if recipes.keys() != weights.keys():
         raise AssertionError("a recipe for each native tensor, and none else")
-    pieces = target.plan(config, layout, atoms)
+    pieces = target.plan(config, layout, weights)
     shapes = {piece.key: piece.shape for piece in pieces}
-    check_pieces(atoms, shapes, pieces, f"{to} checkpoint of this model")
+    check_pieces(weights, shapes, pieces, f"{to} checkpoint of this model")
     written = _dtypes(source, recipes, dtype, to, config)
     sizes = {piece.key: (piece.shape, written[piece.native]) for piece in pieces}
     _check_room(destination, sizes)
@@ -166,7 +166,7 @@ def convert(
             (fresh / name).write_text(text, encoding="utf-8")
         places = {key: _moved(stored, fresh, journal.data) for key, stored in places.items()}
         journal.adopt(fresh)
-        _copy_all(source, recipes, _by_atom(pieces), places, journal)
+        _copy_all(source, recipes, _by_weight(pieces), places, journal)
         target.finish(journal.data, source)
         found = fingerprints({name: digest for parts in journal.done.values() for name, digest in parts.items()
                               if not name.startswith(native.PLANES)})
@@ -184,15 +184,15 @@ def convert(
     finally:
         journal.close()
     used = {name for recipe in recipes.values() for name in recipe.sources}
-    left_out = {**source.left_out, **{name: "not part of the destination" for name in source.atoms if name not in used}}
-    return Result(source, found, left_out, sum(stored.size_bytes for stored in places.values()))
+    unused = {name: "not part of the destination" for name in source.weights if name not in used}
+    return Result(source, found, {**source.left_out, **unused}, sum(stored.size_bytes for stored in places.values()))
 
 
 def _unchanged(source: Opened) -> dict[str, Recipe]:
-    return {name: Recipe((name,)) for name in source.atoms}
+    return {name: Recipe((name,)) for name in source.weights}
 
 
-def _by_atom(pieces: list[Piece]) -> dict[str, list[Piece]]:
+def _by_weight(pieces: list[Piece]) -> dict[str, list[Piece]]:
     found: dict[str, list[Piece]] = {}
     for piece in pieces:
         found.setdefault(piece.native, []).append(piece)
@@ -244,7 +244,7 @@ def _copy_all(
     journal: Journal,
 ) -> None:
     """Copy what is not done yet, several tensors at a time, within twice the memory of the largest matrix."""
-    origin = source.by_atom()
+    origin = source.by_weight()
     todo = [name for name in recipes if name not in journal.done]
     sizes = {name: sum(places[piece.key].dtype.itemsize * piece.part.size for piece in pieces[name]) for name in todo}
     needs = {name: _need(source, [origin[part] for part in recipes[name].sources], pieces[name], places)
@@ -259,7 +259,7 @@ def _copy_all(
                 if _streams(recipe, origin, goals, name):
                     found = _copy_rows(source, origin[recipe.sources[0]][0], goals, places, name)
                 else:
-                    values = recipe.combine(read_atom(source, origin[part], part) for part in recipe.sources)
+                    values = recipe.combine(read_weight(source, origin[part], part) for part in recipe.sources)
                     _refuse_nan(values, name, source.path)
                     values = values.to(places[goals[0].key].dtype).contiguous()
                     found = digests(name, values)

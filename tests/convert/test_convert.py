@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 import moescale
 from moescale.cli import app
 from moescale.config import Config
-from moescale.convert.formats.native import native_atoms
-from moescale.convert.mapping.mapped import Layout, atoms_of
+from moescale.convert.formats.native import native_weights
+from moescale.convert.mapping.mapped import Layout, weights_of
 from moescale.convert.run import convert, open_source
 from moescale.verify import megatron
 from tests.convert.models import DENSE, MIXED, make_config, make_tensors, write_run
@@ -40,13 +40,13 @@ def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    return dict(atoms_of(open_source(path)))
+    return dict(weights_of(open_source(path)))
 
 
 def same(path: Path, config: Config) -> None:
     """Hold all weights to those that the model was made with, by names that do not come from a table."""
     native, found = make_tensors(config), weights(path)
-    assert found.keys() == native_atoms(config).keys()
+    assert found.keys() == native_weights(config).keys()
     for name, tensor in found.items():
         head, _, expert = name.rpartition(".")
         whole = native[f"model.{head}"][int(expert)] if expert.isdigit() else native[f"model.{name}"]
@@ -192,7 +192,7 @@ def test_a_native_checkpoint_keeps_its_optimizer(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", make_config(), optimizer=True)
     convert(open_source(run), tmp_path / "copy", "moescale", Layout())
     before, after = weights(run), weights(tmp_path / "copy")
-    assert len(before) == 3 * len(native_atoms(make_config()))
+    assert len(before) == 3 * len(native_weights(make_config()))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     result = convert(open_source(run), tmp_path / "hf", "hf", Layout())
     assert "optim.exp_avg.norm.weight" in result.left_out

@@ -18,7 +18,7 @@ from moescale.config import ConfigError
 from moescale.convert.edits.experts import permute, reduce, replicate, upcycle
 from moescale.convert.edits.loads import read_loads
 from moescale.convert.edits.placement import balance, place
-from moescale.convert.mapping.mapped import Layout, atoms_of
+from moescale.convert.mapping.mapped import Layout, weights_of
 from moescale.convert.run import convert, open_source
 from tests.convert.models import DENSE, make_config, write_run
 from tests.engine.test_resume import run_joined
@@ -153,7 +153,7 @@ def test_permutation_takes_the_optimizer_along(tmp_path: Path) -> None:
     opened = open_source(run)
     order = [3, 10, 2, 0, 11, 4, 9, 1, 5, 8, 7, 6]
     convert(opened, tmp_path / "there", "moescale", Layout(), change=permute(opened, {0: order, 1: order}, {}))
-    before, after = (dict(atoms_of(open_source(path))) for path in (run, tmp_path / "there"))
+    before, after = (dict(weights_of(open_source(path))) for path in (run, tmp_path / "there"))
     for plane, (new, old) in itertools.product(("", "optim.exp_avg.", "optim.exp_avg_sq."), enumerate(order)):
         name = f"{plane}blocks.1.channel_mixer."
         for part in ("gate", "up", "down"):

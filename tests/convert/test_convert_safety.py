@@ -24,7 +24,7 @@ from moescale.cli import app
 from moescale.config import ConfigError
 from moescale.convert import run as conversion
 from moescale.convert.formats.hf import weights as hf
-from moescale.convert.mapping.mapped import Layout, atoms_of
+from moescale.convert.mapping.mapped import Layout, weights_of
 from moescale.convert.mapping.table import Row
 from moescale.convert.run import convert, open_source
 from moescale.verify.conversion import compare_models
@@ -274,7 +274,7 @@ def test_a_kill_at_ten_moments_leaves_nothing_or_the_whole(
         process.join(20)
         seen.add(there.exists())
         if there.exists():
-            assert dict(atoms_of(open_source(there))).keys() == dict(atoms_of(open_source(published))).keys()
+            assert dict(weights_of(open_source(there))).keys() == dict(weights_of(open_source(published))).keys()
             shutil.rmtree(there)
     last = math.inf
     assert seen == {False, True}, "some are killed, and others get to the end"
@@ -284,7 +284,7 @@ def test_a_kill_at_ten_moments_leaves_nothing_or_the_whole(
 
 def test_what_was_done_is_not_done_again(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = convert(open_source(published), tmp_path / "whole", "moescale", Layout())
-    real, left = conversion.read_atom, iter(range(3, -1, -1))
+    real, left = conversion.read_weight, iter(range(3, -1, -1))
     done: list[str] = []
 
     def stops(opened: Any, pieces: Any, name: str) -> torch.Tensor:
@@ -295,16 +295,16 @@ def test_what_was_done_is_not_done_again(published: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(conversion, "_streams", lambda *_: False)
     monkeypatch.setattr(conversion, "THREADS", 1)
-    monkeypatch.setattr(conversion, "read_atom", stops)
+    monkeypatch.setattr(conversion, "read_weight", stops)
     with pytest.raises(KeyboardInterrupt):
         convert(open_source(published), tmp_path / "there", "moescale", Layout())
     assert not (tmp_path / "there").exists()
     again: list[str] = []
-    monkeypatch.setattr(conversion, "read_atom", lambda opened, pieces, name: (again.append(name),
+    monkeypatch.setattr(conversion, "read_weight", lambda opened, pieces, name: (again.append(name),
                                                                                real(opened, pieces, name))[1])
     result = convert(open_source(published), tmp_path / "there", "moescale", Layout())
     assert done
     assert not set(done) & set(again)
     assert result.fingerprints == whole.fingerprints
     assert all(torch.equal(one, two) for (_, one), (_, two) in zip(
-        atoms_of(open_source(tmp_path / "there")), atoms_of(open_source(tmp_path / "whole")), strict=True))
+        weights_of(open_source(tmp_path / "there")), weights_of(open_source(tmp_path / "whole")), strict=True))

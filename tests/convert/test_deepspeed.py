@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moescale.convert.formats.deepspeed import open_checkpoint
-from moescale.convert.mapping.mapped import Layout, atoms_of
+from moescale.convert.mapping.mapped import Layout, weights_of
 from moescale.convert.run import convert, open_source
 from moescale.layers.feed_forward import FeedForward
 from moescale.model.build import build_model
@@ -88,7 +88,7 @@ def test_partitions_are_gathered(tmp_path: Path, stage: int) -> None:
     folder.mkdir()
     run_ranks(2, save_zero, folder, stage)
     native = make_tensors(make_config(DENSE))
-    found = dict(atoms_of(open_checkpoint(folder)))
+    found = dict(weights_of(open_checkpoint(folder)))
     assert {f"model.{name}" for name in found} == native.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor, native[f"model.{name}"]), name

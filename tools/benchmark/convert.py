@@ -26,7 +26,7 @@ from moescale.checkpoint.region import Stored
 from moescale.config import Config, parse_config
 from moescale.convert.containers import Sizes
 from moescale.convert.formats.hf.weights import create, plan
-from moescale.convert.formats.native import native_atoms
+from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, Opened
 from moescale.convert.run import convert, open_source
 
@@ -36,10 +36,10 @@ MOE = {"num_experts": 8, "top_k": 2, "d_ff": 14336}
 
 def make_checkpoint(folder: Path, size_bytes: float, dtype: torch.dtype) -> Config:
     """Write Mixtral 8x7B with as many layers as fit, every tensor of its own random numbers."""
-    one, two = (sum(map(math.prod, native_atoms(_config(layers)).values())) for layers in (1, 2))
+    one, two = (sum(map(math.prod, native_weights(_config(layers)).values())) for layers in (1, 2))
     layers = max(1, round((size_bytes / dtype.itemsize - one) / (two - one)) + 1)
     config = _config(layers)
-    pieces = plan(config, Layout(), native_atoms(config))
+    pieces = plan(config, Layout(), native_weights(config))
     folder.mkdir()
     sizes = {piece.key: (piece.shape, dtype) for piece in pieces}
     places = create_files(folder, config, sizes)

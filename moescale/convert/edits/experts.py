@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moescale.config import Config, ConfigError, parse_config
-from moescale.convert.formats.native import PLANES, native_atoms
-from moescale.convert.mapping.mapped import Opened, read_atom
+from moescale.convert.formats.native import PLANES, native_weights
+from moescale.convert.mapping.mapped import Opened, read_weight
 from moescale.convert.run import Change, Recipe
 
 ROUTER_STD = 0.02  # of the routers that an upcycled model begins with
@@ -35,7 +35,7 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
         "activation": config.model.activation,
     })
     recipes: dict[str, Recipe] = {}
-    for name, shape in native_atoms(changed).items():
+    for name, shape in native_weights(changed).items():
         head, _, expert = name.rpartition(".")
         if expert.isdigit():
             dense = f"{head.replace('.experts.', '.')}.weight"
@@ -106,7 +106,7 @@ def replicate(opened: Opened, num_experts: int, noise: float) -> Change:
         "capacity_factor": moe.capacity_factor and moe.capacity_factor * (1 if one else copies),
     })
     recipes: dict[str, Recipe] = {}
-    for name in native_atoms(changed):
+    for name in native_weights(changed):
         head, _, expert = name.rpartition(".")
         if expert.isdigit():
             scale = copies if one and head.endswith("down") else 1
@@ -143,7 +143,7 @@ def reduce(opened: Opened, loads: Mapping[int, Sequence[int]], number: int, *, m
     changed = _with(config, moe={"num_experts": left})
     sources = {layer: _sources(opened, layer, counts, left, merge) for layer, counts in loads.items()}
     recipes: dict[str, Recipe] = {}
-    for name in native_atoms(changed):
+    for name in native_weights(changed):
         head, _, expert = name.rpartition(".")
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
         if expert.isdigit():
@@ -164,15 +164,15 @@ def _sources(opened: Opened, layer: int, counts: Sequence[int], left: int, merge
     made = {expert: [expert] for expert in kept}
     if merge:
         name = f"blocks.{layer}.channel_mixer.router.weight"
-        rows = torch.nn.functional.normalize(read_atom(opened, opened.by_atom()[name], name).float(), dim=-1)
+        rows = torch.nn.functional.normalize(read_weight(opened, opened.by_weight()[name], name).float(), dim=-1)
         for expert in busiest[left:]:
             made[kept[int((rows[kept] @ rows[expert]).argmax())]].append(expert)
     return [made[expert] for expert in kept]
 
 
-def _mean(weights: Sequence[int]) -> Callable[[Iterator[Tensor]], Tensor]:
+def _mean(loads: Sequence[int]) -> Callable[[Iterator[Tensor]], Tensor]:
     """Average by load, one tensor in memory at a time beside the sum; a lone one passes as it is."""
-    shares = [weight / sum(weights) if sum(weights) else 1 / len(weights) for weight in weights]
+    shares = [load / sum(loads) if sum(loads) else 1 / len(loads) for load in loads]
 
     def mean(tensors: Iterator[Tensor]) -> Tensor:
         if len(shares) == 1:
@@ -196,7 +196,7 @@ def _rows(sources: Sequence[Sequence[int]], counts: Sequence[int]) -> Callable[[
 def permute(opened: Opened, orders: Mapping[int, Sequence[int]], files: Mapping[str, str]) -> Change:
     """Renumber experts: weights, router rows, biases and optimizer state alike. orders: old number of each new one"""
     recipes: dict[str, Recipe] = {}
-    for name in opened.atoms:
+    for name in opened.weights:
         bare = name
         for plane in PLANES:
             bare = bare.removeprefix(plane)

@@ -20,7 +20,7 @@ from moescale.checkpoint.region import Chunk, Region, Shape, Stored
 from moescale.config import Config, ConfigError, load_config
 from moescale.convert.containers import Sizes, create_pickle, inside, open_pickle
 from moescale.convert.formats.megatron.arguments import refuse_changes, words
-from moescale.convert.formats.native import native_atoms
+from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, Opened
 from moescale.convert.mapping.table import At, Cut, Piece, matches, piece, row, with_copies
 from moescale.files.reading import read_text
@@ -104,10 +104,10 @@ def open_checkpoint(path: Path) -> Opened:
             tensors |= {f"{name}:{key}": value for key, value in own.items() if isinstance(value, Stored)}
     if zero and config.num_moe_layers:
         left_out |= dict.fromkeys(zero.values(), "float32 copies of a mixture of experts are not gathered")
-    atoms = native_atoms(config)
+    weights = native_weights(config)
     layout = Layout(tp=len(ranks), etp=_expert_tensor(config, tensors, len(ranks)))
-    pieces = _pieces(config, atoms, layout)
-    return Opened(NAME, folder, config, layout, atoms, tensors, pieces, left_out)
+    pieces = _pieces(config, weights, layout)
+    return Opened(NAME, folder, config, layout, weights, tensors, pieces, left_out)
 
 
 def _refuse_settings(values: Any, config: Config, source: str) -> None:
@@ -225,20 +225,20 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
             raise ConfigError(f"--{key} {getattr(layout, key)} must divide {name}={size}")
 
 
-def plan(config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]:
-    return _pieces(config, atoms, layout)
+def plan(config: Config, layout: Layout, weights: Mapping[str, Shape]) -> list[Piece]:
+    return _pieces(config, weights, layout)
 
 
-def _pieces(config: Config, atoms: Mapping[str, Shape], layout: Layout) -> list[Piece]:
+def _pieces(config: Config, weights: Mapping[str, Shape], layout: Layout) -> list[Piece]:
     mixtures = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
     found = []
     for rank in range(layout.tp):
-        for entry, native, layer, expert in matches((*TABLE, *EXPERTS), atoms, config):
+        for entry, native, layer, expert in matches((*TABLE, *EXPERTS), weights, config):
             of_expert = "{expert}" in entry.native
             file = f"layer_{mixtures.index(layer)}_expert_{expert}_" if of_expert else ""
             key = f"{file}mp_rank_{rank:02d}_model_states.pt:{entry.foreign.format(layer=layer, expert=expert)}"
             cut = Cut(rank % layout.etp, layout.etp) if of_expert else Cut(rank, layout.tp)
-            found.append(piece(entry, atoms[native], native, key, At(config, layer, expert), cut))
+            found.append(piece(entry, weights[native], native, key, At(config, layer, expert), cut))
     return with_copies(found)
 
 

@@ -30,37 +30,37 @@ GATED = frozenset({"swiglu", "geglu"})
 PLANES = ("optim.exp_avg.", "optim.exp_avg_sq.")  # what the optimizer holds beside each weight
 
 
-def native_atoms(config: Config) -> dict[str, Shape]:
+def native_weights(config: Config) -> dict[str, Shape]:
     """List the weights of a model, each expert's apart: `blocks.3.channel_mixer.experts.gate.11`."""
     model, moe = config.model, config.moe
     d_model, q, kv = model.d_model, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    atoms: dict[str, Shape] = {"embedding.weight": (model.vocab_size, d_model)}
+    weights: dict[str, Shape] = {"embedding.weight": (model.vocab_size, d_model)}
     for index, layer in enumerate(model.layers):
         block, mixer = f"blocks.{index}.", f"blocks.{index}.channel_mixer."
-        atoms[block + "mixer_norm.weight"] = (d_model,)
+        weights[block + "mixer_norm.weight"] = (d_model,)
         for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            atoms[f"{block}mixer.{name}.weight"] = (rows, d_model)
-        atoms[block + "mixer.o.weight"] = (d_model, q)
+            weights[f"{block}mixer.{name}.weight"] = (rows, d_model)
+        weights[block + "mixer.o.weight"] = (d_model, q)
         if model.block == "serial":
-            atoms[block + "channel_norm.weight"] = (d_model,)
+            weights[block + "channel_norm.weight"] = (d_model,)
         if layer.channel_mixer == "feed_forward":
             for name, shape in _feed_forward(d_model, model.d_ff, model.activation).items():
-                atoms[f"{mixer}{name}.weight"] = shape
+                weights[f"{mixer}{name}.weight"] = shape
             continue
-        atoms[mixer + "router.weight"] = (moe.num_experts, d_model)
+        weights[mixer + "router.weight"] = (moe.num_experts, d_model)
         if moe.router == "sigmoid_bias":
-            atoms[mixer + "router.expert_bias"] = (moe.num_experts,)
+            weights[mixer + "router.expert_bias"] = (moe.num_experts,)
         for name, shape in _feed_forward(d_model, moe.d_ff, moe.activation).items():
             for expert in range(moe.num_experts):
-                atoms[f"{mixer}experts.{name}.{expert}"] = shape
+                weights[f"{mixer}experts.{name}.{expert}"] = shape
         if moe.num_shared_experts:
             wide = moe.num_shared_experts * moe.d_ff
             for name, shape in _feed_forward(d_model, wide, moe.activation).items():
-                atoms[f"{mixer}shared.{name}.weight"] = shape
-    atoms["norm.weight"] = (d_model,)
+                weights[f"{mixer}shared.{name}.weight"] = shape
+    weights["norm.weight"] = (d_model,)
     if not model.tied_embeddings:
-        atoms["head.weight"] = (model.vocab_size, d_model)
-    return atoms
+        weights["head.weight"] = (model.vocab_size, d_model)
+    return weights
 
 
 def _feed_forward(d_model: int, d_ff: int, activation: str) -> dict[str, Shape]:
@@ -68,16 +68,16 @@ def _feed_forward(d_model: int, d_ff: int, activation: str) -> dict[str, Shape]:
     return {**dict.fromkeys(names, (d_ff, d_model)), "down": (d_model, d_ff)}
 
 
-def with_planes(atoms: Mapping[str, Shape]) -> dict[str, Shape]:
+def with_planes(weights: Mapping[str, Shape]) -> dict[str, Shape]:
     """Add the optimizer's state of each weight that learns."""
-    learns = {name: shape for name, shape in atoms.items() if not name.endswith("expert_bias")}
-    return {**atoms, **{plane + name: shape for plane in PLANES for name, shape in learns.items()}}
+    learns = {name: shape for name, shape in weights.items() if not name.endswith("expert_bias")}
+    return {**weights, **{plane + name: shape for plane in PLANES for name, shape in learns.items()}}
 
 
-def native_pieces(atoms: Mapping[str, Shape], num_experts: int) -> list[Piece]:
+def native_pieces(weights: Mapping[str, Shape], num_experts: int) -> list[Piece]:
     """Say where each lies in a native checkpoint: experts in one tensor, the expert first."""
     pieces = []
-    for name, shape in atoms.items():
+    for name, shape in weights.items():
         key, whole, views = (name if name.startswith(PLANES) else f"model.{name}"), shape, []
         head, _, expert = key.rpartition(".")
         if expert.isdigit():
@@ -100,19 +100,19 @@ def _open(folder: Path) -> Opened:
     hold, manifest = Hold(folder), verify_checkpoint(folder)
     config = load_config(folder / "config.yaml", whole=True)
     tensors = open_distributed(folder)
-    atoms = native_atoms(config)
+    weights = native_weights(config)
     if any(key.startswith(PLANES) for key in tensors):
-        atoms = with_planes(atoms)
+        weights = with_planes(weights)
     files = read_companions(folder)
-    return Opened(NAME, folder, config, Layout(), atoms, tensors, native_pieces(atoms, config.moe.num_experts),
+    return Opened(NAME, folder, config, Layout(), weights, tensors, native_pieces(weights, config.moe.num_experts),
                   files=files, state=manifest["state"], hold=hold)
 
 
 def check_model(folder: Path, config: Config) -> None:
     """Refuse a checkpoint that does not hold the weights of this model, before there is room for them in memory."""
     stored = read_stored(folder)
-    atoms = native_atoms(config)
-    shapes = {piece.key: piece.shape for piece in native_pieces(atoms, config.moe.num_experts)}
+    weights = native_weights(config)
+    shapes = {piece.key: piece.shape for piece in native_pieces(weights, config.moe.num_experts)}
     for key, shape in shapes.items():
         found = stored.get(key)
         if found is None or tuple(found.size) != shape:
@@ -129,8 +129,8 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
                           "--ep, --tp, --pp, --etp and --style")
 
 
-def plan(config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]:
-    return native_pieces(atoms, config.moe.num_experts)
+def plan(config: Config, layout: Layout, weights: Mapping[str, Shape]) -> list[Piece]:
+    return native_pieces(weights, config.moe.num_experts)
 
 
 def settled(config: Config, destination: Path, files: Mapping[str, bytes]) -> Config:

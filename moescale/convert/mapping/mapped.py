@@ -31,7 +31,8 @@ class Layout:
 class Opened:
     """A checkpoint that lies on the disk, every tensor of which is accounted for.
 
-    atoms: shapes of native tensors, each expert's apart. tensors, by key. left_out: tensors that are not read, and why.
+    weights: shapes of native tensors, the optimizer's moments among them, each expert's apart. tensors, by key.
+    left_out: tensors that are not read, and why.
     files: to take along, by name. state: small values that a run goes on from. notes: what the user should hear.
     hold: keeps it from being removed.
     """
@@ -40,7 +41,7 @@ class Opened:
     path: Path
     config: Config
     layout: Layout
-    atoms: Mapping[str, Shape]
+    weights: Mapping[str, Shape]
     tensors: Mapping[str, Stored]
     pieces: Sequence[Piece]
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -50,10 +51,10 @@ class Opened:
     hold: object = None
 
     def __post_init__(self) -> None:
-        check_pieces(self.atoms, {key: stored.shape for key, stored in self.tensors.items()}, self.pieces,
+        check_pieces(self.weights, {key: stored.shape for key, stored in self.tensors.items()}, self.pieces,
                      str(self.path), self.left_out)
 
-    def by_atom(self) -> dict[str, list[Piece]]:
+    def by_weight(self) -> dict[str, list[Piece]]:
         found = defaultdict(list)
         for piece in self.pieces:
             found[piece.native].append(piece)
@@ -61,14 +62,14 @@ class Opened:
 
 
 def check_pieces(
-    atoms: Mapping[str, Shape], shapes: Mapping[str, Shape], pieces: Iterable[Piece], name: str,
+    weights: Mapping[str, Shape], shapes: Mapping[str, Shape], pieces: Iterable[Piece], name: str,
     left_out: Iterable[str] = (),
 ) -> None:
     """Refuse a mapping that does not use every element of every tensor once, on both of its sides.
 
-    atoms: native tensors. shapes: of the stored ones, by key. name: of the checkpoint, for errors.
+    weights: native tensors. shapes: of the stored ones, by key. name: of the checkpoint, for errors.
     """
-    ours: dict[str, list[Region]] = {atom: [] for atom in atoms}
+    ours: dict[str, list[Region]] = {weight: [] for weight in weights}
     theirs: dict[str, list[Region]] = {key: [] for key in shapes if key not in set(left_out)}
     for piece in pieces:
         if piece.key not in shapes:
@@ -79,19 +80,19 @@ def check_pieces(
         theirs[piece.key].append(piece.place)
         if not piece.copy:
             ours[piece.native].append(piece.part)
-    for atom, parts in ours.items():
-        problem = covers_once(atoms[atom], parts)
+    for weight, parts in ours.items():
+        problem = covers_once(weights[weight], parts)
         if problem:
-            raise ConfigError(f"{name} does not hold the whole of {atom} once: it {problem}")
+            raise ConfigError(f"{name} does not hold the whole of {weight} once: it {problem}")
     for key, parts in theirs.items():
         problem = covers_once(shapes[key], parts)
         if problem:
             raise ConfigError(f"{name}: {_named(key)} {problem}; no model that MoEScale can express has it")
 
 
-def read_atom(opened: Opened, pieces: Sequence[Piece], name: str) -> Tensor:
+def read_weight(opened: Opened, pieces: Sequence[Piece], name: str) -> Tensor:
     """Put a native tensor together from its parts. Raises ConfigError where two copies of a part differ."""
-    whole = region(opened.atoms[name])
+    whole = region(opened.weights[name])
     first = pieces[0]
     if first.part == whole:
         values = read_region(opened.tensors[first.key], first.place).reshape(whole.shape).contiguous()
@@ -108,11 +109,11 @@ def read_atom(opened: Opened, pieces: Sequence[Piece], name: str) -> Tensor:
     return values
 
 
-def atoms_of(opened: Opened, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+def weights_of(opened: Opened, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
     """Read native tensors, one after another."""
-    for name, pieces in opened.by_atom().items():
+    for name, pieces in opened.by_weight().items():
         if wanted(name):
-            yield name, read_atom(opened, pieces, name)
+            yield name, read_weight(opened, pieces, name)
 
 
 def _named(key: str) -> str:

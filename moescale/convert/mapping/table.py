@@ -154,7 +154,7 @@ def with_copies(pieces: Iterable[Piece]) -> list[Piece]:
     return marked
 
 
-def matches(rows: Iterable[Row], atoms: Mapping[str, Shape], config: Config) -> Iterator[tuple[Row, str, int, int]]:
+def matches(rows: Iterable[Row], weights: Mapping[str, Shape], config: Config) -> Iterator[tuple[Row, str, int, int]]:
     """Find the native tensors that each row is about. -> row, native name, layer and expert (0 where it has none)"""
     for entry in rows:
         layers = range(config.model.num_layers) if "{layer}" in entry.native else range(1)
@@ -162,5 +162,5 @@ def matches(rows: Iterable[Row], atoms: Mapping[str, Shape], config: Config) -> 
         for layer in layers:
             for expert in experts:
                 name = entry.native.format(layer=layer, expert=expert)
-                if name in atoms:
+                if name in weights:
                     yield entry, name, layer, expert

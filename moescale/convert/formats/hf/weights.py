@@ -14,7 +14,7 @@ from moescale.convert.companions import carried_config, write_json
 from moescale.convert.containers import Sizes, create_safetensors, inside
 from moescale.convert.formats.hf.config import read_config, read_notes, write_config
 from moescale.convert.formats.hf.folder import CONFIG, INDEX, SINGLE, detect, open_tensors, read_json
-from moescale.convert.formats.native import native_atoms
+from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, Opened
 from moescale.convert.mapping.table import At, Piece, Row, half, matches, piece, row, stacked_experts
 
@@ -61,27 +61,27 @@ def open_checkpoint(path: Path) -> Opened:
     values = read_json(inside(path, CONFIG))
     config = read_config(values, str(source), None)
     tensors, notes = open_tensors(path)
-    atoms = native_atoms(config)
+    weights = native_weights(config)
     left_out = {name: why for name in tensors for pattern, why in LEFT_OUT.items() if re.fullmatch(pattern, name)}
     odd = next((name for name, stored in tensors.items() if name not in left_out and stored.dtype not in WEIGHTS), None)
     if odd is not None:
         raise ConfigError(f"{path}: {odd} has dtype {str(tensors[odd].dtype).removeprefix('torch.')}, and weights are "
                           "float32, bfloat16 or float16: save the model as one of these")
     style = "fused" if any(name.endswith("experts.gate_up_proj") for name in tensors) else "published"
-    pieces = _pieces(config, atoms, STYLES[style])
+    pieces = _pieces(config, weights, STYLES[style])
     if config.model.tied_embeddings and "lm_head.weight" in tensors:
         tied = next(found for found in pieces if found.native == "embedding.weight")
         pieces.append(Piece(tied.native, tied.part, "lm_head.weight", tied.shape, tied.place, copy=True))
-    return Opened(NAME, path, config, Layout(style=style), atoms, tensors, pieces, left_out,
+    return Opened(NAME, path, config, Layout(style=style), weights, tensors, pieces, left_out,
                   notes=[*notes, *read_notes(values)])
 
 
-def _pieces(config: Config, atoms: Mapping[str, Shape], experts: Sequence[Row]) -> list[Piece]:
+def _pieces(config: Config, weights: Mapping[str, Shape], experts: Sequence[Row]) -> list[Piece]:
     found = []
-    for entry, native, layer, expert in matches((*COMMON, *experts), atoms, config):
+    for entry, native, layer, expert in matches((*COMMON, *experts), weights, config):
         key = entry.foreign.format(layer=layer, expert=expert)
         at = At(config, layer, expert, config.moe.num_experts, config.model.num_layers)
-        found.append(piece(entry, atoms[native], native, key, at))
+        found.append(piece(entry, weights[native], native, key, at))
     return found
 
 
@@ -112,8 +112,8 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
         raise ConfigError("a Hugging Face checkpoint is not cut by a layout: leave out --ep, --tp, --pp and --etp")
 
 
-def plan(config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]:
-    return _pieces(config, atoms, STYLES[layout.style or "published"])
+def plan(config: Config, layout: Layout, weights: Mapping[str, Shape]) -> list[Piece]:
+    return _pieces(config, weights, STYLES[layout.style or "published"])
 
 
 def create(

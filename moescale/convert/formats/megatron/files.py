@@ -33,7 +33,7 @@ from moescale.convert.formats.megatron.names import (
     ungated,
     write_arguments,
 )
-from moescale.convert.formats.native import native_atoms
+from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, Opened
 from moescale.convert.mapping.table import At, Cut, Piece, Row, matches, piece, row, with_copies
 from moescale.files.reading import read_text
@@ -102,9 +102,9 @@ def _open_distributed(folder: Path) -> Opened:
     names = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)]
     left_out = _left_out(names)
     tensors = open_distributed(folder, metadata, left_out)
-    atoms = native_atoms(config)
-    pieces = _distributed_pieces(config, atoms, _kind_of(tensors), tensors)
-    return Opened(NAME, folder, config, Layout(style="torch_dist"), atoms, tensors, pieces, left_out)
+    weights = native_weights(config)
+    pieces = _distributed_pieces(config, weights, _kind_of(tensors), tensors)
+    return Opened(NAME, folder, config, Layout(style="torch_dist"), weights, tensors, pieces, left_out)
 
 
 def _kind_of(names: Iterable[str]) -> str:
@@ -121,14 +121,14 @@ def _gated(config: Config, rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def _distributed_pieces(
-    config: Config, atoms: Mapping[str, Shape], kind: str, present: Mapping[str, Any] | None = None
+    config: Config, weights: Mapping[str, Shape], kind: str, present: Mapping[str, Any] | None = None
 ) -> list[Piece]:
     found = []
-    for entry, native, layer, expert in matches(_gated(config, DISTRIBUTED[kind]), atoms, config):
+    for entry, native, layer, expert in matches(_gated(config, DISTRIBUTED[kind]), weights, config):
         key = entry.foreign.format(layer=layer, expert=expert)
         key = _present(key, present) if present is not None else _fused(key, config, layer)
         at = At(config, layer, expert, config.moe.num_experts, config.model.num_layers)
-        found.append(piece(entry, atoms[native], native, key, at))
+        found.append(piece(entry, weights[native], native, key, at))
     return with_copies(found)
 
 
@@ -167,8 +167,8 @@ def _open_ranks(folder: Path) -> Opened:
     style = _style(tensors)
     layout = _layout(args, style)
     files = {name: _place(numbers, layout, name) for name, numbers in ranks.items()}
-    atoms = native_atoms(config)
-    return Opened(NAME, folder, config, layout, atoms, tensors, _rank_pieces(config, atoms, layout, files, tensors),
+    weights = native_weights(config)
+    return Opened(NAME, folder, config, layout, weights, tensors, _rank_pieces(config, weights, layout, files, tensors),
                   _left_out(list(tensors)))
 
 
@@ -205,7 +205,7 @@ def _files(layout: Layout) -> dict[str, tuple[int, int, int]]:
 
 
 def _rank_pieces(
-    config: Config, atoms: Mapping[str, Shape], layout: Layout, files: Mapping[str, tuple[int, int, int]],
+    config: Config, weights: Mapping[str, Shape], layout: Layout, files: Mapping[str, tuple[int, int, int]],
     present: Mapping[str, Any] | None = None,
 ) -> list[Piece]:
     """Say what each rank's file holds: layers and experts have the numbers that they have on that rank."""
@@ -215,7 +215,7 @@ def _rank_pieces(
         rows.append(row("embedding.weight", "output_layer.weight", cut=0))  # the last stage's copy
     layers, experts = config.model.num_layers // layout.pp, config.moe.num_experts // layout.ep
     for file, (tp, pp, ep) in files.items():
-        for entry, native, layer, expert in _held(rows, atoms, config, layout, pp, ep):
+        for entry, native, layer, expert in _held(rows, weights, config, layout, pp, ep):
             key = entry.foreign.format(layer=layer % layers, expert=expert % experts)
             if layout.style == "te_grouped":
                 key = _fused(key, config, layer)
@@ -223,15 +223,15 @@ def _rank_pieces(
                 key = _present(f"{file}:{key}", present).partition(":")[2]
             cut = Cut(tp % layout.etp, layout.etp) if "{expert}" in entry.native else Cut(tp, layout.tp)
             at = At(config, layer, expert % experts, experts)
-            found.append(piece(entry, atoms[native], native, f"{file}:{key}", at, cut))
+            found.append(piece(entry, weights[native], native, f"{file}:{key}", at, cut))
     return with_copies(found)
 
 
 def _held(
-    rows: Sequence[Row], atoms: Mapping[str, Shape], config: Config, layout: Layout, pp: int, ep: int
+    rows: Sequence[Row], weights: Mapping[str, Shape], config: Config, layout: Layout, pp: int, ep: int
 ) -> Iterator[tuple[Row, str, int, int]]:
     layers, experts = config.model.num_layers // layout.pp, config.moe.num_experts // layout.ep
-    for entry, native, layer, expert in matches(rows, atoms, config):
+    for entry, native, layer, expert in matches(rows, weights, config):
         stage = layer // layers
         if "{layer}" not in entry.native:
             stage = 0 if entry.foreign.startswith("embedding") else layout.pp - 1
@@ -245,11 +245,11 @@ def settled(layout: Layout) -> Layout:
     return Layout(layout.ep, layout.tp, layout.pp, layout.etp, style)
 
 
-def plan(config: Config, layout: Layout, atoms: Mapping[str, Shape]) -> list[Piece]:
+def plan(config: Config, layout: Layout, weights: Mapping[str, Shape]) -> list[Piece]:
     layout = settled(layout)
     if layout.style != "torch_dist":
-        return _rank_pieces(config, atoms, layout, _files(layout))
-    return _distributed_pieces(config, atoms, _kind(config))
+        return _rank_pieces(config, weights, layout, _files(layout))
+    return _distributed_pieces(config, weights, _kind(config))
 
 
 def _kind(config: Config) -> str:
