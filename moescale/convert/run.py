@@ -142,12 +142,12 @@ def convert(
         raise ConfigError(f"{destination} exists already: give a folder that does not")
     config, recipes = (source.config, _unchanged(source)) if change is None else (change.config, change.recipes)
     if to != native.NAME:  # no other format takes the optimizer's state
-        recipes = {name: recipe for name, recipe in recipes.items() if not name.startswith(native.PLANES)}
+        recipes = {name: recipe for name, recipe in recipes.items() if not native.is_moment(name)}
     target.refuse(config, layout, dtype)
     config = native.settled(config, destination, source.files)
     weights = native.native_weights(config)
-    if any(name.startswith(native.PLANES) for name in recipes):
-        weights = native.with_planes(weights)
+    if any(map(native.is_moment, recipes)):
+        weights = native.with_moments(weights, config)
     if recipes.keys() != weights.keys():
         raise AssertionError("a recipe for each native tensor, and none else")
     pieces = target.plan(config, layout, weights)
@@ -169,7 +169,7 @@ def convert(
         _copy_all(source, recipes, _by_weight(pieces), places, journal)
         target.finish(journal.data, source)
         found = fingerprints({name: digest for parts in journal.done.values() for name, digest in parts.items()
-                              if not name.startswith(native.PLANES)})
+                              if not native.is_moment(name)})
         if check is not None:
             check(source, target.open_checkpoint(journal.data), found)
         journal.publish()

@@ -1,4 +1,4 @@
-"""The engine on torch's own parts: FSDP2, DTensor experts, AdamW, distributed checkpoints."""
+"""The engine on torch's own parts: FSDP2, DTensor experts, distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from moescale.config import Config
 from moescale.data.batches import Batch
 from moescale.engine.base import StepLosses
 from moescale.model.language_model import LanguageModel, LossSums
+from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import clip_gradients
-from moescale.optim.optimizer import STATE, build_optimizer
+from moescale.optim.optimizer import build_optimizer, count_from
 from moescale.optim.schedule import Peak, first_peak, learning_rate
 from moescale.parallel.balance import choices_counted, count_as_it_goes
 from moescale.parallel.expert import balance_by_bias, moe_layers
@@ -157,15 +158,15 @@ class NativeEngine:
         state = load_checkpoint(checkpoint, tensors, prefix=prefix, group=self.mesh.checkpoint_group)
         self.step_count = state["step"]
         self.peak = peak or first_peak(self.config.optim)
-        for moments in self.optimizer.state.values():
-            moments["step"].fill_(self.step_count)
+        count_from(self.optimizer, self.step_count)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name; sharded tensors as DTensors."""
         tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        moments = OPTIMIZERS[self.config.optim.name].moments
         for name, parameter in self.model.named_parameters():
-            for key in STATE:
-                tensors[f"optim.{key}.{name}"] = self.optimizer.state[parameter][key]
+            for moment in moments(tuple(parameter.shape)):
+                tensors[f"optim.{moment}.{name}"] = self.optimizer.state[parameter][moment]
         return tensors
 
     def _global_counts(self, batches: Sequence[Batch]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moescale.config import Config, ConfigError
 from moescale.convert.fingerprint import digests, fingerprints
-from moescale.convert.formats.native import PLANES
+from moescale.convert.formats.native import is_moment
 from moescale.convert.mapping.mapped import Opened, weights_of
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
@@ -36,7 +36,7 @@ def compare_models(source: Opened, written: Opened, found: Mapping[str, str], *,
     -> a line with the largest difference. Raises ConfigError.
     """
     parts: dict[str, str] = {}
-    for name, values in weights_of(written, lambda name: not name.startswith(PLANES)):
+    for name, values in weights_of(written, lambda name: not is_moment(name)):
         parts.update(digests(name, values))
     wrong = [name for name, digest in fingerprints(parts).items() if found.get(name) != digest]
     if wrong:
@@ -102,7 +102,7 @@ def logits(
     precision = opened.config.precision.model_copy(update={"compute": "float32"})
     model = build_model(opened.config.model_copy(update={"precision": precision}), "cpu")
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if "statistics" not in name}
-    for name, values in weights_of(opened, lambda name: not name.startswith(PLANES)):
+    for name, values in weights_of(opened, lambda name: not is_moment(name)):
         head, _, expert = name.rpartition(".")
         values = values if dtype is None or name.endswith("expert_bias") else values.to(dtype)
         (tensors[head][int(expert)] if expert.isdigit() else tensors[name]).copy_(values)

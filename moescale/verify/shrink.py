@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from moescale.config import Config, ModelConfig, MoEConfig, sequence_pieces
+from moescale.optim.base import OPTIMIZERS
 from moescale.verify.layouts import Layout
 
 MICRO_BATCHES = (1, 3)  # a rank's passes in one step that every layout is tried with
@@ -26,11 +27,8 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
             "seq_len": seq_len, "micro_batch": micro_batch, "tokenizer": "none.json",  # batches are made up
             "global_batch": _multiple(24, (share * each.dp_replicate * each.dp_shard for each in layouts)),
         }),
-        # Adam's first step is lr x gradient / (|gradient| + eps). With a small eps it is lr x sign(gradient), and where
-        # a gradient is zero, or nearly, the sign of the rounding error. With lr = eps it multiplies no error by more
-        # than one, and yet moves weights a thousand times further than the tolerance.
         "optim": config.optim.model_copy(update={
-            "lr": 1e-2, "eps": 1e-2, "warmup_steps": 0, "schedule": "constant",
+            **OPTIMIZERS[config.optim.name].proof, "warmup_steps": 0, "schedule": "constant",
         }),
         "parallel": config.parallel.model_copy(update={"compile": False}),  # compiling takes longer than all the rest
         "run": config.run.model_copy(update={"steps": 1, "timeout_seconds": 60.0}),

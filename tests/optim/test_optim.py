@@ -8,8 +8,9 @@ from torch import nn
 
 from moescale.config import OptimConfig, parse_config
 from moescale.model.build import build_model
+from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import clip_gradients
-from moescale.optim.optimizer import build_optimizer
+from moescale.optim.optimizer import build_optimizer, count_from
 from moescale.optim.schedule import first_peak, learning_rate, peak_after_change
 
 
@@ -63,6 +64,25 @@ def test_norms_and_embeddings_do_not_decay() -> None:
     assert decays.keys() == dict(model.named_parameters()).keys()
     for name, decay in decays.items():
         assert decay == (0.0 if "norm" in name or "embedding" in name else 0.3), name
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_keeps_what_its_description_says(name: str) -> None:
+    config = parse_config({"optim": {"name": name}}, "test")
+    model = build_model(config, "cpu")
+    optimizer = build_optimizer(model, config.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    for _ in range(2):  # what is there from the start, and after a step
+        for key, parameter in model.named_parameters():
+            kept = {moment: tuple(tensor.shape) for moment, tensor in optimizer.state[parameter].items()
+                    if moment != "step"}
+            assert kept == OPTIMIZERS[name].moments(tuple(parameter.shape)), key
+        optimizer.step()
+    assert all((parameter != before[key]).any() for key, parameter in model.named_parameters())
+    count_from(optimizer, 7)
+    assert all(state.get("step", 7) == 7 for state in optimizer.state.values())
 
 
 def test_clipping_equals_torch() -> None:

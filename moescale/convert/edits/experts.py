@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moescale.config import Config, ConfigError, parse_config
-from moescale.convert.formats.native import PLANES, native_weights
+from moescale.convert.formats.native import native_weights, weight_of
 from moescale.convert.mapping.mapped import Opened, read_weight
 from moescale.convert.run import Change, Recipe
 
@@ -197,11 +197,9 @@ def permute(opened: Opened, orders: Mapping[int, Sequence[int]], files: Mapping[
     """Renumber experts: weights, router rows, biases and optimizer state alike. orders: old number of each new one"""
     recipes: dict[str, Recipe] = {}
     for name in opened.weights:
-        bare = name
-        for plane in PLANES:
-            bare = bare.removeprefix(plane)
         head, _, expert = name.rpartition(".")
-        layer = int(bare.split(".")[1]) if bare.startswith("blocks.") else -1
+        block, number, *_ = weight_of(name).split(".")
+        layer = int(number) if block == "blocks" else -1
         if expert.isdigit():
             recipes[name] = Recipe((f"{head}.{orders[layer][int(expert)]}",))
         elif head.endswith(".router"):

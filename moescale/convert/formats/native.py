@@ -24,10 +24,11 @@ from moescale.convert.companions import TOKENIZER, read_companions
 from moescale.convert.containers import Sizes, create_distributed, open_distributed
 from moescale.convert.mapping.mapped import Layout, Opened
 from moescale.convert.mapping.table import Piece
+from moescale.optim.base import OPTIMIZERS
 
 NAME = "moescale"
 GATED = frozenset({"swiglu", "geglu"})
-PLANES = ("optim.exp_avg.", "optim.exp_avg_sq.")  # what the optimizer holds beside each weight
+MOMENTS = "optim."  # begins the names of what the optimizer keeps beside weights: optim.MOMENT.WEIGHT
 
 
 def native_weights(config: Config) -> dict[str, Shape]:
@@ -68,17 +69,29 @@ def _feed_forward(d_model: int, d_ff: int, activation: str) -> dict[str, Shape]:
     return {**dict.fromkeys(names, (d_ff, d_model)), "down": (d_model, d_ff)}
 
 
-def with_planes(weights: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Add the optimizer's state of each weight that learns."""
+def with_moments(weights: Mapping[str, Shape], config: Config) -> dict[str, Shape]:
+    """Add what the run's optimizer keeps beside each weight that learns."""
+    moments = OPTIMIZERS[config.optim.name].moments
     learns = {name: shape for name, shape in weights.items() if not name.endswith("expert_bias")}
-    return {**weights, **{plane + name: shape for plane in PLANES for name, shape in learns.items()}}
+    return {**weights, **{f"{MOMENTS}{moment}.{name}": shape for name, whole in learns.items()
+                          for moment, shape in moments(whole).items()}}
+
+
+def is_moment(name: str) -> bool:
+    """Say whether this is what an optimizer keeps beside a weight, and not a weight."""
+    return name.startswith(MOMENTS)
+
+
+def weight_of(name: str) -> str:
+    """Name the weight that a moment lies beside; a weight is its own."""
+    return name.split(".", 2)[2] if is_moment(name) else name
 
 
 def native_pieces(weights: Mapping[str, Shape], num_experts: int) -> list[Piece]:
     """Say where each lies in a native checkpoint: experts in one tensor, the expert first."""
     pieces = []
     for name, shape in weights.items():
-        key, whole, views = (name if name.startswith(PLANES) else f"model.{name}"), shape, []
+        key, whole, views = (name if is_moment(name) else f"model.{name}"), shape, []
         head, _, expert = key.rpartition(".")
         if expert.isdigit():
             key, whole = head, (num_experts, *shape)
@@ -101,8 +114,8 @@ def _open(folder: Path) -> Opened:
     config = load_config(folder / "config.yaml", whole=True)
     tensors = open_distributed(folder)
     weights = native_weights(config)
-    if any(key.startswith(PLANES) for key in tensors):
-        weights = with_planes(weights)
+    if any(map(is_moment, tensors)):
+        weights = with_moments(weights, config)
     files = read_companions(folder)
     return Opened(NAME, folder, config, Layout(), weights, tensors, native_pieces(weights, config.moe.num_experts),
                   files=files, state=manifest["state"], hold=hold)
@@ -142,7 +155,7 @@ def settled(config: Config, destination: Path, files: Mapping[str, bytes]) -> Co
 
 def _state(names: Iterable[str], source: Mapping[str, Any]) -> dict[str, Any]:
     """Say from where a run goes on. Without the optimizer's state it starts anew, with these weights."""
-    if any(name.startswith(PLANES) for name in names):
+    if any(map(is_moment, names)):
         return {"step": 0, "seed": 0, **source}
     return {"step": 0, "seed": source.get("seed", 0), "converted": True}
 
