@@ -32,11 +32,13 @@ def logits_and_margins(
 
 def _run(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     margins = torch.full(tokens.shape, torch.inf)
-    top_k, experts = (getattr(model.config, name, 0) for name in ("num_experts_per_tok", "num_local_experts"))
-    if not 0 < top_k < experts:
+    top_k = getattr(model.config, "num_experts_per_tok", 0)
+    if not top_k:
         return model(tokens).logits, margins
     found = model(tokens, output_router_logits=True)
     for router_logits in found.router_logits:
+        if top_k >= router_logits.shape[-1]:
+            continue
         best = router_logits.float().softmax(-1).topk(top_k + 1).values
         margins = torch.minimum(margins, (best[:, -2] - best[:, -1]).view(tokens.shape))
     return found.logits, margins

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from moescale.cli import app
 from moescale.config import ConfigError
 from moescale.convert import run as conversion
-from moescale.convert.formats.hf import weights as hf
+from moescale.convert.formats.hf import mixtral
+from moescale.convert.formats.hf.folder import INDEX
 from moescale.convert.mapping.mapped import Layout, weights_of
 from moescale.convert.mapping.table import Row
 from moescale.convert.run import convert, open_source
@@ -118,7 +119,7 @@ def test_an_index_that_leads_astray(source: Path) -> None:
     (source / FILE).rename(source / shard)
 
     def index(**names: str) -> None:
-        (source / hf.INDEX).write_text(json.dumps({"weight_map": {
+        (source / INDEX).write_text(json.dumps({"weight_map": {
             **dict.fromkeys(load_file(source / shard), shard), **names}}))
 
     index(**{"model.norm.weight": "gone.safetensors"})
@@ -225,12 +226,13 @@ class Swapped(str):
 def test_a_wrong_mapping_does_not_land(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """The table is broken for writing and for reading back alike: only the other side's own code can tell."""
     opened = open_source(write_run(tmp_path / "run", make_config({"num_layers": 1, "window": None})))
+    table, experts = mixtral.EXPERTS["published"], mixtral.MIXTURE + "experts."
     if fault == "gate and up":
-        rows = exchanged(hf.EXPERTS, hf.MIXTURE + "experts.gate.{expert}", hf.MIXTURE + "experts.up.{expert}")
-        monkeypatch.setitem(hf.STYLES, "published", rows)
+        rows = exchanged(table, experts + "gate.{expert}", experts + "up.{expert}")
+        monkeypatch.setitem(mixtral.EXPERTS, "published", rows)
     elif fault == "two experts":
-        rows = tuple(Row(row.native, Swapped(row.foreign), row.transforms) for row in hf.EXPERTS)
-        monkeypatch.setitem(hf.STYLES, "published", rows)
+        rows = tuple(Row(row.native, Swapped(row.foreign), row.transforms) for row in table)
+        monkeypatch.setitem(mixtral.EXPERTS, "published", rows)
     else:
         real = conversion.write_region
 

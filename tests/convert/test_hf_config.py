@@ -12,10 +12,13 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moescale.config import ConfigError
-from moescale.convert.formats.hf.config import COMMON, DEFAULTS, HARMLESS, NEUTRAL, read_config, write_config
+from moescale.convert.formats.hf.base import COMMON
+from moescale.convert.formats.hf.config import HARMLESS, NEUTRAL, read_config, write_config
+from moescale.convert.formats.hf.families import FAMILIES
 from moescale.moe.losses import load_balance_loss
 from tests.convert.models import DENSE, make_config
 
+DEFAULTS = {name: {key.name: key.default for key in family.keys.values()} for name, family in FAMILIES.items()}
 CLASSES = {"mixtral": MixtralConfig, "mistral": MistralConfig, "llama": LlamaConfig}
 SMALL = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -1,0 +1,27 @@
+"""The Hugging Face families that are read and written: a line for each."""
+
+from __future__ import annotations
+
+from moescale.config import Config, ConfigError
+from moescale.convert.formats.hf import llama, mistral, mixtral
+from moescale.convert.formats.hf.base import Family
+
+FAMILIES = {family.name: family for family in (mixtral.FAMILY, llama.FAMILY, mistral.FAMILY)}
+
+
+def titles(names: list[str]) -> str:
+    """Join names with commas, and the last one with "and"."""
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def family_of(config: Config) -> Family:
+    """Choose the family that a run is written as. Raises ConfigError where there is none that can express it."""
+    channel_mixer = "moe" if config.num_moe_layers else "feed_forward"
+    candidates = [family for family in FAMILIES.values() if family.channel_mixer == channel_mixer]
+    best = min(candidates, key=lambda family: len(family.misfits(config)))
+    misfits = best.misfits(config)
+    if misfits:
+        names = titles([family.title for family in FAMILIES.values()])
+        raise ConfigError(f"{misfits[0]} cannot be expressed by Hugging Face's {names}: convert --to moescale, "
+                          "megatron or deepspeed")
+    return best
