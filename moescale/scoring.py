@@ -99,7 +99,7 @@ def _evaluate(
             for batch in held_out_batches(split, seq_len=seq_len, num_sequences=limit, rank=part, num_ranks=parts,
                                           micro_batch=SEQUENCES_A_PASS):
                 batch = batch.to(device)
-                sums = model(batch.tokens, targets=batch.targets, positions=batch.positions, serial=batch.serial)
+                sums = model(batch.tokens, targets=batch.targets, positions=batch.positions, token_id=batch.token_id)
                 total += float(sums[0])
                 scored += int((batch.targets >= 0).sum())
     loss = total / scored

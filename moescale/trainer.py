@@ -224,7 +224,7 @@ class _Run:
             micro_batches = self.batches.micro_batches(
                 engine.step_count, self.mesh.batch_rank, self.mesh.batch_size, config.data.micro_batch or 1
             )
-            with self.tracer.step(step, engine.model, [(batch.tokens, batch.serial) for batch in micro_batches]):
+            with self.tracer.step(step, engine.model, [(batch.tokens, batch.token_id) for batch in micro_batches]):
                 losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches])
                 grad_norm = engine.step()
             self.highest_loss.copy_(torch.maximum(self.highest_loss, losses.cross_entropy))

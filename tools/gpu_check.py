@@ -272,8 +272,8 @@ def step_part() -> list[Row]:
     }, "gpu_check").for_world(1)
     engine = NativeEngine(config, start_mesh(config))
     tokens = torch.randint(32000, (batch, seq + 1), device="cuda")
-    serial = torch.arange(batch * seq, device="cuda").view(batch, seq)
-    data = Batch(tokens[:, :-1], tokens[:, 1:], serial % seq, serial)
+    token_id = torch.arange(batch * seq, device="cuda").view(batch, seq)
+    data = Batch(tokens[:, :-1], tokens[:, 1:], token_id % seq, token_id)
     rows: list[Row] = []
     for passes in (1, 4):
         seconds = []

@@ -2,7 +2,7 @@
 
 Between blocks a rank holds its *own* positions. A mixer's matrices are cut over `tp`, whose ranks then work on their
 *part* of the sequence together: they gather it, and share out the sums of what they made of it (Korthikanti et al.,
-2022, sec. 4.2.2). What decides about tokens (positions, serial numbers) every rank has *whole*.
+2022, sec. 4.2.2). What decides about tokens (positions, token ids) every rank has *whole*.
 """
 
 from __future__ import annotations

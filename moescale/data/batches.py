@@ -24,17 +24,17 @@ class Batch:
 
     tokens: [batch, seq] int64. targets: [batch, seq] int64, -100 = ignored.
     positions: [batch, seq] int64, restart at 0 with each document.
-    serial: [batch, seq] int64, the token's number in the whole run, from which its random draws come; -1 = padding.
+    token_id: [batch, seq] int64, the token's number in the whole run, from which its random draws come; -1 = padding.
     """
 
     tokens: Tensor
     targets: Tensor
     positions: Tensor
-    serial: Tensor
+    token_id: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """Copy to the device, without waiting for the copy."""
-        parts = (self.tokens, self.targets, self.positions, self.serial)
+        parts = (self.tokens, self.targets, self.positions, self.token_id)
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
 

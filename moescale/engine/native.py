@@ -171,10 +171,10 @@ class NativeEngine:
 
     def _global_counts(self, batches: Sequence[Batch]) -> Tensor:
         """-> [2] float32: targets that are not ignored and tokens that are not padding, over all ranks"""
-        counts = [torch.stack(((batch.targets != -100).sum(), (batch.serial >= 0).sum())) for batch in batches]
+        counts = [torch.stack(((batch.targets != -100).sum(), (batch.token_id >= 0).sum())) for batch in batches]
         total = all_reduce_sum(torch.stack(counts).sum(0), self.mesh.world_group) // self.mesh.copies
         return total.float().clamp(min=1)
 
 
 def _run(model: LanguageModel, batch: Batch) -> LossSums:
-    return LossSums(*model(batch.tokens, targets=batch.targets, positions=batch.positions, serial=batch.serial))
+    return LossSums(*model(batch.tokens, targets=batch.targets, positions=batch.positions, token_id=batch.token_id))

@@ -22,8 +22,8 @@ class FeedForward(nn.Module):
         self.up = Linear(d_model, d_ff, init)
         self.down = Linear(d_ff, d_model, init)
 
-    def forward(self, x: Tensor, serial: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [batch, seq, d_model]. serial: [batch, seq], not used. -> like x; the two losses of a router: zeros"""
+    def forward(self, x: Tensor, token_id: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [batch, seq, d_model]. token_id: [batch, seq], not used. -> like x; the two losses of a router: zeros"""
         hidden = self.up(x)  # [batch, seq, d_ff]
         hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x)) * hidden
         return self.down(hidden), torch.zeros(2, device=x.device)

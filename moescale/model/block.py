@@ -23,8 +23,8 @@ class Block(nn.Module):
         self.channel_norm, self.channel_mixer = channel_norm, channel_mixer
         self.sequence = Sequence()
 
-    def forward(self, x: Tensor, positions: Tensor, serial: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [batch, seq/cp/tp, d_model]. positions, serial: [batch, seq] int64.
+    def forward(self, x: Tensor, positions: Tensor, token_id: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [batch, seq/cp/tp, d_model]. positions, token_id: [batch, seq] int64.
 
         -> like x; [2] the router's two losses
         """
@@ -34,9 +34,9 @@ class Block(nn.Module):
         wide = widen(h)  # [batch, seq/cp, d_model]
         mixed = self.mixer(wide, positions)
         if self.channel_norm is None:
-            y, losses = self.channel_mixer(wide if dense else h, serial)
+            y, losses = self.channel_mixer(wide if dense else h, token_id)
             return x + (narrow(mixed + y) if dense else narrow(mixed) + y), losses
         x = x + narrow(mixed)
         h = self.channel_norm(x)
-        y, losses = self.channel_mixer(widen(h) if dense else h, serial)
+        y, losses = self.channel_mixer(widen(h) if dense else h, token_id)
         return x + (narrow(y) if dense else y), losses

@@ -59,14 +59,14 @@ class LanguageModel(nn.Module):
         self.sum_losses: Callable[..., tuple[Tensor, Tensor]] = head_losses
 
     def forward(
-        self, x: Tensor, router_losses: Tensor | None = None, *, targets: Tensor, positions: Tensor, serial: Tensor
+        self, x: Tensor, router_losses: Tensor | None = None, *, targets: Tensor, positions: Tensor, token_id: Tensor
     ) -> tuple[Tensor, ...]:
-        """Run this piece. targets, positions, serial: [batch, seq] int64, as in a Batch, whole sequences.
+        """Run this piece. targets, positions, token_id: [batch, seq] int64, as in a Batch, whole sequences.
 
         x: tokens, [batch, seq] int64, for the first piece; then what the piece before gave, with router_losses [2].
         -> LossSums' fields from the last piece; x [batch, seq/cp/tp, d_model] and router_losses [2] from others
         """
-        x, router_losses = self._features(x, router_losses, positions, serial)
+        x, router_losses = self._features(x, router_losses, positions, token_id)
         if self.norm is None:
             return x, router_losses
         wanted = self.sequence.part(targets).flatten()
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
             self.train(training)
 
     def _features(
-        self, x: Tensor, router_losses: Tensor | None, positions: Tensor, serial: Tensor
+        self, x: Tensor, router_losses: Tensor | None, positions: Tensor, token_id: Tensor
     ) -> tuple[Tensor, Tensor]:
         if self.first:
             assert self.embedding is not None
@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
         if router_losses is None:
             router_losses = x.new_zeros(2, dtype=torch.promote_types(x.dtype, torch.float32))
         for block in self.blocks.values():
-            x, losses = block(x, positions, serial)
+            x, losses = block(x, positions, token_id)
             router_losses = router_losses + losses
         return x, router_losses
 

@@ -16,7 +16,7 @@ from moescale.ops.random import uniform
 class Experts(nn.Module):
     """The experts of one layer. gate, up: [experts, d_ff, d_model]; down: [experts, d_model, d_ff]
 
-    dropout: share of the hidden features that training leaves out, by each token's serial (Switch Transformers, sec.
+    dropout: share of the hidden features that training leaves out, by each token's token_id (Switch Transformers, sec.
     2.4). first: the number of the first expert, and of the first hidden feature, that lie here.
     """
 
@@ -46,9 +46,9 @@ class Experts(nn.Module):
 
     def _keep(self, routing: Routing, local_features: int) -> Tensor:
         """Draw what dropout leaves, scaled up: the same in every layout. -> [assignments, d_ff/etp] float32"""
-        assert routing.serial is not None
+        assert routing.token_id is not None
         first_expert, first_feature = self.first
-        serial = routing.serial[routing.token] * self.num_experts + routing.expert + first_expert
-        feature = first_feature + torch.arange(local_features, device=serial.device)
-        draws = uniform(serial.unsqueeze(1) * self.d_ff + feature, self.salt)
+        token_id = routing.token_id[routing.token] * self.num_experts + routing.expert + first_expert
+        feature = first_feature + torch.arange(local_features, device=token_id.device)
+        draws = uniform(token_id.unsqueeze(1) * self.d_ff + feature, self.salt)
         return (draws >= self.dropout) / (1 - self.dropout)

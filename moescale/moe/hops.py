@@ -109,11 +109,11 @@ class Hop:
         copy, inverse = _copy_blocks(send, self.copies, plan.place)
         place = Journey(plan.place[copy], exchange)
         weight = Journey(permute(routing.weight.unsqueeze(1), copy, inverse), exchange)
-        serial = None if routing.serial is None else Journey(way.pack(routing.serial.unsqueeze(1)), way.exchange)
+        token_id = None if routing.token_id is None else Journey(way.pack(routing.token_id.unsqueeze(1)), way.exchange)
         yield
         x = tokens.arrive()
         arrived = _arrived(place.arrive(), weight.arrive(), received, way.starts, len(x))
-        return x, arrived if serial is None else replace(arrived, serial=serial.arrive().squeeze(1)), way
+        return x, arrived if token_id is None else replace(arrived, token_id=token_id.arrive().squeeze(1)), way
 
     def back(self, y: Tensor, way: Way) -> Walk:
         """Bring answers to where their tokens came from, and add up each one's. y: [received, d_model]. -> like x"""

@@ -39,23 +39,23 @@ class MoELayer(nn.Module):
         self.statistics = Statistics(router.num_experts)
         router.look = self.statistics.look
 
-    def forward(self, x: Tensor, serial: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [batch, seq/cp/tp, d_model]; a sequence is a routing group. serial: [batch, seq] int64, -1 = padding.
+    def forward(self, x: Tensor, token_id: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [batch, seq/cp/tp, d_model]; a sequence is a routing group. token_id: [batch, seq] int64, -1 = padding.
 
         -> like x; [2] float32: load-balance and router z-loss, summed over own valid tokens
         """
         with record_function("route"):
-            routing, losses = self.router(x, serial)
-        valid, serial = serial >= 0, self.router.sequence.own(serial)
+            routing, losses = self.router(x, token_id)
+        valid, token_id = token_id >= 0, self.router.sequence.own(token_id)
         if self.experts.dropout:
-            routing = replace(routing, serial=serial.flatten())
+            routing = replace(routing, token_id=token_id.flatten())
         portions = [routing] if self.budget is None else self.budget.portions(routing, self.training)
-        y = self._mix(x.flatten(0, 1), portions, serial).view_as(x)
+        y = self._mix(x.flatten(0, 1), portions, token_id).view_as(x)
         if self.training:
             self.statistics.add(self.router, routing, portions, losses, valid)
         return y, losses
 
-    def _mix(self, x: Tensor, portions: list[Routing], serial: Tensor) -> Tensor:
+    def _mix(self, x: Tensor, portions: list[Routing], token_id: Tensor) -> Tensor:
         """x: [tokens, d_model]. -> like x"""
         walks = []
         if len(portions) == 1:
@@ -64,7 +64,7 @@ class MoELayer(nn.Module):
             walks = [self._mixture(*part) for part in parts]
         num_walks = len(walks)
         if self.shared is not None:
-            walks.append(self._shared(x, serial))
+            walks.append(self._shared(x, token_id))
         answers = take_turns(walks)
         if num_walks == 0:
             y = self._in_passes(x, portions)
@@ -98,15 +98,15 @@ class MoELayer(nn.Module):
             y = self.experts(x, routing)
         return (yield from spanned("combine", self.dispatcher.combine(y, handle)))
 
-    def _shared(self, x: Tensor, serial: Tensor) -> Walk:
+    def _shared(self, x: Tensor, token_id: Tensor) -> Walk:
         """Half of it while tokens are on their way out, half while they come back. x: [tokens, d_model]. -> like x"""
         assert self.shared is not None
         if not self.dispatcher.hops:
-            return self.shared(x, serial)[0]
+            return self.shared(x, token_id)[0]
         first, second = x.tensor_split(2)
-        first = self.shared(first, serial)[0]
+        first = self.shared(first, token_id)[0]
         yield
-        return torch.cat((first, self.shared(second, serial)[0]))
+        return torch.cat((first, self.shared(second, token_id)[0]))
 
 
 def spanned(name: str, walk: Generator[None, None, Result]) -> Generator[None, None, Result]:

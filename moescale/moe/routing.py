@@ -20,14 +20,14 @@ class Routing:
     weight: [assignments] float32, the row's share of its token's output.
     tokens_per_expert: [experts] int64, sums to assignments.
     row: [tokens, choices] int64, the inverse of token: the row of each choice, -1 = dropped or padding.
-    serial: [tokens] int64, the numbers from which a token's random draws come; None where experts draw nothing.
+    token_id: [tokens] int64, the numbers from which a token's random draws come; None where experts draw nothing.
     """
 
     token: Tensor
     weight: Tensor
     tokens_per_expert: Tensor
     row: Tensor
-    serial: Tensor | None = None
+    token_id: Tensor | None = None
 
     @property
     def expert(self) -> Tensor:
@@ -45,7 +45,7 @@ class Routing:
             weight=permute(self.weight.unsqueeze(1), rows, place.unsqueeze(1)).squeeze(1),
             tokens_per_expert=self.expert[rows].bincount(minlength=len(self.tokens_per_expert)),
             row=torch.cat((place, none))[self.row],
-            serial=self.serial,
+            token_id=self.token_id,
         )
 
     def split(self, parts: int) -> list[Routing]:
@@ -59,8 +59,8 @@ class Routing:
 
 def _from_token(routing: Routing, first: int, last: int) -> Routing:
     """Count tokens from `first` on, up to `last`, where all assignments are."""
-    serial = None if routing.serial is None else routing.serial[first:last]
-    return Routing(routing.token - first, routing.weight, routing.tokens_per_expert, routing.row[first:last], serial)
+    token_id = None if routing.token_id is None else routing.token_id[first:last]
+    return Routing(routing.token - first, routing.weight, routing.tokens_per_expert, routing.row[first:last], token_id)
 
 
 def sort_by_expert(
@@ -76,9 +76,9 @@ def sort_by_expert(
     return Routing(order // expert.shape[1], weight.flatten().take(order), counts, row)
 
 
-def num_valid(serial: Tensor) -> int:
+def num_valid(token_id: Tensor) -> int:
     """Count the tokens that are not padding; the host waits for the device once for a tensor, not for each layer."""
-    known = vars(serial)
+    known = vars(token_id)
     if "num_valid" not in known:
-        known["num_valid"] = int((serial >= 0).sum())
+        known["num_valid"] = int((token_id >= 0).sum())
     return int(known["num_valid"])

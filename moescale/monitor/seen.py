@@ -21,12 +21,12 @@ from moescale.monitor.routing import layers
 class Seen:
     """What one layer's router decided about own tokens in one pass.
 
-    layer: the block's index. serial: [tokens] int64, -1 = padding. expert: [tokens, choices] int64, -1 = none.
+    layer: the block's index. token_id: [tokens] int64, -1 = padding. expert: [tokens, choices] int64, -1 = none.
     weight: [tokens, choices] float32. probs: [tokens, experts] float32, the router's probabilities.
     """
 
     layer: int
-    serial: Tensor
+    token_id: Tensor
     expert: Tensor
     weight: Tensor
     probs: Tensor
@@ -67,8 +67,9 @@ def _hook(index: int, layer: MoELayer, take: Callable[[Seen], None], training: b
             expert, weight = routing.expert, routing.weight.detach()
             if not len(expert):  # no token here has any
                 expert, weight = expert.new_zeros(1), weight.new_zeros(1)
-            serial = layer.router.sequence.own(inputs[1]).flatten()
-            take(Seen(index, serial, expert[row].masked_fill(none, -1), weight[row].masked_fill(none, 0), latest.pop()))
+            token_id = layer.router.sequence.own(inputs[1]).flatten()
+            expert, weight = expert[row].masked_fill(none, -1), weight[row].masked_fill(none, 0)
+            take(Seen(index, token_id, expert, weight, latest.pop()))
 
     layer.router.look = look
     return see
@@ -117,7 +118,7 @@ class HeldOutRecorder:
         """Write down those tokens that are kept, expert + 1 and weight; what is not here stays zero."""
         none_last = (seen.expert < 0).byte().argsort(dim=1, stable=True)[:, : self.top_k]
         both = torch.cat((seen.expert.gather(1, none_last) + 1, seen.weight.gather(1, none_last)), 1).double()
-        sequence, place = seen.serial.div(self.seq_len, rounding_mode="floor"), seen.serial % self.seq_len
+        sequence, place = seen.token_id.div(self.seq_len, rounding_mode="floor"), seen.token_id % self.seq_len
         step = self.sequences.step
         kept = (sequence >= 0) & (sequence < self.sequences.stop) & (sequence % step == 0)
         place += sequence // step * self.seq_len

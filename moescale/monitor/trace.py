@@ -23,7 +23,7 @@ class Tracer:
 
     @contextmanager
     def step(self, step: int, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Surround the whole of one step. batches: tokens and serial numbers of each micro-batch, [batch, seq] int64"""
+        """Surround the whole of one step. batches: tokens and token ids of each micro-batch, [batch, seq] int64"""
         seen: list[Seen] = []
         if step in self.profile and self._profiler is None:
             self._profiler, self._first = torch.profiler.profile(), step
@@ -54,20 +54,21 @@ class Tracer:
 def write_trace(path: Path, step: int, seen: Sequence[Seen], batches: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write a row for each token, layer and expert that it got.
 
-    Columns: step, layer, serial (the token's number in the run), token (its id), choice (0 is the first), expert,
+    Columns: step, layer, serial (the token's `token_id`), token (its id), choice (0 is the first), expert,
     weight.
     What the router dropped has no row; what a row budget leaves out has one.
     """
     import pyarrow
     import pyarrow.parquet
 
-    tokens = {int(serial): int(token) for token_ids, serials in batches
-              for token, serial in zip(token_ids.flatten().tolist(), serials.flatten().tolist(), strict=True)}
+    tokens: dict[int, int] = {}
+    for token, token_id in batches:
+        tokens.update(zip(token_id.flatten().tolist(), token.flatten().tolist(), strict=True))
     names = ("layer", "serial", "choice", "expert", "weight")
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     for each in seen:
         place, choice = (each.expert >= 0).nonzero(as_tuple=True)
-        parts = (torch.full_like(place, each.layer), each.serial[place], choice, each.expert[place, choice],
+        parts = (torch.full_like(place, each.layer), each.token_id[place], choice, each.expert[place, choice],
                  each.weight[place, choice])
         for name, part in zip(names, parts, strict=True):
             columns[name].append(part.cpu())

@@ -10,19 +10,19 @@ _SALT = 0x632BE59BD9B4E019  # odd and far from the increment: streams of differe
 _MIX = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))
 
 
-def uniform(serial: Tensor, salt: int) -> Tensor:
-    """Draw one number in [0, 1) for each token, a pure function of its serial number and the salt (SplitMix64).
+def uniform(token_id: Tensor, salt: int) -> Tensor:
+    """Draw one number in [0, 1) for each token, a pure function of its token id and the salt (SplitMix64).
 
-    serial: [...] int64. salt: tells apart runs, layers and purposes. -> [...] float32
+    token_id: [...] int64. salt: tells apart runs, layers and purposes. -> [...] float32
     """
     offset = (salt * _SALT + 2**63) % 2**64 - 2**63  # wrapped to a signed 64-bit number
-    bits = (serial + offset) * _INCREMENT
+    bits = (token_id + offset) * _INCREMENT
     for shift, factor in _MIX:
         bits = (bits ^ (bits >> shift & (1 << (64 - shift)) - 1)) * factor  # a logical shift: the sign is not copied
     return (bits >> 40 & 0xFFFFFF).to(torch.float32) / 0x1000000
 
 
-def uniform_features(serial: Tensor, salt: int, num_features: int) -> Tensor:
-    """Draw `num_features` numbers in [0, 1) for each token. serial: [...] int64. -> [..., num_features] float32"""
-    feature = torch.arange(num_features, device=serial.device)
-    return uniform(serial.unsqueeze(-1) * num_features + feature, salt)
+def uniform_features(token_id: Tensor, salt: int, num_features: int) -> Tensor:
+    """Draw `num_features` numbers in [0, 1) for each token. token_id: [...] int64. -> [..., num_features] float32"""
+    feature = torch.arange(num_features, device=token_id.device)
+    return uniform(token_id.unsqueeze(-1) * num_features + feature, salt)

@@ -30,7 +30,7 @@ SCHEDULES = {
     "zero_bubble": ScheduleInterleavedZeroBubble,
 }
 Inputs = dict[str, Any]
-"""tokens, targets, positions, serial: [batch, seq] int64, as in a Batch."""
+"""tokens, targets, positions, token_id: [batch, seq] int64, as in a Batch."""
 
 
 def take_stages(whole: LanguageModel, layers: Sequence[range], stages: Sequence[int]) -> list[LanguageModel]:

@@ -54,15 +54,16 @@ def make_batches(config: Config, seed: int) -> Batch:
     share_ignored = torch.linspace(0, 0.3, batch).unsqueeze(1)
     targets[torch.rand(batch, seq, generator=generator) < share_ignored] = -100
     positions = torch.arange(seq).repeat(batch, 1)
-    serial = torch.arange(batch * seq).view(batch, seq)
+    token_id = torch.arange(batch * seq).view(batch, seq)
     for row in range(batch):
         if row % 3:  # every third is one document, so that a window is felt at every distance
             begin = int(torch.randint(1, seq, (), generator=generator))
             positions[row, begin:] -= begin
         if row % 4 == 2 or row == batch - 1:
             length = 3 if row == batch - 1 else seq - seq // 4 - row % 5
-            tokens[row, length:], targets[row, length:], positions[row, length:], serial[row, length:] = 0, -100, 0, -1
-    return Batch(tokens, targets, positions, serial)
+            tokens[row, length:], targets[row, length:] = 0, -100
+            positions[row, length:], token_id[row, length:] = 0, -1
+    return Batch(tokens, targets, positions, token_id)
 
 
 def trace_step(config: Config, mesh: Mesh, batches: Batch) -> Trace:
@@ -105,7 +106,8 @@ class _Observer:
         self.seen = torch.zeros(layers, 2, tokens, dtype=torch.int32)
         self.kept = torch.zeros(layers, tokens, config.moe.num_experts, dtype=torch.int32)
         self.closest = math.inf
-        self.serial: Tensor | None = None  # of the own tokens of the block under way; none in what recompute runs again
+        # the token ids of the block under way; None in what recompute runs again
+        self.token_id: Tensor | None = None
         for name, module in model.named_modules():
             if isinstance(module, Block):
                 self._watch(int(name.rpartition(".")[2]), module)
@@ -113,21 +115,21 @@ class _Observer:
     def _watch(self, index: int, block: Block) -> None:
         def begin(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():  # not in a pass that counts choices alone
-                self.serial = block.sequence.own(inputs[2]).flatten()  # type: ignore[operator, union-attr]
+                self.token_id = block.sequence.own(inputs[2]).flatten()  # type: ignore[operator, union-attr]
 
         def mixed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._write(norm, index, 0, inputs[0])
 
         def routed(router: nn.Module, inputs: object, outputs: tuple[Any, Tensor]) -> None:
             routing = outputs[0]
-            if router.training and self.serial is not None:
+            if router.training and self.token_id is not None:
                 expert = torch.arange(self.kept.shape[2]).repeat_interleave(routing.tokens_per_expert)
                 one = torch.ones((), dtype=torch.int32)
-                self.kept[index].index_put_((self.serial[routing.token], expert), one, accumulate=True)
+                self.kept[index].index_put_((self.token_id[routing.token], expert), one, accumulate=True)
 
         def end(block: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
             self._write(block, index, 1, outputs[0])
-            self.serial = None
+            self.token_id = None
 
         block.register_forward_pre_hook(begin)
         if block.channel_norm is not None:
@@ -141,8 +143,8 @@ class _Observer:
     def _choose(
         self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], choices: int, logits: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if logits.shape[-1] > 1 and self.serial is not None and (self.serial >= 0).any():
-            best = logits.detach().flatten(0, 1)[self.serial >= 0].sort(descending=True).values[:, : choices + 1]
+        if logits.shape[-1] > 1 and self.token_id is not None and (self.token_id >= 0).any():
+            best = logits.detach().flatten(0, 1)[self.token_id >= 0].sort(descending=True).values[:, : choices + 1]
             gap = (best[:, :-1] - best[:, 1:]).min() / best.abs().max()
             self.closest = min(self.closest, float(gap))
         return choose(logits, probs)
@@ -150,7 +152,7 @@ class _Observer:
     @torch.no_grad()
     def _write(self, module: nn.Module, index: int, place: int, x: Tensor) -> None:
         """x: [batch, seq/cp/tp, d_model]."""
-        if module.training and self.serial is not None:
-            valid = self.serial >= 0
-            self.stream[index, place, self.serial[valid]] = x.flatten(0, 1)[valid].double()
-            self.seen[index, place, self.serial[valid]] += 1
+        if module.training and self.token_id is not None:
+            valid = self.token_id >= 0
+            self.stream[index, place, self.token_id[valid]] = x.flatten(0, 1)[valid].double()
+            self.seen[index, place, self.token_id[valid]] += 1

@@ -14,7 +14,7 @@ from moescale.data.split import TokenSplit
 from tests.data import make
 
 BOUNDARY = 256
-FIELDS = ("tokens", "targets", "positions", "serial")
+FIELDS = ("tokens", "targets", "positions", "token_id")
 
 
 def make_split(num_tokens: int, seed: int = 0) -> TokenSplit:
@@ -61,7 +61,7 @@ def test_order_is_the_same_on_every_layout(data: st.DataObject) -> None:
     assert all(batch.tokens.shape == (micro_batch, seq_len) for part in parts for batch in part)
     assert_same(join(whole), join([batch for part in parts for batch in part]))
     first = step * global_batch * seq_len
-    assert whole[0].serial.flatten().tolist() == list(range(first, first + global_batch * seq_len))
+    assert whole[0].token_id.flatten().tolist() == list(range(first, first + global_batch * seq_len))
 
 
 def test_tokens_targets_and_positions_against_a_loop() -> None:
@@ -103,14 +103,14 @@ def test_each_stretch_of_a_run_goes_on_where_the_one_before_ended() -> None:
         batches = Batches(tokens, seq_len=9, global_batch=global_batch, seed=1, start=start)
         for step in range(start.step, start.step + num_steps):
             (batch,) = batches.micro_batches(step, 0, 1, global_batch)
-            numbers += batch.serial.flatten().tolist()
+            numbers += batch.token_id.flatten().tolist()
             rows += batch.tokens.tolist()
         start = batches.position(start.step + num_steps)
     assert (start.sequences, start.tokens) == (42, 42 * 9)
     whole = Batches(tokens, seq_len=9, global_batch=42, seed=1).micro_batches(0, 0, 1, 42)[0]
     assert rows == whole.tokens.tolist()
     other = Batches(tokens, seq_len=5, global_batch=3, seed=1, start=Position(start.step, 76, start.tokens))
-    numbers += other.micro_batches(start.step + 1, 0, 1, 3)[0].serial.flatten().tolist()
+    numbers += other.micro_batches(start.step + 1, 0, 1, 3)[0].token_id.flatten().tolist()
     assert numbers == [*range(42 * 9), *range(42 * 9 + 3 * 5, 42 * 9 + 6 * 5)]
 
 
@@ -138,12 +138,12 @@ def test_held_out_is_the_same_on_every_layout(
     many = join([batch for part in parts for batch in part])
     count = len(one["tokens"])
     assert_same(one, {name: value[:count] for name, value in many.items()})
-    padding = one["serial"] < 0
-    for name, value in (("tokens", 0), ("targets", -100), ("positions", 0), ("serial", -1)):
+    padding = one["token_id"] < 0
+    for name, value in (("tokens", 0), ("targets", -100), ("positions", 0), ("token_id", -1)):
         assert (many[name][count:] == value).all()
         assert (one[name][padding] == value).all()
     assert (one["targets"][~padding] >= 0).all()
-    assert one["serial"][~padding].tolist() == [n for n, real in enumerate((~padding).flatten().tolist()) if real]
+    assert one["token_id"][~padding].tolist() == [n for n, real in enumerate((~padding).flatten().tolist()) if real]
     whole = (num_tokens - 1) // seq_len
     assert count == min(num_sequences, -(-(num_tokens - 1) // seq_len))
     if count == num_sequences <= whole:

@@ -31,10 +31,10 @@ def make_engine(balance_over: str, recompute: str = "none") -> NativeEngine:
 def make_batches(micro_batch: int, seed: int = 3) -> list[Batch]:
     torch.manual_seed(seed)
     tokens = (torch.randn(6, 24).abs() * 20).long().clamp(max=63)
-    serial = torch.arange(144).view(6, 24)
+    token_id = torch.arange(144).view(6, 24)
     for row, length in ((0, 5), (3, 20), (4, 1)):
-        serial[row, length:] = -1
-    parts = (tokens, torch.where(serial < 0, -100, tokens.roll(-1, 1)), torch.arange(24).expand(6, 24), serial)
+        token_id[row, length:] = -1
+    parts = (tokens, torch.where(token_id < 0, -100, tokens.roll(-1, 1)), torch.arange(24).expand(6, 24), token_id)
     return [Batch(*each) for each in zip(*(part.split(micro_batch) for part in parts), strict=True)]
 
 
@@ -55,15 +55,15 @@ def test_balance_loss_is_its_definition(balance_over: str, sequences: int) -> No
     for layer, passes in zip(moe_layers(engine.model), seen, strict=True):
         record(layer.router, passes)
     losses = engine.forward_backward(batches)
-    serial = torch.cat([batch.serial for batch in batches])
+    token_id = torch.cat([batch.token_id for batch in batches])
     for passes in seen:
         expert, probs = (torch.cat(parts) for parts in zip(*passes, strict=True))
         assert len(expert) == 6, "each sequence once"
         for scope in torch.arange(6).split(sequences):
-            valid = serial[scope] >= 0
+            valid = token_id[scope] >= 0
             share = expert[scope][valid].bincount(minlength=8) / valid.sum()
             expected += float(8 * (share * probs[scope][valid].mean(0)).sum() * valid.sum())
-    assert losses.load_balance.item() == pytest.approx(expected / 2 / int((serial >= 0).sum()), rel=1e-5)
+    assert losses.load_balance.item() == pytest.approx(expected / 2 / int((token_id >= 0).sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("recompute", "micro_batch"), [("none", 6), ("full", 6), ("full", 1)])

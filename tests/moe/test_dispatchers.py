@@ -42,7 +42,7 @@ class GivenRouter(nn.Module):
         self.num_experts, self.sequence = EXPERTS, Sequence()
         self.expert, self.weight, self.kept = expert, nn.Parameter(weight), kept
 
-    def forward(self, x: Tensor, serial: Tensor) -> tuple[Routing, Tensor]:
+    def forward(self, x: Tensor, token_id: Tensor) -> tuple[Routing, Tensor]:
         return sort_by_expert(self.expert, self.weight, self.kept, EXPERTS), x.new_zeros(2)
 
     def dropped(self, routing: Routing, valid: Tensor) -> Tensor:

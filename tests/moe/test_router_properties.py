@@ -21,13 +21,13 @@ SCOPES = ("sequence", "micro_batch", "global_batch")
 def test_padding_changes_nothing(kind: Kind, train: bool) -> None:
     torch.manual_seed(1)
     layer = make_layer(kind).train(train)
-    x, serial = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
+    x, token_id = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
     padded = torch.cat((x, torch.randn(2, 4, 8) * 100), 1)
-    padded_serial = torch.cat((serial, torch.full((2, 4), -1)), 1)
-    y, losses = layer(x, serial)
+    padded_id = torch.cat((token_id, torch.full((2, 4), -1)), 1)
+    y, losses = layer(x, token_id)
     counts = layer.statistics.tokens_per_expert.clone(), layer.statistics.dropped.clone()
     layer.statistics.reset()
-    y_padded, losses_padded = layer(padded, padded_serial)
+    y_padded, losses_padded = layer(padded, padded_id)
     torch.testing.assert_close(y_padded[:, :9], y)
     assert not y_padded[:, 9:].any()
     torch.testing.assert_close(losses_padded, losses)
@@ -50,12 +50,12 @@ def test_causality_is_as_the_table_says(kind: Kind) -> None:
 
 def leaks(layer: torch.nn.Module) -> bool:
     """Change one token after the other, and see whether an earlier one has another output."""
-    x, serial = torch.randn(1, 24, 8), torch.arange(24).view(1, 24)
-    before = layer(x, serial)[0]
+    x, token_id = torch.randn(1, 24, 8), torch.arange(24).view(1, 24)
+    before = layer(x, token_id)[0]
     for token in range(1, 24):
         changed = x.clone()
         changed[:, token] = torch.randn(8) * 3
-        if not torch.allclose(layer(changed, serial)[0][:, :token], before[:, :token], atol=1e-6):
+        if not torch.allclose(layer(changed, token_id)[0][:, :token], before[:, :token], atol=1e-6):
             return True
     return False
 
@@ -113,8 +113,8 @@ def test_equal_experts_are_a_dense_layer_forward_and_backward() -> None:
 def test_shared_experts_answer_every_token_whatever_the_router_drops() -> None:
     torch.manual_seed(4)
     layer = make_layer(Kind("switch", 1, 0.1))
-    x, serial = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
-    alone, _ = layer(x, serial)
+    x, token_id = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
+    alone, _ = layer(x, token_id)
     assert not alone.any(-1).all()
     layer.shared = FeedForward(8, 32, "swiglu", "fan_in")
     for weight in layer.shared.parameters():
@@ -122,7 +122,7 @@ def test_shared_experts_answer_every_token_whatever_the_router_drops() -> None:
     gate, up, down = (weight.view(2, 16, 8) if weight.shape[1] == 8 else weight.view(8, 2, 16).permute(1, 0, 2)
                       for weight in layer.shared.parameters())  # as two experts
     both = sum((torch.nn.functional.silu(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T for e in range(2))
-    torch.testing.assert_close(layer(x, serial)[0], alone + both, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(x, token_id)[0], alone + both, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("balance_over", SCOPES)
@@ -131,24 +131,24 @@ def test_balance_loss_is_one_when_balanced_and_the_number_of_experts_when_collap
         router = make_router(kind, 4, balance_over=balance_over)
         with torch.no_grad():
             router.weight.copy_(torch.eye(4, 8) * 200)
-        serial = torch.arange(24).view(2, 12)
+        token_id = torch.arange(24).view(2, 12)
         balanced, collapsed = torch.eye(4, 8).repeat(6, 1).view(2, 12, 8), torch.eye(4, 8)[:1].repeat(24, 1)
-        assert router(balanced, serial)[1][0].item() / 24 == pytest.approx(1)
-        assert router(collapsed.view(2, 12, 8), serial)[1][0].item() / 24 == pytest.approx(4)
+        assert router(balanced, token_id)[1][0].item() / 24 == pytest.approx(1)
+        assert router(collapsed.view(2, 12, 8), token_id)[1][0].item() / 24 == pytest.approx(4)
         each = torch.eye(4, 8)[:2].repeat_interleave(12, 0).view(2, 12, 8)  # each sequence collapses onto its own
-        assert router(each, serial)[1][0].item() / 24 == pytest.approx(4 if balance_over == "sequence" else 2)
+        assert router(each, token_id)[1][0].item() / 24 == pytest.approx(4 if balance_over == "sequence" else 2)
 
 
 @pytest.mark.parametrize("balance_over", SCOPES[1:])
 def test_balance_loss_multiplies_means_over_all_valid_tokens(balance_over: str) -> None:
     torch.manual_seed(8)
     router = make_router(Kind("gshard", 2, 0.5), balance_over=balance_over)
-    x, serial = torch.randn(3, 9, 8), torch.arange(27).view(3, 9)
-    serial[0, 2:] = serial[1, 7:] = -1
-    logits = torch.nn.functional.linear(x, router.weight)[serial >= 0]
+    x, token_id = torch.randn(3, 9, 8), torch.arange(27).view(3, 9)
+    token_id[0, 2:] = token_id[1, 7:] = -1
+    logits = torch.nn.functional.linear(x, router.weight)[token_id >= 0]
     share = logits.argmax(-1).bincount(minlength=5) / len(logits)
     expected = 5 * (share * logits.softmax(-1).mean(0)).sum()
-    loss = router(x, serial)[1][0] / len(logits)
+    loss = router(x, token_id)[1][0] / len(logits)
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(each, router.weight, retain_graph=True)[0] for each in (loss, expected))
     torch.testing.assert_close(ours, theirs)
@@ -158,8 +158,8 @@ def test_router_is_as_exact_under_bfloat16_as_under_float32() -> None:
     """Selective precision (Switch Transformers, sec. 2.4): a bfloat16 router would choose otherwise."""
     torch.manual_seed(9)
     router = make_router(Kind("switch", 1), 512, 64)
-    x, serial = torch.randn(1, 256, 64).bfloat16(), torch.arange(256).view(1, 256)
-    (ours, losses), (exact, exact_losses) = router(x, serial), router(x.float(), serial)
+    x, token_id = torch.randn(1, 256, 64).bfloat16(), torch.arange(256).view(1, 256)
+    (ours, losses), (exact, exact_losses) = router(x, token_id), router(x.float(), token_id)
     assert torch.equal(ours.token, exact.token)
     assert torch.equal(ours.tokens_per_expert, exact.tokens_per_expert)
     assert torch.equal(ours.weight, exact.weight)
@@ -181,6 +181,6 @@ def test_evaluation_may_drop_and_decoding_never_does() -> None:
     tokens = torch.randint(0, 256, (2, 30))
     dropping, dropless = build(0.1), build(None)
     assert torch.equal(dropping.logits(tokens), dropless.logits(tokens))
-    inputs = {"targets": tokens, "positions": torch.arange(30).expand(2, 30), "serial": torch.arange(60).view(2, 30)}
+    inputs = {"targets": tokens, "positions": torch.arange(30).expand(2, 30), "token_id": torch.arange(60).view(2, 30)}
     with torch.no_grad():
         assert dropping(tokens, **inputs)[0] != dropless(tokens, **inputs)[0]

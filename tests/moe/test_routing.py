@@ -19,10 +19,10 @@ from tests.moe.make import KINDS, Kind, make_layer, make_router
 LOOPED = [kind for kind in KINDS if kind.name in ("mixtral", "switch", "gshard", "sinkhorn")]
 
 
-def loop(kind: Kind, router: Router, logits: torch.Tensor, serial: torch.Tensor) -> tuple[dict, float, float]:
+def loop(kind: Kind, router: Router, logits: torch.Tensor, token_id: torch.Tensor) -> tuple[dict, float, float]:
     """Route one sequence token by token. -> {(token, expert): weight}, the balance loss times the tokens, the slots"""
     num_experts, train = router.num_experts, router.training
-    valid = [t for t in range(len(logits)) if serial[t] >= 0]
+    valid = [t for t in range(len(logits)) if token_id[t] >= 0]
     probs = logits.softmax(-1).tolist()
     scores = dict(zip(valid, sinkhorn_loop([logits[t].tolist() for t in valid], num_experts), strict=True)
                   if kind.name == "sinkhorn" and train else ((t, logits[t].tolist()) for t in valid))
@@ -41,7 +41,7 @@ def loop(kind: Kind, router: Router, logits: torch.Tensor, serial: torch.Tensor)
         for t in order:
             expert = ranked[t][choice]
             if t in placed or used[expert] >= slots or (kind.name == "gshard" and choice == 1 and train and not (
-                    2 * weigh(kind, logits[t], ranked[t], choice) > float(uniform(serial[t], router.salt + 1)))):
+                    2 * weigh(kind, logits[t], ranked[t], choice) > float(uniform(token_id[t], router.salt + 1)))):
                 continue
             used[expert] += 1
             out[t, expert] = weigh(kind, logits[t], ranked[t], choice)
@@ -82,19 +82,19 @@ def test_router_equals_the_paper(kind: Kind, seed: int, groups: int, tokens: int
     router = make_router(kind).train(train)
     x = torch.randn(groups, tokens, 8)
     x[:, tokens - tokens // 3 :] = x[:, : tokens // 3].clone()  # equal tokens: the earlier one comes first
-    serial = torch.arange(groups * tokens).view(groups, tokens)
-    serial = torch.where(torch.rand(groups, tokens) < 0.2, -1, serial)
+    token_id = torch.arange(groups * tokens).view(groups, tokens)
+    token_id = torch.where(torch.rand(groups, tokens) < 0.2, -1, token_id)
     logits = torch.nn.functional.linear(x, router.weight.detach())
-    result = router(x, serial)
+    result = router(x, token_id)
     experts = torch.arange(5).repeat_interleave(result[0].tokens_per_expert)
     expected, balance = {}, 0.0
     for group in range(groups):
-        out, loss, slots = loop(kind, router, logits[group], serial[group])
+        out, loss, slots = loop(kind, router, logits[group], token_id[group])
         expected.update({(group * tokens + t, e): w for (t, e), w in out.items()})
         balance += loss
         assert int(experts[result[0].token // tokens == group].bincount(minlength=5).max()) <= slots
     check(result, expected, balance)
-    valid = serial >= 0
+    valid = token_id >= 0
     assert len(expected) + int(router.dropped(result[0], valid)) == int(valid.sum()) * kind.top_k
 
 
@@ -118,10 +118,10 @@ def test_sigmoid_bias_equals_the_paper(seed: int, tokens: int, top_k: int, group
     own = {"num_expert_groups": groups[0], "top_k_groups": groups[1], "routed_scaling": 2.5}
     router = make_router(Kind("sigmoid_bias", top_k, own=own), 8)
     router.expert_bias.normal_(std=0.3)
-    x, serial = torch.randn(1, tokens, 8), torch.arange(tokens).view(1, tokens)
-    serial = torch.where(torch.rand(1, tokens) < 0.2, -1, serial)
+    x, token_id = torch.randn(1, tokens, 8), torch.arange(tokens).view(1, tokens)
+    token_id = torch.where(torch.rand(1, tokens) < 0.2, -1, token_id)
     expected, probs, chosen = {}, [], [0] * 8
-    for t in (t for t in range(tokens) if serial[0, t] >= 0):
+    for t in (t for t in range(tokens) if token_id[0, t] >= 0):
         score = (x[0, t] @ router.weight.detach().T).sigmoid().tolist()
         biased = [s + b for s, b in zip(score, router.expert_bias.tolist(), strict=True)]
         size = 8 // groups[0]
@@ -134,7 +134,7 @@ def test_sigmoid_bias_equals_the_paper(seed: int, tokens: int, top_k: int, group
             chosen[e] += 1
         probs.append([s / sum(score) for s in score])
     balance = sum(8 * chosen[e] / (top_k * len(probs)) * sum(p[e] for p in probs) for e in range(8)) if probs else 0.0
-    check(router(x, serial), expected, balance)
+    check(router(x, token_id), expected, balance)
 
 
 @settings(max_examples=40, deadline=None)
@@ -146,9 +146,9 @@ def test_expert_choice_equals_the_paper(seed: int, groups: int, tokens: int, tra
     layer = make_layer(Kind("expert_choice", top_k, factor)).train(train)
     x = torch.randn(groups, tokens, 8)
     x[:, tokens // 2 :] = x[:, : tokens - tokens // 2].clone()  # equal tokens: the earlier one comes first
-    serial = torch.arange(groups * tokens).view(groups, tokens)
-    serial = torch.where(torch.rand(groups, tokens) < 0.2, -1, serial)
-    expected, valid = {}, (serial >= 0).tolist()
+    token_id = torch.arange(groups * tokens).view(groups, tokens)
+    token_id = torch.where(torch.rand(groups, tokens) < 0.2, -1, token_id)
+    expected, valid = {}, (token_id >= 0).tolist()
     probs = (x @ layer.router.weight.detach().T).softmax(-1)
     for group in range(groups):
         own = [t for t in range(tokens) if valid[group][t]]
@@ -158,8 +158,8 @@ def test_expert_choice_equals_the_paper(seed: int, groups: int, tokens: int, tra
         taken = [(t, e) for e in range(5) for t in sorted(own, key=lambda t, e=e: (-score[t, e], t))[:slots]]
         chosen = [(t, e) for t in own for e in probs[group, t].argsort(descending=True, stable=True)[:top_k].tolist()]
         expected.update({(group * tokens + t, e): float(probs[group, t, e]) for t, e in (taken if train else chosen)})
-    check(layer.router(x, serial), expected, 0.0)
-    layer(x, serial)
+    check(layer.router(x, token_id), expected, 0.0)
+    layer(x, token_id)
     left = sum(map(sum, valid)) - len({token for token, _ in expected})
     assert int(layer.statistics.dropped) == (left if train else 0)
 
@@ -167,11 +167,11 @@ def test_expert_choice_equals_the_paper(seed: int, groups: int, tokens: int, tra
 def test_sinkhorn_balances_what_is_skewed_and_no_bias_of_an_expert_moves_it() -> None:
     torch.manual_seed(5)
     router = make_router(Kind("sinkhorn", 1), num_experts=4)
-    x, serial = torch.randn(2, 64, 8), torch.arange(128).view(2, 64)
+    x, token_id = torch.randn(2, 64, 8), torch.arange(128).view(2, 64)
     x[..., 0] = 1
     with torch.no_grad():
         router.weight[:, 0] = torch.tensor([0.0, 0.0, 0.0, 3.0])
-    routing, skewed = router(x, serial)[0], router.eval()(x, serial)[0]
+    routing, skewed = router(x, token_id)[0], router.eval()(x, token_id)[0]
     assert int(skewed.tokens_per_expert.max()) > 80
     assert int(routing.tokens_per_expert.max()) <= 40, "even: 32 each"
     probs = torch.nn.functional.linear(x, router.weight).softmax(-1).flatten(0, 1)
@@ -181,7 +181,7 @@ def test_sinkhorn_balances_what_is_skewed_and_no_bias_of_an_expert_moves_it() ->
     assert routing.weight.requires_grad
     with torch.no_grad():
         router.weight[:, 0] = torch.tensor([1.0, -1.0, 0.5, 0.0])
-    assert torch.equal(router.train()(x, serial)[0].token, routing.token)
+    assert torch.equal(router.train()(x, token_id)[0].token, routing.token)
 
 
 def test_sinkhorn_without_preference_takes_the_tokens_own_best_whatever_the_rounding_error() -> None:

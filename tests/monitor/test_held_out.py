@@ -55,7 +55,7 @@ def make_corpus(folder: Path) -> None:
 
 
 def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
-    """-> each token's probabilities where this rank's router saw it, by serial number"""
+    """-> each token's probabilities where this rank's router saw it, by token id"""
     config = make_config(folder, parallel)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
@@ -65,8 +65,8 @@ def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
     found: dict[int, Any] = {}
 
     def see(router: Any, inputs: Any, output: Any) -> None:
-        serial = router.sequence.own(inputs[1])
-        found.update(zip(serial.flatten().tolist(), latest.pop().flatten(0, 1).tolist(), strict=True))
+        token_id = router.sequence.own(inputs[1])
+        found.update(zip(token_id.flatten().tolist(), latest.pop().flatten(0, 1).tolist(), strict=True))
 
     for _, layer in layers(engine.model):  # one, which some stage of a pipeline holds
         assert layer.router.look == layer.statistics.look, "as it was"
@@ -89,8 +89,8 @@ def test_tokens_know_their_kind_of_file(tmp_path: Path, ranks: int, parallel: di
     starts = {("\N{PILCROW SIGN}", kind) for kind in LETTER}
     assert found - starts == {(letter, kind) for kind, letter in LETTER.items()}, "of all kinds, none mistaken"
     assert len(routing.pieces) <= 4096
-    probabilities = {serial: probs for result in results for serial, probs in result.items() if serial >= 0}
-    numbers = sorted({serial // SEQ for serial in probabilities})
+    probabilities = {token_id: probs for result in results for token_id, probs in result.items() if token_id >= 0}
+    numbers = sorted({token_id // SEQ for token_id in probabilities})
     every = len(numbers) // (4096 // SEQ)
     assert every > 1, "sequences from all of the text"
     assert routing.likely.shape == routing.probability.shape == (1, SHOWN_TOKENS, LIKELY)

@@ -60,7 +60,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("family", "ranks", "parallel"), [
     ("mixtral", 4, {"pp": 2, "ep": 2}), ("mixtral", 4, {"tp": 2, "cp": 2, "ep": 4}), ("surest", 4, {}),
-    ("left_behind", 2, {"pp": 2}),  # jitter and dropout draw by serial number
+    ("left_behind", 2, {"pp": 2}),  # jitter and dropout draw by token id
 ], ids=str)
 def test_moved_is_the_same_in_every_layout(
     one_rank: dict[str, Any], tmp_path: Path, family: str, ranks: int, parallel: dict[str, Any]
@@ -87,8 +87,8 @@ def test_moved_equals_a_recount(tmp_path: Path) -> None:
         seen: list[Seen] = []
         with recording(engine.model, seen.append, training=False):
             figures = evaluation.follow(engine)
-        found.append({(each.layer, serial): set(experts) - {-1} for each in seen for serial, experts
-                      in zip(each.serial.tolist(), each.expert.tolist(), strict=True) if serial >= 0})
+        found.append({(each.layer, token_id): set(experts) - {-1} for each in seen for token_id, experts
+                      in zip(each.token_id.tolist(), each.expert.tolist(), strict=True) if token_id >= 0})
         with torch.no_grad():
             for parameter in engine.model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))

@@ -30,7 +30,7 @@ def trace(run_dir: Path, family: str, parallel: dict[str, Any]) -> tuple[dict[st
     tracer = Tracer(run_dir, mesh.rank, trace=range(STEP, STEP + 1), profile=range(0))
     for step in range(1, STEP + 1):
         batches = make_batches(step, mesh.batch_rank, mesh.batch_size)
-        with tracer.step(step, engine.model, [(batch.tokens, batch.serial) for batch in batches]):
+        with tracer.step(step, engine.model, [(batch.tokens, batch.token_id) for batch in batches]):
             engine.forward_backward(batches)
     metrics = routing_metrics(engine.model, mesh.world_group, num_layers=4, num_experts=EXPERTS)
     return metrics, 0 if mesh.expert_group is None else torch.distributed.get_rank(mesh.expert_group)
@@ -51,8 +51,8 @@ def test_counts_equal_a_recount_of_the_trace(
     experts_of: dict[tuple[int, int], set[int]] = {}
     sent = [[0] * ranks for _ in range(ranks)]
     far: Counter[int] = Counter()
-    token_of = {int(serial): int(token) for batch in make_batches(STEP, 0, 1)
-                for serial, token in zip(batch.serial.flatten(), batch.tokens.flatten(), strict=True)}
+    token_of = {int(token_id): int(token) for batch in make_batches(STEP, 0, 1)
+                for token_id, token in zip(batch.token_id.flatten(), batch.tokens.flatten(), strict=True)}
     for rank in range(ranks):
         rows = pyarrow.parquet.read_table(tmp_path / f"trace/step_{STEP:08d}_rank_{rank}.parquet").to_pylist()
         places: dict[tuple[int, int], set[int]] = {}
@@ -69,7 +69,7 @@ def test_counts_equal_a_recount_of_the_trace(
             far[layer] += bool(owners - {place})
             for owner in owners:
                 sent[rank][first + owner] += 1
-    tokens = sum(serial >= 0 for serial in token_of)
+    tokens = sum(token_id >= 0 for token_id in token_of)
     for layer in range(4):
         name = f"moe/layer_{layer:02d}"
         assert metrics[f"{name}/tokens_per_expert"] == [load[layer, expert] for expert in range(EXPERTS)]
@@ -107,18 +107,18 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_sums_are_their_definitions(kind: Kind) -> None:
-    layer, serial = make_layer(kind), torch.arange(24).view(3, 8)
-    serial[1, 5:] = -1
+    layer, token_id = make_layer(kind), torch.arange(24).view(3, 8)
+    token_id[1, 5:] = -1
     x, seen = torch.randn(3, 8, 8), []
     probabilities = layer.router.probabilities
     layer.router.probabilities = lambda logits: seen.append(probabilities(logits)) or seen[-1]
-    routing, _ = layer.router(x, serial)
+    routing, _ = layer.router(x, token_id)
     layer.statistics.reset()
     seen.clear()
-    _, losses = layer(x, serial)
+    _, losses = layer(x, token_id)
     with torch.no_grad():
-        layer.eval()(x, serial)  # is not counted
-    rows = seen[0][serial >= 0].double()
+        layer.eval()(x, token_id)  # is not counted
+    rows = seen[0][token_id >= 0].double()
     entropy, confidence, balance, z, slots = layer.statistics.sums.tolist()
     assert entropy == pytest.approx(sum(-p * p.log() for row in rows for p in row).item(), rel=1e-5)
     assert confidence == pytest.approx(sum(max(row.tolist()) for row in rows), rel=1e-6)
@@ -127,8 +127,8 @@ def test_sums_are_their_definitions(kind: Kind) -> None:
     assert load <= slots if kind.factor is not None else slots == 0
     layer.statistics.watching = False
     with Operations() as operations:
-        layer.statistics.look(seen[0], serial >= 0)
-        layer.statistics.add(layer.router, routing, [routing], losses, serial >= 0)
+        layer.statistics.look(seen[0], token_id >= 0)
+        layer.statistics.add(layer.router, routing, [routing], losses, token_id >= 0)
     assert not operations.names & {"_local_scalar_dense", "nonzero", "_to_copy"}, "nothing that the host waits for"
     assert layer.statistics.sums.tolist() == [entropy, confidence, balance, z, slots]
     assert layer.statistics.tokens_per_expert.sum().item() == 2 * load, "the load is counted in every step"

@@ -239,13 +239,13 @@ def test_attention_over_a_long_sequence_and_other_strides() -> None:
 
 
 def test_random_numbers_belong_to_tokens() -> None:
-    serial = torch.arange(200_000)
-    draws = uniform(serial, salt=3)
-    assert torch.equal(draws[1000:1100], uniform(serial[1000:1100], salt=3))
+    token_id = torch.arange(200_000)
+    draws = uniform(token_id, salt=3)
+    assert torch.equal(draws[1000:1100], uniform(token_id[1000:1100], salt=3))
     assert 0 <= draws.min() < 1e-3
     assert 0.999 < draws.max() < 1
     assert abs(float(draws.mean()) - 0.5) < 5e-3
     assert abs(float(draws.var()) - 1 / 12) < 2e-3
-    other = torch.stack((draws, uniform(serial, salt=4), draws.roll(1)))
+    other = torch.stack((draws, uniform(token_id, salt=4), draws.roll(1)))
     assert (torch.corrcoef(other) - torch.eye(3)).abs().max() < 0.01
-    assert uniform_features(serial[:50], 0, 7).flatten().unique().numel() > 345
+    assert uniform_features(token_id[:50], 0, 7).flatten().unique().numel() > 345

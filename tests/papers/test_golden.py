@@ -37,7 +37,7 @@ def test_a_shrunk_configuration_keeps_its_weights_and_first_loss(path: Path) -> 
     initialize(model, seed=0)
     tokens = torch.randint(0, config.model.vocab_size, (4, 25), generator=torch.Generator().manual_seed(0))
     sums = model(tokens[:, :-1], targets=tokens[:, 1:], positions=torch.arange(24).expand(4, 24),
-                 serial=torch.arange(96).view(4, 24))
+                 token_id=torch.arange(96).view(4, 24))
     parameters, loss, balance = GOLDEN[path.stem]
     assert count_parameters(config).total == sum(each.numel() for each in model.parameters()) == parameters
     assert sums[0].item() / 96 == pytest.approx(loss, rel=1e-6)

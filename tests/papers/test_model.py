@@ -50,13 +50,13 @@ def test_a_model_equals_the_papers_formulas(family: str) -> None:
                            "data": {"tokenizer": "none.json"}}, "test")
     model = _random_model(config)
     tokens = torch.randint(0, config.model.vocab_size, (3, 13))
-    serial = torch.arange(100, 136).view(3, 12)
-    sums = model(tokens[:, :-1], targets=tokens[:, 1:], positions=torch.arange(12).expand(3, 12), serial=serial)
+    token_id = torch.arange(100, 136).view(3, 12)
+    sums = model(tokens[:, :-1], targets=tokens[:, 1:], positions=torch.arange(12).expand(3, 12), token_id=token_id)
     biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
     gradients = torch.autograd.grad(_total(sums, config), list(model.parameters()))
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     expected = [sum(parts) for parts in zip(*(
-        _paper(config, weights | biases, *each) for each in zip(tokens, serial, strict=True)), strict=True)]
+        _paper(config, weights | biases, *each) for each in zip(tokens, token_id, strict=True)), strict=True)]
     for ours, theirs, what in zip(sums, expected, ("cross entropy", "z-loss", "balance", "router z"), strict=True):
         assert ours.item() == pytest.approx(float(theirs), rel=1e-6, abs=1e-9), what
     theirs = torch.autograd.grad(_total(expected, config), list(weights.values()))
@@ -82,7 +82,7 @@ def _total(sums: Any, config: Config) -> Tensor:
     return cross_entropy + config.model.z_loss_coefficient * output_z + 0.7 * balance + 0.2 * router_z
 
 
-def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, serial: Tensor) -> list[Tensor]:
+def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id: Tensor) -> list[Tensor]:
     """The four sums of one sequence. tokens: [seq + 1]"""
     model = config.model
     norm = formulas.layer_norm if model.norm == "layernorm" else formulas.rms_norm
@@ -110,7 +110,7 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, serial: T
         salt = 2 * index + 1  # of the second expert's draws, with seed 0
         y, balance = formulas.mixture(h, router, experts, config.moe.activation, config.moe.router,
                                       top_k=config.moe.top_k, capacity=config.moe.capacity_factor,
-                                      draws=uniform(serial, salt), bias=own.get("channel_mixer.router.expert_bias"),
+                                      draws=uniform(token_id, salt), bias=own.get("channel_mixer.router.expert_bias"),
                                       groups=(config.moe.num_expert_groups, config.moe.top_k_groups))
         x, losses = x + y, [losses[0] + balance, losses[1] + formulas.router_z(h, router)]
     h = norm(x, weights["norm.weight"], model.norm_eps)

@@ -100,12 +100,12 @@ def make_batches(step: int, rank: int, num_ranks: int) -> list[Batch]:
     positions = torch.arange(SEQ).repeat(GLOBAL_BATCH, 1)
     positions[1, 5:] -= 5
     positions[3, 20:] -= 20
-    serial = torch.arange(GLOBAL_BATCH * SEQ).view(GLOBAL_BATCH, SEQ) + step * GLOBAL_BATCH * SEQ
+    token_id = torch.arange(GLOBAL_BATCH * SEQ).view(GLOBAL_BATCH, SEQ) + step * GLOBAL_BATCH * SEQ
     for row, length in ((2, 15), (7, 3)):
-        serial[row, length:], targets[row, length:], positions[row, length:] = -1, -100, 0
+        token_id[row, length:], targets[row, length:], positions[row, length:] = -1, -100, 0
     share = GLOBAL_BATCH // num_ranks
     parts = zip(*(part[rank * share : (rank + 1) * share].split(micro_batch(num_ranks))
-                  for part in (tokens, targets, positions, serial)), strict=True)
+                  for part in (tokens, targets, positions, token_id)), strict=True)
     return [Batch(*part) for part in parts]
 
 

@@ -72,8 +72,8 @@ class MoEScale(Peer):
             self.layer.dispatcher = Dispatcher([Hop(group)])
 
     def forward(self, x: Tensor) -> Tensor:
-        serial = torch.arange(len(x)).unsqueeze(0)
-        return self.layer(x.unsqueeze(0), serial)[0].squeeze(0)
+        token_id = torch.arange(len(x)).unsqueeze(0)
+        return self.layer(x.unsqueeze(0), token_id)[0].squeeze(0)
 
     def weights(self) -> Weights:
         experts = self.layer.experts

@@ -77,8 +77,8 @@ def make_batches(config: Config) -> list[Batch]:
     data = config.data
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(min(256, config.model.vocab_size), (data.global_batch, data.seq_len), generator=generator)
-    serial = torch.arange(tokens.numel()).view_as(tokens)
-    parts = (tokens, tokens.roll(-1, 1), serial % data.seq_len, serial)
+    token_id = torch.arange(tokens.numel()).view_as(tokens)
+    parts = (tokens, tokens.roll(-1, 1), token_id % data.seq_len, token_id)
     return [Batch(*each) for each in zip(*(part.split(data.micro_batch or 1) for part in parts), strict=True)]
 
 

@@ -92,8 +92,8 @@ def peer_step(peer: MixtralForCausalLM, tokens: Tensor) -> Callable[[], tuple[fl
 
 def our_step(engine: NativeEngine, tokens: Tensor) -> Callable[[], tuple[float, float]]:
     targets = torch.cat((tokens[:, 1:], torch.full((BATCH, 1), -100)), 1)
-    serial = torch.arange(BATCH * SEQ).view(BATCH, SEQ)
-    batch = Batch(tokens, targets, serial % SEQ, serial)
+    token_id = torch.arange(BATCH * SEQ).view(BATCH, SEQ)
+    batch = Batch(tokens, targets, token_id % SEQ, token_id)
 
     def step() -> tuple[float, float]:
         losses = engine.forward_backward([batch])

@@ -201,8 +201,8 @@ def count(config: Config, passes: int) -> dict[str, tuple[int, float]]:
     batches = []
     for number in range(passes):
         tokens = torch.randint(config.model.vocab_size, (size, seq), generator=generator)
-        serial = torch.arange(tokens.numel()).view_as(tokens) + (mesh.batch_rank * passes + number) * tokens.numel()
-        batches.append(Batch(tokens, tokens.roll(-1, 1), torch.arange(seq).expand_as(tokens), serial))
+        token_id = torch.arange(tokens.numel()).view_as(tokens) + (mesh.batch_rank * passes + number) * tokens.numel()
+        batches.append(Batch(tokens, tokens.roll(-1, 1), torch.arange(seq).expand_as(tokens), token_id))
     with Counter() as counter:
         engine.forward_backward(batches)
         engine.step()

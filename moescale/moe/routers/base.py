@@ -55,47 +55,47 @@ class Router(nn.Module, ABC):
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.initial = {"weight": matrix_fill(init, d_model)}
 
-    def forward(self, x: Tensor, serial: Tensor) -> tuple[Routing, Tensor]:
+    def forward(self, x: Tensor, token_id: Tensor) -> tuple[Routing, Tensor]:
         """Route the tokens of each group.
 
         x: [groups, tokens, d_model], the own positions of each sequence, which is a group.
-        serial: [groups, seq] int64, of the whole sequences; -1 = padding, which goes nowhere.
+        token_id: [groups, seq] int64, of the whole sequences; -1 = padding, which goes nowhere.
         -> Routing of the flattened tokens; [2] float32: load-balance and router z-loss, summed over own valid tokens
         """
-        valid_whole, serial = serial >= 0, self.sequence.own(serial)
+        valid_whole, token_id = token_id >= 0, self.sequence.own(token_id)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 router diverges (Switch, sec. 2.4)
         if self.training and self.jitter:
-            noise = uniform_features(serial, self.salt, x.shape[-1])
+            noise = uniform_features(token_id, self.salt, x.shape[-1])
             wide = wide * (1 + self.jitter * (2 * noise - 1))
         logits = F.linear(wide, self.weight.to(wide.dtype))  # [groups, tokens, experts]
-        expert, weight, kept, losses = self.settle(logits, serial, valid_whole)
-        num_kept = num_valid(serial) * self.top_k if self.drops_nothing else None
+        expert, weight, kept, losses = self.settle(logits, token_id, valid_whole)
+        num_kept = num_valid(token_id) * self.top_k if self.drops_nothing else None
         routing = sort_by_expert(
             expert.flatten(0, 1), weight.flatten(0, 1), kept.flatten(0, 1), self.num_experts, num_kept
         )
         return routing, losses
 
-    def settle(self, logits: Tensor, serial: Tensor, valid_whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def settle(self, logits: Tensor, token_id: Tensor, valid_whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Choose, drop, and add up the losses; arguments as of `decide`.
 
         -> expert, weight, kept: [groups, tokens, choices]; [2] losses, as of `forward`
         """
-        probs, valid = self.probabilities(logits), serial >= 0
+        probs, valid = self.probabilities(logits), token_id >= 0
         if self.look is not None:
             self.look(probs, valid)
-        expert, weight, kept = self.decide(logits, probs, serial, valid_whole)
+        expert, weight, kept = self.decide(logits, probs, token_id, valid_whole)
         losses = torch.stack((self.balance_loss(expert, probs, valid), router_z_loss(logits, valid)))
         return expert, weight, kept, losses
 
     def decide(
-        self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
+        self, logits: Tensor, probs: Tensor, token_id: Tensor, valid_whole: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose, and drop. logits, probs: [groups, tokens, experts]. serial: [groups, tokens] int64, own positions.
+        """Choose, and drop. logits, probs: [groups, tokens, experts]. token_id: [groups, tokens] int64, own positions.
 
         valid_whole: [groups, seq] bool. -> expert, weight, kept: [groups, tokens, choices]
         """
         expert, weight = self.choose(logits, probs)
-        wanted = self.wanted(weight, serial) & (serial >= 0).unsqueeze(-1)
+        wanted = self.wanted(weight, token_id) & (token_id >= 0).unsqueeze(-1)
         factor = self.capacity.factor if self.training else self.capacity.eval_factor
         if factor is not None and not self.dropless:
             slots = self.slots(valid_whole, factor)
@@ -166,7 +166,7 @@ class Router(nn.Module, ABC):
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """logits, probs: [groups, tokens, experts]. -> expert, weight: [groups, tokens, choices], the best first"""
 
-    def wanted(self, weight: Tensor, serial: Tensor) -> Tensor:
+    def wanted(self, weight: Tensor, token_id: Tensor) -> Tensor:
         """Say which choices a token wants before capacity is counted. -> [groups, tokens, choices] bool"""
         return torch.ones_like(weight, dtype=torch.bool)
 

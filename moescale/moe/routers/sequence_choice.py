@@ -30,10 +30,10 @@ class ExpertChoiceRouter(Router):
         return expert, weight
 
     def decide(
-        self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
+        self, logits: Tensor, probs: Tensor, token_id: Tensor, valid_whole: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not self.training:
-            return super().decide(logits, probs, serial, valid_whole)
+            return super().decide(logits, probs, token_id, valid_whole)
         assert self.capacity.factor is not None
         scores = self.sequence.whole(coarse(probs))
         kept = self.sequence.own(best_tokens(scores, valid_whole, self.slots(valid_whole, self.capacity.factor)))
@@ -73,11 +73,11 @@ class SinkhornRouter(Router):
         return expert, probs.gather(-1, expert)
 
     def decide(
-        self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
+        self, logits: Tensor, probs: Tensor, token_id: Tensor, valid_whole: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.training:  # each rank computes all of the sequence: the sums over it come out alike
             logits = self.sequence.own(balanced_plan(self.sequence.whole(logits.detach()), valid_whole))
-        return super().decide(logits, probs, serial, valid_whole)
+        return super().decide(logits, probs, token_id, valid_whole)
 
 
 def balanced_plan(logits: Tensor, valid: Tensor) -> Tensor:

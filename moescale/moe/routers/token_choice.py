@@ -23,12 +23,12 @@ class MixtralRouter(Router):
         chosen, expert = top_k(logits, self.top_k)
         return expert, chosen.softmax(-1)
 
-    def settle(self, logits: Tensor, serial: Tensor, valid_whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def settle(self, logits: Tensor, token_id: Tensor, valid_whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not triton_runs(logits):
-            return super().settle(logits, serial, valid_whole)
+            return super().settle(logits, token_id, valid_whole)
         from moescale.ops.router_triton import route  # the choice and all sums in one pass
 
-        valid = serial >= 0
+        valid = token_id >= 0
         if self.look is not None:
             self.look(self.probabilities(logits.detach()), valid)
         weight, mass, z, expert, choices = route(logits, valid, self.top_k, True)
@@ -55,9 +55,9 @@ class SwitchRouter(Router):
         return expert, weight
 
     def decide(
-        self, logits: Tensor, probs: Tensor, serial: Tensor, valid_whole: Tensor
+        self, logits: Tensor, probs: Tensor, token_id: Tensor, valid_whole: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        expert, weight, kept = super().decide(logits, probs, serial, valid_whole)
+        expert, weight, kept = super().decide(logits, probs, token_id, valid_whole)
         return expert, weight, kept & (kept.cumsum(-1) == 1)  # without a capacity all are kept: the first is enough
 
     def place(self, expert: Tensor, wanted: Tensor, room: Tensor) -> Tensor:
@@ -73,10 +73,10 @@ class GShardRouter(Router):
         weight, expert = top_k(probs, 2)
         return expert, weight / weight.sum(-1, keepdim=True)
 
-    def wanted(self, weight: Tensor, serial: Tensor) -> Tensor:
-        wanted = super().wanted(weight, serial)
+    def wanted(self, weight: Tensor, token_id: Tensor) -> Tensor:
+        wanted = super().wanted(weight, token_id)
         if self.training:
-            wanted[..., 1] = 2 * weight[..., 1].detach() > uniform(serial, self.salt + 1)
+            wanted[..., 1] = 2 * weight[..., 1].detach() > uniform(token_id, self.salt + 1)
         return wanted
 
 

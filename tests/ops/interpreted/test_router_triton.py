@@ -69,14 +69,14 @@ def test_a_router_with_the_kernels_equals_one_without(
     router = MixtralRouter(8, *sizes, capacity=Capacity(), balance_over=balance_over, jitter=0.0, salt=0, init="fan_in")
     torch.nn.init.normal_(router.weight)
     x = torch.randn(groups, tokens, 8, requires_grad=True)
-    serial = torch.where(torch.rand(groups, tokens) < 0.8, torch.arange(groups * tokens).view(groups, tokens), -1)
+    token_id = torch.where(torch.rand(groups, tokens) < 0.8, torch.arange(groups * tokens).view(groups, tokens), -1)
     results: list[tuple[torch.Tensor, ...]] = []
     looks: list[torch.Tensor] = []
     router.look = lambda probs, valid: looks.append(probs.detach() * valid.unsqueeze(-1))
     for runs in (False, True):
         with mock.patch.object(token_choice, "triton_runs", lambda x, runs=runs: runs), \
              mock.patch.object(ops_router, "triton_runs", lambda x, runs=runs: runs):
-            routing, losses = router(x, serial)
+            routing, losses = router(x, token_id)
         torch.manual_seed(0)
         total = (routing.weight * torch.randn(routing.weight.shape)).sum() + (losses * torch.tensor([0.1, 0.01])).sum()
         results.append((routing.token, routing.row, routing.tokens_per_expert, routing.weight.detach(), losses.detach(),
