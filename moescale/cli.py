@@ -233,7 +233,7 @@ def report(
     moescale report runs/quickstart --terminal
     """
     with _one_line_errors(*runs, output, stopped="stopped"):
-        from moescale.report.comparison import compare, read_histories
+        from moescale.report.side_by_side import compare, read_histories
 
         histories, problems = read_histories(runs)
         for problem in problems:

@@ -30,9 +30,9 @@ from moescale.engine.base import Engine, StepLosses
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
 from moescale.monitor.alerts import Alerts
-from moescale.monitor.routing import routing_metrics, watch
+from moescale.monitor.routing_metrics import routing_metrics, watch
 from moescale.monitor.terminal import Terminal
-from moescale.monitor.trace import Tracer
+from moescale.monitor.tracer import Tracer
 from moescale.monitor.wandb import Wandb
 from moescale.parallel.lost_ranks import name_lost_ranks
 from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PickleError, Record, read_plain
-from moescale.checkpoint.region import Stored, stored_whole
+from moescale.checkpoint.strided_view import Stored, stored_whole
 from moescale.config import ConfigError
 from moescale.files.reading import open_regular
 

@@ -29,7 +29,7 @@ from torch.futures import Future
 
 from moescale.checkpoint.archive import DTYPES, read_archive, shape_of
 from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PickleError, Record, read_plain
-from moescale.checkpoint.region import Stored, read_region, region
+from moescale.checkpoint.strided_view import Stored, read_region, region
 from moescale.config import ConfigError
 from moescale.files.reading import inside, read_bytes
 

@@ -22,7 +22,7 @@ from moescale.convert.edits.loads import read_loads
 from moescale.convert.formats import native
 from moescale.convert.formats.hf import weights as hf
 from moescale.convert.formats.hf.config import write_notes
-from moescale.convert.inspect import describe, print_description, print_fingerprints
+from moescale.convert.inventory import describe, print_description, print_fingerprints
 from moescale.convert.mapping.mapped import Layout, Opened
 from moescale.convert.run import FORMATS, Change, Result, convert, open_source
 from moescale.errors import visible

@@ -32,7 +32,7 @@ from torch.serialization import skip_data
 
 from moescale.checkpoint.archive import read_archive, shape_of
 from moescale.checkpoint.index import INDEX, read_metadata, read_part
-from moescale.checkpoint.region import Chunk, Shape, Stored, covers_once, region, stored_whole
+from moescale.checkpoint.strided_view import Chunk, Shape, Stored, covers_once, region, stored_whole
 from moescale.config import ConfigError
 from moescale.files.reading import explain, open_regular
 from moescale.files.reading import inside as inside

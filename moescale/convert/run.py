@@ -25,7 +25,7 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from moescale.checkpoint.region import Chunk, Shape, Stored, read_region, write_region
+from moescale.checkpoint.strided_view import Chunk, Shape, Stored, read_region, write_region
 from moescale.config import Config, ConfigError
 from moescale.convert.companions import with_companions, write_companions
 from moescale.convert.containers import Sizes

@@ -10,7 +10,7 @@ from moescale.layers.feed_forward import ACTIVATIONS, GATED
 from moescale.layers.linear import matrix_fill
 from moescale.moe.routing import Routing
 from moescale.ops.expert_feed_forward import expert_feed_forward
-from moescale.ops.random import uniform
+from moescale.ops.token_random import uniform
 
 
 class Experts(nn.Module):

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from moescale.monitor.routing import values
+from moescale.monitor.routing_metrics import values
 from moescale.record.metrics import Metrics
 
 PATIENCE_STEPS = 30  # what is wrong must be so for about as long, in up to three logged steps

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers.base import top_k
-from moescale.monitor.routing import layers
+from moescale.monitor.routing_metrics import layers
 
 
 @dataclass(frozen=True)

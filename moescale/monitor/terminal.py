@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from moescale.errors import visible
-from moescale.monitor.routing import ExpertLoad, expert_loads
+from moescale.monitor.routing_metrics import ExpertLoad, expert_loads
 from moescale.record.metrics import Metrics
 from moescale.report.characters import curve
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moescale.files.reading import read_json
-from moescale.monitor.routing import values
+from moescale.monitor.routing_metrics import values
 from moescale.record.metrics import Metrics, replace_text
 
 Mode = Literal["auto", "offline", "online"]

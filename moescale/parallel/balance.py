@@ -10,7 +10,7 @@ import torch
 from moescale.comm.collectives import Group, all_reduce_sum
 from moescale.config import Config
 from moescale.model.language_model import LanguageModel
-from moescale.moe.balance import GlobalBatchScope
+from moescale.moe.balance_scopes import GlobalBatchScope
 from moescale.moe.layer import MoELayer
 
 

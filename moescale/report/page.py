@@ -14,8 +14,8 @@ import numpy as np
 from moescale.config import ConfigError
 from moescale.planner.count import count_parameters
 from moescale.report.characters import furthest
-from moescale.report.comparison import compare
 from moescale.report.history import History
+from moescale.report.side_by_side import compare
 from moescale.report.svg import as_html, cell_map, line_chart, load_classes, run_class, share_classes
 from moescale.report.text import load_codes, text_section
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moescale.comm.collectives import all_reduce_sum
-from moescale.verify.trace import Trace
+from moescale.verify.observation import Trace
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
 PARTS = {".experts.": "expert", ".shared.": "shared expert", ".router.": "router", ".mixer.": "attention",

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from moescale.config import Config, ConfigError
-from moescale.verify.layouts import Layout, layouts_of, parse_layouts, sample_layouts
-from moescale.verify.report import describe, estimate_seconds, follow, minutes, print_table, write_json
+from moescale.verify.candidates import Layout, layouts_of, parse_layouts, sample_layouts
+from moescale.verify.display import describe, estimate_seconds, follow, minutes, print_table, write_json
 from moescale.verify.run import prepare, try_layouts
 from moescale.verify.shrink import shrink
 

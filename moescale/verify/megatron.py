@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moescale.checkpoint.region import read_region, region
+from moescale.checkpoint.strided_view import read_region, region
 from moescale.convert.formats.megatron.files import stored_arguments
 from moescale.convert.mapping.mapped import Opened
 from moescale.verify.reference import attend, feed_forward, rms_norm, rotate

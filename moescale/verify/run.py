@@ -13,10 +13,10 @@ from moescale.data.batches import Batch
 from moescale.parallel import pipeline  # noqa: F401  it takes a while, which forked ranks need not repeat
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import RanksError, run_ranks
+from moescale.verify.candidates import Layout
 from moescale.verify.compare import TOLERANCES, Figure, compare, diagnose
-from moescale.verify.layouts import Layout
+from moescale.verify.observation import Trace, make_batches, trace_step
 from moescale.verify.shrink import MICRO_BATCHES
-from moescale.verify.trace import Trace, make_batches, trace_step
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble", "gpipe")
 MAX_DRAWS = 10

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from moescale.config import Config, ModelConfig, MoEConfig, sequence_pieces
 from moescale.optim.base import OPTIMIZERS
-from moescale.verify.layouts import Layout
+from moescale.verify.candidates import Layout
 
 MICRO_BATCHES = (1, 3)  # a rank's passes in one step that every layout is tried with
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from moescale.checkpoint.archive import read_archive
 from moescale.checkpoint.index import read_metadata
 from moescale.checkpoint.plain_pickle import Name, PickleError, Record, read_plain
-from moescale.checkpoint.region import Stored, read_region, region
+from moescale.checkpoint.strided_view import Stored, read_region, region
 from moescale.config import ConfigError
 from moescale.convert.containers import create_distributed, open_distributed
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moescale.monitor.routing import WHOLE
+from moescale.monitor.routing_metrics import WHOLE
 from moescale.record.metrics import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent

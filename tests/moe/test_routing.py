@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moescale.moe.routers import Router, SigmoidBiasRouter
 from moescale.moe.routers.sequence_choice import balanced_plan
 from moescale.moe.routing import Routing
-from moescale.ops.random import uniform
+from moescale.ops.token_random import uniform
 from tests.moe.make import KINDS, Kind, make_layer, make_router
 
 LOOPED = [kind for kind in KINDS if kind.name in ("mixtral", "switch", "gshard", "sinkhorn")]

@@ -16,7 +16,7 @@ from moescale.data.token_file import prepare_tokens
 from moescale.data.tokenizer import ByteTokenizer, load_tokenizer
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation, shown
-from moescale.monitor.routing import layers
+from moescale.monitor.routing_metrics import layers
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 from moescale.record.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting

@@ -14,7 +14,7 @@ from moescale.data.split import TokenSplit
 from moescale.data.tokenizer import ByteTokenizer
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
-from moescale.monitor.routing import routing_metrics
+from moescale.monitor.routing_metrics import routing_metrics
 from moescale.monitor.seen import Seen, recording
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks

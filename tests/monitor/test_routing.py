@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moescale.engine.native import NativeEngine
-from moescale.monitor.routing import routing_metrics
-from moescale.monitor.trace import Tracer
+from moescale.monitor.routing_metrics import routing_metrics
+from moescale.monitor.tracer import Tracer
 from moescale.parallel.mesh import start_mesh
 from moescale.parallel.ranks import run_ranks
 from tests.moe.make import KINDS, Kind, make_layer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moescale.engine.native import NativeEngine
-from moescale.monitor.trace import Tracer
+from moescale.monitor.tracer import Tracer
 from moescale.parallel.mesh import start_mesh
 from moescale.parallel.ranks import run_ranks
 from tests.parallel.test_layouts import make_batches, make_config

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moescale.cli import app
 from moescale.config import parse_config
 from moescale.moe.statistics import COUNTS, SUMS
-from moescale.monitor.routing import FACTS, _layer_metrics, _summary
+from moescale.monitor.routing_metrics import FACTS, _layer_metrics, _summary
 from moescale.monitor.wandb import Wandb
 from moescale.monitor.wandb_workspaces import make_workspace
 from moescale.trainer import train

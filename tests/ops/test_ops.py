@@ -19,9 +19,9 @@ from moescale.ops.expert_feed_forward import expert_feed_forward, expert_feed_fo
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from moescale.ops.permute import permute, unpermute
 from moescale.ops.product import linear
-from moescale.ops.random import uniform, uniform_features
 from moescale.ops.rms_norm import rms_norm, rms_norm_reference
 from moescale.ops.rotary import rotate, rotate_reference
+from moescale.ops.token_random import uniform, uniform_features
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -14,7 +14,7 @@ from moescale.config import load_config
 from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from moescale.planner.count import count_parameters
-from moescale.verify.layouts import Layout
+from moescale.verify.candidates import Layout
 from moescale.verify.shrink import shrink
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -11,7 +11,7 @@ from torch import Tensor
 from moescale.config import Config, parse_config
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
-from moescale.ops.random import uniform
+from moescale.ops.token_random import uniform
 from tests.papers import formulas
 
 MODEL = {"vocab_size": 40, "d_model": 16, "num_layers": 2, "num_heads": 4, "head_dim": 8, "d_ff": 24,

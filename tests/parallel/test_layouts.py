@@ -14,7 +14,7 @@ from torch import nn
 from moescale.config import Config, parse_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
-from moescale.monitor.routing import WHOLE, routing_metrics
+from moescale.monitor.routing_metrics import WHOLE, routing_metrics
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 

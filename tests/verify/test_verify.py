@@ -22,7 +22,7 @@ from moescale.model.language_model import LanguageModel
 from moescale.moe.routers import base
 from moescale.parallel import fsdp
 from moescale.parallel.context import ContextAttention
-from moescale.verify.layouts import Layout, every_layout, layouts_of, parse_layouts, sample_layouts
+from moescale.verify.candidates import Layout, every_layout, layouts_of, parse_layouts, sample_layouts
 from moescale.verify.main import verify
 from moescale.verify.run import Proof, Row, make_cases, prepare, try_layouts
 from moescale.verify.shrink import shrink

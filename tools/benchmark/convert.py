@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from moescale.checkpoint.region import Stored
+from moescale.checkpoint.strided_view import Stored
 from moescale.config import Config, parse_config
 from moescale.convert.containers import Sizes
 from moescale.convert.formats.hf.weights import create, plan

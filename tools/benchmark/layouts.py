@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moescale.config import load_config
-from moescale.verify.layouts import Layout, every_layout
+from moescale.verify.candidates import Layout, every_layout
 from moescale.verify.run import Row, prepare, try_layouts
 from moescale.verify.shrink import shrink
 

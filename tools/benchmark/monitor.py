@@ -25,7 +25,7 @@ from moescale.config import Config, load_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.monitor.alerts import Alerts
-from moescale.monitor.routing import layers, routing_metrics, watch
+from moescale.monitor.routing_metrics import layers, routing_metrics, watch
 from moescale.parallel.mesh import start_mesh
 from moescale.record.metrics import JsonLines
 

@@ -43,7 +43,7 @@ from moescale.moe.routing import Routing
 from moescale.parallel.context import deal_pieces
 from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
-from moescale.verify.layouts import parse_layouts
+from moescale.verify.candidates import parse_layouts
 
 LAYOUTS = ("dp4, tp4, cp4, pp4, dp4 ep4, rep2 dp2 ep2, dp2 tp2, dp2 tp2 ep4, dp2 tp2 ep2, tp2 cp2 ep2 etp2, "
            "dp2 cp2 ep4, dp2 pp2 ep2, tp2 pp2 ep2")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moescale.checkpoint.plain_pickle import Record
-from moescale.checkpoint.region import Chunk, Region, Shape, Stored
+from moescale.checkpoint.strided_view import Chunk, Region, Shape, Stored
 from moescale.config import Config, ConfigError, load_config
 from moescale.convert.containers import Sizes, create_pickle, inside, open_pickle
 from moescale.convert.formats.megatron.arguments import refuse_changes, words

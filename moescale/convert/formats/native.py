@@ -10,7 +10,6 @@ import torch
 
 from moescale.checkpoint.index import read_index
 from moescale.checkpoint.readers import Hold
-from moescale.checkpoint.region import Shape, Stored, region
 from moescale.checkpoint.store import (
     MANIFEST,
     latest_checkpoint,
@@ -19,6 +18,7 @@ from moescale.checkpoint.store import (
     verify_checkpoint,
     write_manifest,
 )
+from moescale.checkpoint.strided_view import Shape, Stored, region
 from moescale.config import Config, ConfigError, load_config
 from moescale.convert.companions import TOKENIZER, read_companions
 from moescale.convert.containers import Sizes, create_distributed, open_distributed

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescale.checkpoint.region import Region, Shape, Stored, covers_once, read_region, region
+from moescale.checkpoint.strided_view import Region, Shape, Stored, covers_once, read_region, region
 from moescale.config import Config, ConfigError
 from moescale.convert.mapping.table import Piece
 

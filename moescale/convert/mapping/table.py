@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from moescale.checkpoint.region import Region, Shape, View, region
+from moescale.checkpoint.strided_view import Region, Shape, View, region
 from moescale.config import Config
 
 

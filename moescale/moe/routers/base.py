@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from moescale.comm.sequence_shards import Sequence
 from moescale.layers.linear import matrix_fill
-from moescale.moe.balance import SCOPES
+from moescale.moe.balance_scopes import SCOPES
 from moescale.moe.capacity import coarse, in_order, within_capacity
 from moescale.moe.losses import load_balance_loss, router_z_loss
 from moescale.moe.routing import Routing, num_valid, sort_by_expert
-from moescale.ops.random import uniform_features
+from moescale.ops.token_random import uniform_features
 
 
 @dataclass(frozen=True)

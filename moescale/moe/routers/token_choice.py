@@ -11,7 +11,7 @@ from moescale.moe.capacity import place_left_behind
 from moescale.moe.losses import load_balance_loss
 from moescale.moe.routers.base import Router, normalise, top_k
 from moescale.ops.device import triton_runs
-from moescale.ops.random import uniform
+from moescale.ops.token_random import uniform
 
 
 class MixtralRouter(Router):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from moescale.moe.balance import SCOPES
+from moescale.moe.balance_scopes import SCOPES
 from moescale.moe.routers import Capacity, token_choice
 from moescale.moe.routers.token_choice import MixtralRouter
 from moescale.ops import router as ops_router

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moescale.checkpoint.region import Stored
+from moescale.checkpoint.strided_view import Stored
 from moescale.config import ConfigError
 from moescale.convert.containers import inside, open_safetensors, refuse_pointer
 from moescale.files.reading import parse_json, read_bytes, read_text

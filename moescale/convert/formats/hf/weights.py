@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moescale.checkpoint.region import Shape, Stored
+from moescale.checkpoint.strided_view import Shape, Stored
 from moescale.config import Config, ConfigError
 from moescale.convert.companions import carried_config, write_json
 from moescale.convert.containers import Sizes, create_safetensors, inside

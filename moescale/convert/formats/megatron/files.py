@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from moescale.checkpoint.index import read_metadata, read_object
 from moescale.checkpoint.plain_pickle import Record
-from moescale.checkpoint.region import Shape, Stored
+from moescale.checkpoint.strided_view import Shape, Stored
 from moescale.config import Config, ConfigError
 from moescale.convert.containers import (
     Sizes,

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from moescale.config import Config
+from moescale.verify.candidates import Layout
 from moescale.verify.compare import TOLERANCES, Figure, worst, worst_scale
-from moescale.verify.layouts import Layout
 from moescale.verify.run import Row
 
 

@@ -16,7 +16,7 @@ from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.model.block import Block
 from moescale.moe.layer import MoELayer
-from moescale.monitor.routing import WHOLE, routing_metrics
+from moescale.monitor.routing_metrics import WHOLE, routing_metrics
 from moescale.parallel.mesh import Mesh
 
 
