@@ -29,6 +29,7 @@ from moescale.data.tokenizer import Tokenizer, check_vocabulary, configured_toke
 from moescale.engine.base import Engine, StepLosses
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
+from moescale.files.writing import replace_text
 from moescale.monitor.alerts import Alerts
 from moescale.monitor.routing_metrics import routing_metrics, watch
 from moescale.monitor.terminal import Terminal
@@ -38,7 +39,7 @@ from moescale.parallel.lost_ranks import name_lost_ranks
 from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
-from moescale.record.metrics import JsonLines, Sink, replace_text
+from moescale.record.metrics import JsonLines, Sink
 from moescale.resume import Standing, go_on
 
 LIBRARY_EPOCHS = 50.0  # of Python's own library, which is there to try things out

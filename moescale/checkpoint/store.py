@@ -12,7 +12,6 @@ rank reads back a neighbour's, before the folder is renamed and before an older 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 import warnings
@@ -31,11 +30,13 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moescale.checkpoint.index import INDEX, SafeReader, read_index, read_metadata, tensors_of
-from moescale.checkpoint.readers import ATTEMPTS, holding, is_held, trying_again
+from moescale.checkpoint.readers import ATTEMPTS, trying_again
 from moescale.checkpoint.together import Failed, Ranks, describe, limited
 from moescale.config import ConfigError, TrainingError
 from moescale.files.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
+from moescale.files.locks import Lock, is_locked
 from moescale.files.reading import inside, read_json
+from moescale.files.writing import sync, write_synced
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -44,7 +45,7 @@ FILE = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # names in a 
 LARGEST_STEP = 10**15
 LEFTOVER = re.compile(r"step_[0-9]{8,15}(\.old)?\.partial")
 UNMARKED = re.compile(r"__\d+_\d+\.distcp|\.metadata|config\.yaml|tokenizer\.json")  # what older versions left
-SEEN_SECONDS = 60.0  # until a node sees on a network disk what another one has written
+SAVED_SECONDS = 60.0  # until a node sees on a network disk what another one has saved
 T = TypeVar("T")
 
 
@@ -138,7 +139,7 @@ def write_manifest(folder: Path, state: dict[str, Any]) -> None:
     """List what lies in a folder, which makes it a checkpoint. state: small values, with `step` and `seed`"""
     listing = {name: sums for name, sums in _check_sums(folder, "*").items() if name != MANIFEST}
     state["optimizer"] = any(name.startswith("optim.") for name in read_index(folder, listing))
-    _write_synced(folder / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
+    write_synced(folder / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
 
 
 def missing_file(folder: Path) -> str | None:
@@ -180,7 +181,7 @@ def read_last(path: Path, read: Callable[[Path], T]) -> T:
     read: is given the checkpoint's folder, which is held as long as it reads.
     """
     def held(folder: Path) -> T:
-        with holding(folder):
+        with Lock(folder, shared=True):
             return read(folder)
 
     try:
@@ -223,7 +224,7 @@ def _make_room(partial: Path, files: Mapping[str, str | bytes]) -> None:
         raise ConfigError(f"{partial} is in the way, and no run left it: move it away")
     make_marked(partial)
     for name, content in files.items():
-        _write_synced(partial / name, content)
+        write_synced(partial / name, content)
 
 
 def _write(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
@@ -241,14 +242,14 @@ def _look(partial: Path, listing: dict[str, list[int]], ranks: Ranks) -> None:
     """See that what the ranks wrote lies there: rank 0 for all sizes, each rank for a neighbour's bytes."""
     neighbour = f"__{(ranks.rank - 1) % ranks.size}_"
     read = {name for name in listing if ranks.size > 1 and name.startswith(neighbour)}
-    deadline = time.monotonic() + SEEN_SECONDS
+    deadline = time.monotonic() + SAVED_SECONDS
     for name in sorted(listing if ranks.rank == 0 else read):
         size, crc = listing[name]
         while (problem := _unlike(partial / name, size, crc if name in read else None)) is not None:
             if time.monotonic() > deadline:
                 writer = name.removeprefix("__").partition("_")[0]
                 raise ConfigError(f"{name}, which rank {writer} wrote, {problem} where rank {ranks.rank} looks, after "
-                                  f"{SEEN_SECONDS:g} s: run.dir must lie where every node sees it")
+                                  f"{SAVED_SECONDS:g} s: run.dir must lie where every node sees it")
             time.sleep(0.2)
 
 
@@ -276,22 +277,22 @@ def _finish(partial: Path, folder: Path, state: dict[str, Any], listing: dict[st
     for path in partial.iterdir():
         if path.name not in listing and path.name != MARK:
             listing.update(_check_sums(partial, path.name))
-    _write_synced(partial / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
-    _sync_folder(partial)
+    write_synced(partial / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
+    sync(partial)
     read_index(partial, listing)  # what a later torch may put there, and loading would refuse, shows now
     replaced = folder.with_suffix(".old.partial")
     if folder.exists():  # of the same step: one that is not whole, or the run would have gone on from it
         set_aside(folder, replaced)
     partial.rename(folder)
     unmark(folder)
-    _sync_folder(folder.parent)
+    sync(folder.parent)
     discard(replaced)
 
 
 def _remove_old(parent: Path, keep: int) -> None:
     try:
         for folder in sorted(_all(parent), key=_step)[:-keep]:
-            if is_held(folder):
+            if is_locked(folder, unknown=False):  # somebody reads it
                 continue  # it goes after a later save
             aside = folder.with_suffix(".partial")  # a kill in the middle leaves nothing that looks whole
             set_aside(folder, aside)
@@ -416,18 +417,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is damaged: its {MANIFEST} cannot be read; "
                           f"{_advice(folder, next(iter(_older(folder)), None))}") from None
     return dict(manifest)
-
-
-def _write_synced(path: Path, content: str | bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

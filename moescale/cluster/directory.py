@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +12,9 @@ from pathlib import Path
 from moescale.checkpoint.store import MANIFEST, latest_checkpoint, missing_file
 from moescale.cluster.agreement import Agreement, ranks_text
 from moescale.config import ConfigError
+from moescale.files.locks import Lock
 
-SEEN_SECONDS = 30.0  # until a node sees on a network disk what another one has written
+SHARED_SECONDS = 30.0  # until a node sees on a network disk, when a run starts, what another one wrote
 CLAIM_SECONDS = 10.0  # ranks of a run that was killed may be about to end
 
 
@@ -28,7 +27,7 @@ def shared_directory(ranks: Agreement, name: str) -> Iterator[Path]:
     path = Path(name).expanduser()
     first = ranks.launch.rank == 0
     made = [folder for folder in (path, *path.parents) if not folder.exists()] if first else []
-    claim: int | None = None
+    claim: Lock | None = None
     try:
         if first:
             claim = ranks.together(lambda: _claim(path, name))
@@ -39,33 +38,24 @@ def shared_directory(ranks: Agreement, name: str) -> Iterator[Path]:
         yield path
     finally:
         if claim is not None:
-            os.close(claim)
+            claim.close()
         with suppress(OSError):  # not empty: a run's
             for folder in made:
                 folder.rmdir()
 
 
-def _claim(path: Path, name: str) -> int:
+def _claim(path: Path, name: str) -> Lock:
     """Make the directory and lock it, so that no two runs write into it; a process that ends lets go."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY)
+        deadline = time.monotonic() + CLAIM_SECONDS
+        while not (claim := Lock(path)).taken:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"run.dir={path} is in use by another run: wait for it, or write another run.dir")
+            time.sleep(0.2)
+        return claim
     except OSError as error:
         raise ConfigError(f"run.dir={name} cannot be made: {error.strerror}: write another") from None
-    deadline = time.monotonic() + CLAIM_SECONDS
-    while True:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(folder)
-                raise ConfigError(f"run.dir={path} is in use by another run: wait for it, or write another "
-                                  "run.dir") from None
-            time.sleep(0.2)
-            continue
-        except OSError:
-            pass  # a file system without locks
-        return folder
 
 
 def _probe(ranks: Agreement, path: Path, name: str) -> None:
@@ -103,9 +93,9 @@ def _refuse_unseen(said: Sequence[tuple[bool, str | None]], hosts: Sequence[str]
     blind = [rank for rank, (seen, _) in enumerate(said) if not seen]
     if blind:
         places = ", ".join(sorted({hosts[rank] for rank in blind}))
-        raise ConfigError(f"run.dir={name}: {ranks_text(blind)} ({places}) did not see within {SEEN_SECONDS:g} s what "
-                          f"rank 0 ({hosts[0]}) wrote there: write the absolute path of a directory that all nodes "
-                          "share")
+        raise ConfigError(f"run.dir={name}: {ranks_text(blind)} ({places}) did not see within {SHARED_SECONDS:g} s "
+                          f"what rank 0 ({hosts[0]}) wrote there: write the absolute path of a directory that all "
+                          "nodes share")
     for rank, (_, problem) in enumerate(said):
         if problem is not None:
             raise ConfigError(f"rank {rank} on {hosts[rank]}: {problem}")
@@ -114,7 +104,7 @@ def _refuse_unseen(said: Sequence[tuple[bool, str | None]], hosts: Sequence[str]
 def _refuse_unanswered(probe: Path, answering: Sequence[int], hosts: Sequence[str], name: str) -> None:
     for rank in answering:
         if not _wait(probe.with_name(f"{probe.name}.{rank}").exists):
-            raise ConfigError(f"run.dir={name}: rank 0 ({hosts[0]}) did not see within {SEEN_SECONDS:g} s what rank "
+            raise ConfigError(f"run.dir={name}: rank 0 ({hosts[0]}) did not see within {SHARED_SECONDS:g} s what rank "
                               f"{rank} ({hosts[rank]}) wrote there: write a directory that all nodes share")
 
 
@@ -157,7 +147,7 @@ def _refuse_lacking(said: Sequence[str | None], hosts: Sequence[str], folder: Pa
     blind = [rank for rank, lacking in enumerate(said) if lacking is not None]
     if blind:
         places = ", ".join(sorted({hosts[rank] for rank in blind}))
-        raise ConfigError(f"{ranks_text(blind)} ({places}) saw {said[blind[0]]} {folder} within {SEEN_SECONDS:g} s, "
+        raise ConfigError(f"{ranks_text(blind)} ({places}) saw {said[blind[0]]} {folder} within {SHARED_SECONDS:g} s, "
                           f"from which rank 0 ({hosts[0]}) goes on: wait until the disk shows it there, or write "
                           "a run.dir that all nodes share")
 
@@ -172,7 +162,7 @@ def _wait(there: Callable[[], bool]) -> bool:
 
 def _wait_for_nothing(missing: Callable[[], str | None]) -> str | None:
     """Look again and again until nothing is missing, for a while. -> what still is"""
-    deadline = time.monotonic() + SEEN_SECONDS
+    deadline = time.monotonic() + SHARED_SECONDS
     while (lacking := missing()) is not None and time.monotonic() < deadline:
         time.sleep(0.1)
     return lacking

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
@@ -14,7 +12,9 @@ from typing import Any
 
 from moescale.config import ConfigError
 from moescale.files.leftovers import is_ours, make_marked, unmark
+from moescale.files.locks import Lock
 from moescale.files.reading import parse_json, read_text
+from moescale.files.writing import sync, sync_tree, write_synced
 
 LARGEST_JOURNAL = 1 << 30  # bytes
 COMMIT_BYTES = 1 << 28  # written between two moments at which what is done is made certain
@@ -36,13 +36,9 @@ class Journal:
         if not is_ours(self.folder) and not any("plan" in line for line in _lines(self._file)):
             raise ConfigError(f"{self.folder} is in the way, and no conversion left it: move it away, or give another "
                               "destination")
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{self.folder} is being written by another conversion: wait for it") from None
-        except OSError:
-            pass  # a file system without locks
+        self._lock = Lock(self.folder)
+        if not self._lock.taken:
+            raise ConfigError(f"{self.folder} is being written by another conversion: wait for it")
         lines = list(_lines(self._file))
         self.done: dict[str, dict[str, str]] = {}
         if lines and lines[0].get("plan") == plan and self.data.is_dir():
@@ -90,7 +86,7 @@ class Journal:
         if self.destination.is_dir():
             self.destination.rmdir()  # an empty one; rename would not replace it everywhere
         self.data.rename(self.destination)
-        _sync(self.destination.parent)
+        sync(self.destination.parent)
         self.discard()
 
     def discard(self) -> None:
@@ -101,7 +97,7 @@ class Journal:
             self.folder.rmdir()
 
     def close(self) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     def _clear(self) -> None:
         for name in ("data", "fresh"):
@@ -110,10 +106,7 @@ class Journal:
         self._file.unlink(missing_ok=True)
 
     def _append(self, values: Iterable[Any]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(value) + "\n" for value in values)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(self._file, "".join(json.dumps(value) + "\n" for value in values), append=True)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -127,17 +120,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             value = parse_json(line)
             if isinstance(value, dict):
                 yield value
-
-
-def sync_tree(folder: Path) -> None:
-    """Wait until all that lies in a folder is on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

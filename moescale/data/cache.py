@@ -9,7 +9,6 @@ uses and that are of an older content, or that nobody used for KEPT_DAYS; then t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,13 +17,15 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moescale.data.documents import BLOCK_BYTES, SourceFile
 from moescale.data.pack import LARGEST_LIST, Pack, open_pack
 from moescale.data.progress import reading
-from moescale.files.publish import is_locked, lock, remove, temporary_beside
+from moescale.files.locks import Lock, is_locked, lock
+from moescale.files.publish import remove
 from moescale.files.reading import read_json
+from moescale.files.writing import replace_text
 
 KEPT_DAYS = 30
 CHECKED_AT_START_BYTES = 2**32  # tokens beyond are checked as they are read
@@ -41,7 +42,7 @@ class TokenCache:
         self.packs, self.corpora, self.name = directory / "packs", directory / "corpora", name
         self.directory = directory
         self._place: Path | None = None
-        self._in_use: IO[bytes] | None = None  # open, and so locked, as long as this object lives
+        self._in_use: Lock | None = None  # as long as this object lives
 
     def content_hashes(self, files: Sequence[SourceFile]) -> dict[str, str]:
         """Hash the content of files, each by its path.
@@ -78,13 +79,13 @@ class TokenCache:
             try:
                 place.mkdir(parents=True, exist_ok=True)
                 if _read(place) != used:
-                    _write(place, used)
+                    stored = {"crc32": zlib.crc32(json.dumps(used).encode()), "used": used}
+                    replace_text(place / "packs.json", json.dumps(stored))
                 os.utime(place / "packs.json")
-                file = open(place / "in_use", "ab")  # noqa: SIM115 - it stays open
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(file, fcntl.LOCK_SH)
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(place / "in_use")):
-                    self._in_use, self._place = file, place
+                (place / "in_use").touch()
+                in_use = Lock(place / "in_use", shared=True, wait=True)
+                if in_use.is_of(place / "in_use"):
+                    self._in_use, self._place = in_use, place
                     return
             except FileNotFoundError:
                 continue
@@ -136,7 +137,7 @@ class TokenCache:
 
     def _is_old(self, place: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            if is_locked(place / "in_use"):
+            if is_locked(place / "in_use", unknown=True):
                 return False
             age = time.time() - (place / "packs.json").stat().st_mtime
             return place.name.startswith(f"{self.name}-") or age > KEPT_DAYS * 86400 or not _read(place)
@@ -170,10 +171,3 @@ def _read(place: Path) -> dict[str, Any]:
         return dict(used) if stored["crc32"] == zlib.crc32(json.dumps(used).encode()) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _write(place: Path, used: dict[str, Any]) -> None:
-    temporary = temporary_beside(place / "packs.json")
-    stored = {"crc32": zlib.crc32(json.dumps(used).encode()), "used": used}
-    temporary.write_text(json.dumps(stored), encoding="utf-8")
-    temporary.replace(place / "packs.json")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import re
 import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from moescale.files.locks import Lock, is_locked
 
 
 def temporary_beside(place: Path) -> Path:
@@ -22,13 +24,10 @@ def temporary_folder(place: Path) -> Iterator[Path]:
     """Make a folder beside `place` and lock it while it is filled; it is gone afterwards, unless it was renamed."""
     temporary = temporary_beside(place)
     temporary.mkdir()
-    folder = os.open(temporary, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield temporary
+        with Lock(temporary):
+            yield temporary
     finally:
-        os.close(folder)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -60,37 +59,11 @@ def remove(place: Path) -> None:
             aside.unlink()
 
 
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock; a killed holder lets go.
-
-    On file systems without locks nobody waits, and every writer does the work itself.
-    """
-    with open(path, "ab") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def is_locked(path: Path) -> bool:
-    """Say whether a process holds a lock on a file or folder; True where locks do not work."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(folder)
-    return False
-
-
 def remove_leftovers(place: Path) -> None:
     """Remove what killed writers left beside `place`."""
+    ours = re.compile(re.escape(place.name) + r"\..+-[0-9]+-[0-9a-f]{8}\.tmp")
     for leftover in place.parent.glob(f"{place.name}.*.tmp"):
-        if not is_locked(leftover):
+        if ours.fullmatch(leftover.name) and not is_locked(leftover, unknown=True):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:

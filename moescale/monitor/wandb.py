@@ -15,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from moescale.files.reading import read_json
+from moescale.files.writing import replace_text
 from moescale.monitor.routing_metrics import values
-from moescale.record.metrics import Metrics, replace_text
+from moescale.record.metrics import Metrics
 
 Mode = Literal["auto", "offline", "online"]
 MAX_KEYS = 200

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moescale.files.reading import open_regular
+from moescale.files.writing import replacing
 
 FILE = "held_out_routing.npz"
 SHOWN_TOKENS = 768  # of which a page shows the text
@@ -41,11 +42,9 @@ class HeldOutRouting:
     probability: np.ndarray
 
     def save(self, directory: Path) -> None:
-        """Raises OSError."""
-        partial = directory / f".{FILE}.moescale-partial"  # a name that nobody else gives
-        with partial.open("wb") as file:
+        """Put the arrays into the run directory, in the place of those of an earlier step. Raises OSError."""
+        with replacing(directory / FILE) as file:
             np.savez_compressed(file, **asdict(self))
-        partial.replace(directory / FILE)
 
     @staticmethod
     def load(directory: Path) -> HeldOutRouting | None:

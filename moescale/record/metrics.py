@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moescale.files.reading import open_regular
+from moescale.files.writing import replace_bytes
 
 Metrics = Mapping[str, Any]
 MEASURED = ("tokens_per_second", "time", "seconds", "memory_bytes", "mfu")  # which no two runs have alike
@@ -46,21 +47,6 @@ class JsonLines:
 
     def close(self) -> None:
         pass
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Put a text in the place of a file's, whole or not at all."""
-    replace_bytes(path, text.encode("utf-8"))
-
-
-def replace_bytes(path: Path, content: bytes) -> None:
-    """Put bytes in the place of a file's, whole or not at all."""
-    beside = path.with_name(f".{path.name}.moescale-partial")  # a name that nobody else gives
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _step(line: bytes) -> float:

@@ -17,11 +17,11 @@ import torch
 from typer.testing import CliRunner
 
 from moescale.checkpoint import store
-from moescale.checkpoint.readers import Hold, is_held
 from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_last, save_checkpoint
 from moescale.cli import app
 from moescale.config import ConfigError, load_config
 from moescale.convert.run import open_source
+from moescale.files.locks import Lock, is_locked
 from tests.convert.models import make_config, write_run
 
 
@@ -42,7 +42,7 @@ def saving(run: Path, *, holds: bool) -> Iterator[Callable[[], int]]:
         torch.set_num_threads(1)
         os.sync = os.fsync = lambda *_: None  # type: ignore[assignment]
         if not holds:
-            store.is_held = lambda folder: False  # type: ignore[assignment]
+            store.is_locked = lambda folder, unknown: False  # type: ignore[assignment]
         for step in itertools.count(10):
             save_checkpoint(run, step, tensors, {"seed": 0}, files, keep=1)
             done.value = step - 9
@@ -97,10 +97,10 @@ def test_a_checkpoint_that_is_read_stays(run: Path, tmp_path: Path) -> None:
     opened = open_source(source)
     for step in (10, 11, 12):
         save_checkpoint(source, step, tensors, {"seed": 0}, texts, keep=1)
-    assert is_held(first)
+    assert is_locked(first, unknown=False)
     assert sorted(path.name for path in (source / "checkpoints").iterdir()) == [first.name, "step_00000012"]
     del opened
-    assert not is_held(first)
+    assert not is_locked(first, unknown=True)
     save_checkpoint(source, 13, tensors, {"seed": 0}, texts, keep=1)
     assert [path.name for path in (source / "checkpoints").iterdir()] == ["step_00000013"]
 
@@ -116,7 +116,7 @@ def test_what_goes_away_each_time_is_one_line(run: Path, tmp_path: Path) -> None
         tries.append(folder)
         (folder / "checkpoint.json").rename(folder / "gone")
         try:
-            Hold(folder / "nothing")
+            Lock(folder / "nothing")
         finally:
             shutil.copytree(folder, folder.with_name(f"step_{len(tries) + 10:08d}"))
             new = folder.with_name(f"step_{len(tries) + 10:08d}")

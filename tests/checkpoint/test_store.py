@@ -455,7 +455,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
 def _seen_late(run_dir: Path, seconds: float) -> str:
     """Save on two ranks; what rank 1 wrote appears late where others look, as on a network disk."""
     dist.init_process_group("gloo")
-    store.SEEN_SECONDS = 1.5  # type: ignore[assignment]
+    store.SAVED_SECONDS = 1.5  # type: ignore[assignment]
     if dist.get_rank() == 1:
         real = store._check_sums
 

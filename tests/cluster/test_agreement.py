@@ -183,7 +183,7 @@ def test_paths_of_a_node_may_differ() -> None:
 
 def see(ranks: Agreement, places: list[Path]) -> Any:
     """Look for the run directory and its last checkpoint, at a place of each rank's own."""
-    directory.SEEN_SECONDS = 1.0  # type: ignore[assignment]
+    directory.SHARED_SECONDS = 1.0  # type: ignore[assignment]
     os.chdir(places[ranks.launch.rank])
     with shared_directory(ranks, "run") as run_dir:
         found = choose_checkpoint(ranks, run_dir)

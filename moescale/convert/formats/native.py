@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from moescale.checkpoint.index import read_index
-from moescale.checkpoint.readers import Hold
 from moescale.checkpoint.store import (
     MANIFEST,
     latest_checkpoint,
@@ -24,6 +23,7 @@ from moescale.convert.companions import TOKENIZER, read_companions
 from moescale.convert.containers import Sizes, create_distributed, open_distributed
 from moescale.convert.mapping.mapped import Layout, Opened
 from moescale.convert.mapping.table import Piece
+from moescale.files.locks import Lock
 from moescale.optim.base import OPTIMIZERS
 
 NAME = "moescale"
@@ -110,7 +110,7 @@ def open_checkpoint(path: Path) -> Opened:
 
 
 def _open(folder: Path) -> Opened:
-    hold, manifest = Hold(folder), verify_checkpoint(folder)
+    hold, manifest = Lock(folder, shared=True), verify_checkpoint(folder)
     config = load_config(folder / "config.yaml", whole=True)
     tensors = open_distributed(folder)
     weights = native_weights(config)
