@@ -36,7 +36,7 @@ from moescale.ops.grouped_gemm_triton import grouped_gemm
 from moescale.ops.head_losses_triton import grad_logits, normalise
 from moescale.ops.permute_triton import permute, unpermute
 from moescale.ops.rms_norm_triton import rms_norm
-from moescale.ops.rotary_triton import turn
+from moescale.ops.rotary_triton import rotate
 from moescale.ops.router_triton import route, rows_by_expert
 from moescale.ops.scan_triton import selective_scan
 
@@ -167,7 +167,7 @@ def rows() -> Cases:
     for d_model in (512, 4096, 8192):
         yield f"norm of {d_model}", rms_norm, (empty(4096, d_model, dtype=torch.bfloat16), empty(d_model), 1e-5)
     angle = empty(4, 4096, 1, 64, dtype=torch.bfloat16)
-    yield "rotary of 16 heads", turn, (empty(4, 4096, 16, 128, dtype=torch.bfloat16), angle, angle, 1)
+    yield "rotary of 16 heads", rotate, (empty(4, 4096, 16, 128, dtype=torch.bfloat16), angle, angle, 1)
     yield "losses of 256000", losses, (empty(1024, 256000, dtype=torch.bfloat16), integers(1024), empty(1024))
 
 

@@ -32,14 +32,15 @@ def attention(
     scale: float | None = None,
     backend: Literal["auto", "triton", "sdpa", "flex", "chunked", "reference"] = "auto",
 ) -> Tensor:
-    """Let each position attend to those of its document; where causal, to itself and those before, in its window.
+    """Compute exact attention within documents, optionally causal and limited to a window.
 
     q: [batch, seq_q, heads, head_dim], the queries of the last seq_q of the keys' positions.
-    k, v: [batch, seq_k, kv_heads, head_dim]; each key head serves heads / kv_heads.
-    window: positions that a query sees, itself included. positions: [batch, seq_k] int64, restart at 0 with a document.
-    alibi_slopes: [heads] float32, how much a score loses with each position that the key lies away (ALiBi, sec. 3).
-    scale: of the scores, by default head_dim ** -0.5. backend: `auto` takes what is fastest; all are exact.
-    -> [batch, seq_q, heads, head_dim]. ValueError where a backend cannot do what is asked.
+    k, v: [batch, seq_k, kv_heads, head_dim]; each key head serves heads / kv_heads query heads.
+    window: number of positions that a query sees, itself included.
+    positions: [batch, seq_k] int64, restart at 0 with a document.
+    alibi_slopes: [heads] float32, what a score loses per position between query and key (ALiBi, sec. 3).
+    scale: factor of the scores, by default head_dim ** -0.5. backend: `auto` takes the fastest; all are exact.
+    -> [batch, seq_q, heads, head_dim]. Raises ValueError when a backend cannot do what is asked.
     """
     seq_q, seq_k = q.shape[1], k.shape[1]
     assert seq_q <= seq_k, f"{seq_q} queries do not fit the positions of {seq_k} keys"
@@ -56,7 +57,7 @@ def attention(
 
 
 def _fastest(q: Tensor, seq_k: int, pattern: Pattern) -> tuple[str, str]:
-    """-> a backend, and why it is taken"""
+    """Choose a backend for these shapes and this device. -> its name, and the reason for the log"""
     seq_q, hides = q.shape[1], pattern.window is not None or pattern.positions is not None
     plain = not hides and pattern.slopes is None and seq_q == seq_k
     if q.device.type == "cpu":
@@ -134,7 +135,10 @@ def _compiled_flex() -> Any:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, flex_attention: Any) -> Tensor:
-    """Say the pattern in the words of torch's FlexAttention. -> like q"""
+    """Express the pattern in the terms of torch's FlexAttention.
+
+    q, k, v: as in `attention`. flex_attention: torch's function, compiled or not. -> like q
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     shift = k.shape[1] - q.shape[1]

@@ -1,6 +1,6 @@
 """Exact attention in memory that does not grow with the sequence, on any device (Rabe and Staats, 2021, sec. 3).
 
-Beside inputs, outputs and gradients there is one chunk of scores at a time. Backward computes them again from the
+Next to inputs, outputs and gradients there is one chunk of scores at a time. Backward computes them again from the
 log-sum-exp, where the paper lets automatic differentiation run each chunk once more.
 """
 
@@ -18,7 +18,10 @@ CHUNK = 512  # queries, and keys
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-    """q, k, v, pattern: as in `attention`; any floating dtype, computed in at least float32. -> like q"""
+    """Compute attention over one chunk of scores at a time.
+
+    q, k, v, pattern: as in `attention`; any floating dtype, computed in at least float32. -> like q
+    """
     return _Chunked.apply(q, k, v, pattern)
 
 
@@ -26,19 +29,21 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         out = torch.empty_like(q)
-        log_sum = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_wide(q))
-        for rows in _chunks(0, q.shape[1]):
-            total = log_sum.new_zeros((*log_sum.shape[:2], rows.stop - rows.start, 1))
-            top, part = torch.full_like(total, -1e30), total  # not -inf, whose difference to itself is no number
-            for keys in _seen(rows, q, k, pattern):
-                scores = _scores(q, k, rows, keys, pattern)  # [batch, heads, queries, keys]
+        log_sum = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_upcast_dtype(q))
+        for queries in _chunks(0, q.shape[1]):
+            total = log_sum.new_zeros((*log_sum.shape[:2], queries.stop - queries.start, 1))
+            top, chunk_out = torch.full_like(total, -1e30), total  # not -inf, whose difference to itself is no number
+            for keys in _seen(queries, q, k, pattern):
+                scores = _scores(q, k, queries, keys, pattern)  # [batch, heads, queries, keys]
+                # The online softmax: what was added up under the old maximum shrinks to the new one.
                 higher = torch.maximum(top, scores.amax(-1, keepdim=True))
                 shrink = (top - higher).exp_()
                 scores = scores.sub_(higher).exp_()
                 total = total * shrink + scores.sum(-1, keepdim=True)
-                part, top = part * shrink + _by_kv_head(scores, _heads_first(v, keys)), higher
-            out[:, rows] = (part / total).transpose(1, 2).to(q.dtype)
-            log_sum[:, :, rows] = (top + total.log()).squeeze(-1)
+                chunk_out = chunk_out * shrink + _by_kv_head(scores, _heads_first(v, keys))
+                top = higher
+            out[:, queries] = (chunk_out / total).transpose(1, 2).to(q.dtype)
+            log_sum[:, :, queries] = (top + total.log()).squeeze(-1)
         ctx.pattern = pattern
         ctx.save_for_backward(q, k, v, out, log_sum)
         return out
@@ -49,26 +54,28 @@ class _Chunked(torch.autograd.Function):
         scale = ctx.pattern.scale
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (torch.zeros_like(x, dtype=log_sum.dtype) for x in (k, v))
-        for rows in _chunks(0, q.shape[1]):
-            query, grad = _heads_first(q, rows), _heads_first(grad_out, rows)
-            delta = (grad * _heads_first(out, rows)).sum(-1, keepdim=True)
-            of_query = torch.zeros_like(query)
-            for keys in _seen(rows, q, k, ctx.pattern):
-                probs = _scores(q, k, rows, keys, ctx.pattern).sub_(log_sum[:, :, rows].unsqueeze(-1)).exp_()
+        for queries in _chunks(0, q.shape[1]):
+            query, grad = _heads_first(q, queries), _heads_first(grad_out, queries)
+            delta = (grad * _heads_first(out, queries)).sum(-1, keepdim=True)
+            grad_query = torch.zeros_like(query)
+            for keys in _seen(queries, q, k, ctx.pattern):
+                probs = _scores(q, k, queries, keys, ctx.pattern).sub_(log_sum[:, :, queries].unsqueeze(-1)).exp_()
                 grad_v[:, keys] += _over_queries(probs, grad, k.shape[2])
-                of_scores = _by_kv_head(grad, _heads_first(v, keys).mT).sub_(delta).mul_(probs).mul_(scale)
-                of_query += _by_kv_head(of_scores, _heads_first(k, keys))
-                grad_k[:, keys] += _over_queries(of_scores, query, k.shape[2])
-            grad_q[:, rows] = of_query.transpose(1, 2).to(q.dtype)
+                # Through the softmax: probs * (grad_probs - delta).
+                grad_scores = _by_kv_head(grad, _heads_first(v, keys).mT).sub_(delta).mul_(probs).mul_(scale)
+                grad_query += _by_kv_head(grad_scores, _heads_first(k, keys))
+                grad_k[:, keys] += _over_queries(grad_scores, query, k.shape[2])
+            grad_q[:, queries] = grad_query.transpose(1, 2).to(q.dtype)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _upcast_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _heads_first(x: Tensor, of: slice) -> Tensor:
-    return x[:, of].transpose(1, 2).to(_wide(x))
+def _heads_first(x: Tensor, positions: slice) -> Tensor:
+    """[batch, seq, heads, head_dim] -> [batch, heads, positions, head_dim], upcast"""
+    return x[:, positions].transpose(1, 2).to(_upcast_dtype(x))
 
 
 def _by_kv_head(x: Tensor, y: Tensor) -> Tensor:
@@ -77,14 +84,18 @@ def _by_kv_head(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _over_queries(x: Tensor, y: Tensor, kv_heads: int) -> Tensor:
-    """[batch, heads, queries, keys], [..., queries, head_dim] -> [batch, keys, kv_heads, head_dim], heads added up"""
+    """Multiply and add up over queries and over the query heads of a key head.
+
+    x: [batch, heads, queries, keys]. y: [batch, heads, queries, head_dim]. -> [batch, keys, kv_heads, head_dim]
+    """
     x, y = (tensor.reshape(len(tensor), kv_heads, -1, tensor.shape[-1]) for tensor in (x, y))
     return (x.mT @ y).transpose(1, 2)
 
 
-def _scores(q: Tensor, k: Tensor, rows: slice, keys: slice, pattern: Pattern) -> Tensor:
-    scores = _by_kv_head(_heads_first(q, rows), _heads_first(k, keys).mT).mul_(pattern.scale)
-    return scores.add_(pattern.bias(rows, keys, q.shape[1], k.shape[1], scores.dtype, q.device))
+def _scores(q: Tensor, k: Tensor, queries: slice, keys: slice, pattern: Pattern) -> Tensor:
+    """Compute scaled, biased scores. -> [batch, heads, queries, keys]"""
+    scores = _by_kv_head(_heads_first(q, queries), _heads_first(k, keys).mT).mul_(pattern.scale)
+    return scores.add_(pattern.bias(queries, keys, q.shape[1], k.shape[1], scores.dtype, q.device))
 
 
 def _chunks(begin: int, end: int) -> Iterator[slice]:
@@ -92,8 +103,8 @@ def _chunks(begin: int, end: int) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK, end))
 
 
-def _seen(rows: slice, q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[slice]:
-    """-> chunks of keys, without those that lie behind every query or before its window"""
+def _seen(queries: slice, q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[slice]:
+    """Walk the chunks of keys, except those after every query or before every window."""
     shift = k.shape[1] - q.shape[1]
-    begin = 0 if pattern.window is None else max(0, rows.start + shift - pattern.window + 1)
-    return _chunks(begin, rows.stop + shift if pattern.causal else k.shape[1])
+    begin = 0 if pattern.window is None else max(0, queries.start + shift - pattern.window + 1)
+    return _chunks(begin, queries.stop + shift if pattern.causal else k.shape[1])

@@ -1,4 +1,4 @@
-"""Which keys each query of an attention sees, and what its scores lose with distance: one message for all backends."""
+"""The pattern of an attention (which keys each query sees, and the bias of its scores), shared by all backends."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pattern:
-    """The queries are those of the last positions of the keys; each sees keys side by side, its own one among them.
+    """Which keys a query sees: a contiguous run of positions that contains its own.
 
-    window: how many of them at most, back from itself. positions: [batch, seq_k] int64, restart at 0 with a document;
-    None where no document begins within. slopes: [heads] float32, what a score loses with each position between.
-    scale: of the scores.
+    The queries belong to the last positions of the keys. window: how many keys a query sees at most, counted back from
+    itself. positions: [batch, seq_k] int64, restart at 0 with a document; None when no document begins inside.
+    slopes: [heads] float32, what a score loses per position between. scale: factor of the scores.
     """
 
     causal: bool
@@ -24,7 +24,7 @@ class Pattern:
     scale: float
 
     def documents(self) -> tuple[Tensor, Tensor]:
-        """-> the first and the last position of each position's document, [batch, seq_k] int64 each"""
+        """Find the first and the last position of each position's document. -> two of [batch, seq_k] int64"""
         assert self.positions is not None
         index = torch.arange(self.positions.shape[1], device=self.positions.device)
         begins = self.positions == 0
@@ -34,30 +34,30 @@ class Pattern:
         return first, after.flip(1).cummin(1).values.flip(1) - 1
 
     def visible(self, queries: slice, keys: slice, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
-        """Say which of these keys these queries see. -> [queries, keys] bool, or [batch, queries, keys]"""
-        behind = self._behind(queries, keys, seq_k - seq_q, device)
+        """Mark which of these keys these queries see. -> [queries, keys] bool; [batch, queries, keys] with documents"""
+        behind = self._distance(queries, keys, seq_k - seq_q, device)
         mask = behind >= 0 if self.causal else torch.ones_like(behind, dtype=torch.bool)
         if self.window is not None:
             mask &= behind < self.window
         if self.positions is not None:
             document = (self.positions == 0).cumsum(1)
-            own = document[:, queries.start + seq_k - seq_q : queries.stop + seq_k - seq_q]
-            mask = mask & (own.unsqueeze(2) == document[:, keys].unsqueeze(1))
+            query_document = document[:, queries.start + seq_k - seq_q : queries.stop + seq_k - seq_q]
+            mask = mask & (query_document.unsqueeze(2) == document[:, keys].unsqueeze(1))
         return mask
 
     def bias(
         self, queries: slice, keys: slice, seq_q: int, seq_k: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """-> what to add to the scores, [batch or 1, heads or 1, queries, keys]"""
+        """Compute what to add to the scores, -inf where nothing is seen. -> [batch or 1, heads or 1, queries, keys]"""
         sees = self.visible(queries, keys, seq_q, seq_k, device).unsqueeze(-3)
         sees = sees if sees.ndim == 4 else sees.unsqueeze(0)
         if self.slopes is None:
             return torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, float("-inf"))
-        behind = self._behind(queries, keys, seq_k - seq_q, device).abs()
+        behind = self._distance(queries, keys, seq_k - seq_q, device).abs()
         return (-self.slopes.to(dtype).view(-1, 1, 1) * behind).masked_fill(~sees, float("-inf"))
 
     @staticmethod
-    def _behind(queries: slice, keys: slice, shift: int, device: torch.device) -> Tensor:
-        """-> how far each key lies behind each query"""
+    def _distance(queries: slice, keys: slice, shift: int, device: torch.device) -> Tensor:
+        """Compute how many positions each key lies behind each query. -> [queries, keys] int64"""
         query = torch.arange(queries.start + shift, queries.stop + shift, device=device)
         return query.unsqueeze(1) - torch.arange(keys.start, keys.stop, device=device)

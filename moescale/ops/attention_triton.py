@@ -1,4 +1,4 @@
-"""FlashAttention-2 in Triton: what a call of its kernels, which are in `attention_kernels`, needs on the host."""
+"""FlashAttention-2 in Triton, the host's side: shapes, tiles and launches of `attention_kernels_triton`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moescale.ops.device import shared_bytes
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one tile; warps, and stages of the pipeline that loads."""
+    """The size of one tile in queries and keys, its warps, and the stages of its loading pipeline."""
 
     queries: int
     keys: int
@@ -26,10 +26,10 @@ class Tile:
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-    """Attend exactly, in memory that grows with the sequence and not with its square (FlashAttention-2, alg. 1 and 2).
+    """Compute exact attention in memory linear in the sequence (FlashAttention-2, alg. 1 and 2).
 
-    q: [batch, seq_q, heads, head_dim]; k, v: [batch, seq_k, kv_heads, head_dim]; head_dim 16 to 256; float32, bfloat16
-    or float16, computed in float32. -> like q. Every gradient is added up in a fixed order.
+    q: [batch, seq_q, heads, head_dim]. k, v: [batch, seq_k, kv_heads, head_dim]. head_dim is 16 to 256; float32,
+    bfloat16 or float16, computed in float32. -> like q. Every gradient is added up in a fixed order.
     """
     return unpadded(_Flash.apply(padded(q), padded(k), padded(v), pattern), q.shape[3])
 
@@ -39,9 +39,9 @@ class _Flash(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         q, k, v = fitting(q), fitting(k), fitting(v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        rounded = triton.cdiv(q.shape[1], MOST_QUERIES.value) * MOST_QUERIES.value
-        log_sum = torch.empty(q.shape[0], q.shape[2], rounded, dtype=torch.float32, device=q.device)  # in base 2
-        bounds = _bounds_of_documents(pattern)
+        rounded_seq = triton.cdiv(q.shape[1], MOST_QUERIES.value) * MOST_QUERIES.value
+        log_sum = torch.empty(q.shape[0], q.shape[2], rounded_seq, dtype=torch.float32, device=q.device)  # in base 2
+        bounds = _document_bounds(pattern)
         if q.numel():
             allow_descriptors()
             attend[_grid(q, tiles(q)[0].queries)](
@@ -57,25 +57,28 @@ class _Flash(torch.autograd.Function):
         q, k, v, out, log_sum, *bounds = ctx.saved_tensors
         grad, pattern = fitting(grad), ctx.pattern
         make = torch.empty if q.numel() else torch.zeros
-        of_q, of_k, of_v = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        grad_q, grad_k, grad_v = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if q.numel():
             allow_descriptors()
             delta = torch.empty_like(log_sum)
             numbers = _numbers(q, k, v, grad, pattern)
             _, by_queries, by_keys = tiles(q)
             grad_queries[_grid(q, by_queries.queries)](
-                q, k, v, grad, out, log_sum, delta, of_q, *bounds, pattern.slopes, *numbers,
+                q, k, v, grad, out, log_sum, delta, grad_q, *bounds, pattern.slopes, *numbers,
                 **_options(q, k, pattern, by_queries),
             )
             grad_keys[_grid(k, by_keys.keys)](
-                q, k, v, grad, log_sum, delta, of_k, of_v, *bounds, pattern.slopes, *numbers,
+                q, k, v, grad, log_sum, delta, grad_k, grad_v, *bounds, pattern.slopes, *numbers,
                 **_options(q, k, pattern, by_keys),
             )
-        return of_q, of_k, of_v, None
+        return grad_q, grad_k, grad_v, None
 
 
 def tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
-    """-> for the output, the gradient of queries, that of keys and values; none spills registers on sm_90"""
+    """Choose tile sizes that spill no registers on sm_90.
+
+    q: [batch, seq_q, heads, head_dim]. -> for the output, for the gradient of q, and for those of k and v
+    """
     if q.device.type == "cpu":
         return (Tile(32, 32, 4, 1),) * 3  # small, so that short sequences have many
     if q.dtype == torch.float32:
@@ -91,11 +94,12 @@ def tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
 
 
 def _grid(x: Tensor, rows: int) -> tuple[int, int, int]:
-    """Tiles of one head run one after another: they share keys in the cache."""
+    """Lay out the programs so that tiles of one head run one after another and share keys in the cache."""
     return triton.cdiv(x.shape[1], rows), x.shape[2], x.shape[0]
 
 
-def _bounds_of_documents(pattern: Pattern) -> tuple[Tensor | None, Tensor | None]:
+def _document_bounds(pattern: Pattern) -> tuple[Tensor | None, Tensor | None]:
+    """Find each position's first and last of its document. -> [batch, seq_k] int32 each, or None"""
     if pattern.positions is None:
         return None, None
     first, last = pattern.documents()
@@ -103,19 +107,19 @@ def _bounds_of_documents(pattern: Pattern) -> tuple[Tensor | None, Tensor | None
 
 
 def _numbers(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pattern) -> list[int | float]:
-    """-> what kernels take as numbers: strides of batch, position and head, sizes, window, scale"""
+    """List the kernels' numeric arguments: strides of batch, position and head, sizes, window, scale."""
     strides = [stride for x in (q, k, v, grad) for stride in x.stride()[:3]]
     return [*strides, q.shape[1], k.shape[1], pattern.window or 0, pattern.scale]
 
 
 def _options(q: Tensor, k: Tensor, pattern: Pattern, tile: Tile) -> dict[str, Any]:
-    """-> what kernels are compiled for"""
+    """List the constants that kernels are compiled for."""
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
     return {
         "GROUP": q.shape[2] // k.shape[2], "D": q.shape[3], "BLOCK_D": block_d,
         "SLICE": min(32, block_d) if q.dtype == torch.float32 else block_d,
         "BLOCK_M": tile.queries, "BLOCK_N": tile.keys, "CAUSAL": pattern.causal,
         "WINDOW": pattern.window is not None, "DOCUMENTS": pattern.positions is not None,
-        "ALIBI": pattern.slopes is not None, "WIDEN": q.device.type == "cpu",
+        "ALIBI": pattern.slopes is not None, "UPCAST": q.device.type == "cpu",
         "num_warps": tile.warps, "num_stages": tile.stages,
     }

@@ -1,4 +1,4 @@
-"""What a tensor's device can run."""
+"""What the device of a tensor can run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SHARED_BYTES = 227 * 1024  # of an H100: what kernels are made for where there i
 
 
 def triton_runs(x: Tensor) -> bool:
-    """Say whether Triton kernels take such tensors: on a GPU, with the package there, and not in float64."""
+    """Say whether Triton kernels take this tensor: on a GPU, with Triton installed, and not in float64."""
     return TRITON and x.device.type == "cuda" and x.dtype != torch.float64
 
 
 def shared_bytes(x: Tensor) -> int:
-    """-> how much shared memory a block may have there: 227 KB on an H100, 163 on an A100, 99 on a desktop's GPU"""
+    """Look up the shared memory of one block, in bytes: 227 KB on an H100, 163 on an A100, 99 on a desktop's GPU."""
     if x.device.type == "cuda":
         device = torch.cuda.get_device_properties(x.device)
         return int(getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block))
@@ -28,4 +28,5 @@ def shared_bytes(x: Tensor) -> int:
 
 
 def is_hopper(x: Tensor) -> bool:
+    """Say whether x is on a GPU of the Hopper generation."""
     return x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) == (9, 0)

@@ -1,4 +1,4 @@
-"""What experts answer to tokens: widen, activate, narrow; each token's answers are weighed and added up."""
+"""The experts' feed-forward over all tokens of a rank: each token's outputs are weighed and added up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.
 
 
 class Assignments(Protocol):
-    """Which token goes to which expert: what this file needs of a Routing.
+    """The fields of a Routing that this file needs: which token goes to which expert.
 
     token: [assignments] int64, sorted by expert, none twice at one. weight: [assignments] float32.
     tokens_per_expert: [experts] int64, zeros allowed. row: [tokens, choices] int64, the inverse of token, -1 = none.
@@ -38,12 +38,12 @@ def expert_feed_forward(
     x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, routing: Assignments, activation: str,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Add up for each token weight * down(act(gate x) * up x) of its experts, or weight * down(act(up x)) without gate.
+    """Sum weight * down(act(gate x) * up x) over each token's experts, or weight * down(act(up x)) without gate.
 
-    The weight is applied to the hidden features, so that what the experts answer need not be kept for its gradient.
+    The weight is applied to the hidden features, so that the experts' outputs need not be kept for its gradient.
     x: [tokens, d_model]. gate, up: [experts, d_ff, d_model]. down: [experts, d_model, d_ff]. All of one dtype.
-    activation: silu, gelu or relu. keep: [assignments, d_ff], what hidden features are multiplied by (dropout).
-    -> like x; sums in float32, a token without experts gives zeros
+    activation: silu, gelu or relu. keep: [assignments, d_ff], factors of the hidden features (dropout).
+    -> like x; sums in float32, and zeros for a token without experts
     """
     if x.device.type == "cpu" and keep is None:
         sizes = routing.tokens_per_expert.tolist()
@@ -64,7 +64,7 @@ def expert_feed_forward(
 def expert_feed_forward_reference(
     x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, routing: Assignments, activation: str
 ) -> Tensor:
-    """Do the same by loops over experts and autograd alone."""
+    """Compute the same with loops over experts and autograd alone."""
     rows, act = x[routing.token], ACTIVATIONS[activation]
     hidden = grouped_gemm_reference(rows, up, routing.tokens_per_expert)
     if gate is None:

@@ -1,9 +1,9 @@
 """Grouped GEMM as Triton kernels: rows sorted by expert, groups of any size, a fixed order of sums.
 
-As many programs run as the device has processors, and each takes tile after tile; tiles of a few groups of rows and all
-columns follow each other, so that weights and rows stay in the L2 cache. Where tiles lie is counted on the device: the
-host never waits for the sizes of groups. Tiles are loaded through descriptors, by TMA where the device has it; but rows
-that are gathered, through pointers.
+The kernel runs one program per processor of the device, and each takes tile after tile. Tiles of a few row tiles and
+all columns follow each other, so that weights and rows stay in the L2 cache. The device itself counts where tiles lie:
+the host never waits for the sizes of groups. Tiles are loaded through descriptors, by TMA where the device has it;
+gathered rows are loaded through pointers.
 
 Letters: M rows, N columns of the output, K what is summed over.
 """
@@ -25,6 +25,8 @@ from moescale.ops.device import is_hopper, shared_bytes
 
 @dataclass(frozen=True)
 class Tile:
+    """The size of one tile of the output (m by n), the step k of its sum, warps and pipeline stages."""
+
     m: int
     n: int
     k: int
@@ -34,7 +36,7 @@ class Tile:
 
 
 def tile_of(x: Tensor, form: str) -> Tile:
-    """-> a tile that does not spill registers on sm_90. form: as in `_multiply`, or OUTER"""
+    """Choose a tile that spills no registers on sm_90. form: as in `_multiply`, or OUTER"""
     if x.device.type == "cpu":
         return Tile(32, 32, 32, 4, 1)
     if x.dtype == torch.float32:
@@ -49,7 +51,7 @@ def tile_of(x: Tensor, form: str) -> Tile:
 
 
 def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """As `ops.grouped_gemm.grouped_gemm`; bfloat16, float16 or float32. -> [assignments, d_out]"""
+    """Multiply as `ops.grouped_gemm.grouped_gemm` does; bfloat16, float16 or float32. -> [assignments, d_out]"""
     return unpadded(_GroupedGemm.apply(padded(rows), padded(weight, 2), tokens_per_expert), weight.shape[1])
 
 
@@ -69,10 +71,10 @@ def multiply(
     rows: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, scale: Tensor | None = None,
     second: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Multiply each expert's rows with its matrix, whatever the order of its dims in memory.
+    """Multiply each expert's rows by its matrix, whose dims may lie in memory in either order.
 
-    rows: [assignments, d_in]. weight: [experts, d_out, d_in]. scale: [assignments] float32, of the result's rows.
-    second: rows and a weight, whose product is added. 16 divides the bytes of d_in and d_out, here and below.
+    rows: [assignments, d_in]. weight: [experts, d_out, d_in]. scale: [assignments] float32, a factor per output row.
+    second: rows and a weight whose product is added. d_in and d_out must be multiples of 16 bytes, here and below.
     -> [assignments, d_out]
     """
     out = rows.new_empty(len(rows), weight.shape[1])
@@ -84,17 +86,18 @@ def multiply(
 def multiply_swiglu(
     x: Tensor, gate: Tensor, up: Tensor, tokens_per_expert: Tensor, token: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gather each expert's rows while they are loaded. x: [tokens, d_model]. token: [assignments] int64, of each row.
+    """Compute the hidden features of SwiGLU experts, gathering each expert's rows while they are loaded.
 
-    gate, up: [experts, d_ff, d_model]. -> silu(rows gate) * (rows up), and the two products, [assignments, d_ff] each
+    x: [tokens, d_model]. gate, up: [experts, d_ff, d_model]. token: [assignments] int64, the token of each row.
+    -> silu(rows gate) * (rows up), and the two products, [assignments, d_ff] each
     """
-    outs = tuple(x.new_empty(len(token), gate.shape[1]) for _ in range(3))  # apart: two are kept, one is not
+    outs = tuple(x.new_empty(len(token), gate.shape[1]) for _ in range(3))  # separate: two are kept, one is not
     _launch(x, x, gate, up, outs, tokens_per_expert, token, None, "SWIGLU")
     return outs
 
 
 def grad_weight(grad: Tensor, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Add up the outer products of each expert's rows; zeros without a row.
+    """Sum the outer products of each expert's rows; the result is zero for an expert without rows.
 
     grad: [assignments, d_out]. rows: [assignments, d_in]. -> [experts, d_out, d_in]
     """
@@ -107,7 +110,7 @@ def grad_weight(grad: Tensor, rows: Tensor, tokens_per_expert: Tensor) -> Tensor
     allow_descriptors()
     _outer[(min(_processors(rows), tiles),)](
         grad, rows, out, ends, experts, d_out, d_in, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
-        WIDEN=rows.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
+        UPCAST=rows.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
     )
     return out
 
@@ -116,6 +119,7 @@ def _launch(
     rows: Tensor, rows2: Tensor, weight: Tensor, weight2: Tensor, outs: tuple[Tensor, ...],
     tokens_per_expert: Tensor, token: Tensor | None, scale: Tensor | None, form: str,
 ) -> None:
+    """Run `_multiply` over all tiles. outs: one buffer, or the three of SWIGLU. form: as in `_multiply`"""
     if outs[0].numel() == 0:
         return
     rows, rows2 = fitting(rows), fitting(rows2)
@@ -130,16 +134,17 @@ def _launch(
         rows, rows2, weight, weight2, *outs, _ends(tokens_per_expert), tile_ends, token, scale, len(rows), experts,
         d_out, d_in, EXPERTS=triton.next_power_of_2(experts), FORM=form, GATHER=token is not None,
         SCALE=scale is not None, ACROSS=across, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
-        FLAT=tile.flat, WIDEN=rows.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
+        FLAT=tile.flat, UPCAST=rows.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
     )
 
 
 def _ends(counts: Tensor) -> Tensor:
-    """-> a zero, then where each group ends, int32: as many rows and more would not fit into memory"""
+    """Count where each group ends, after a leading zero. -> [groups + 1] int32; more rows would not fit into memory"""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
 def _processors(x: Tensor) -> int:
+    """Count the device's multiprocessors."""
     if x.device.type == "cuda":
         return torch.cuda.get_device_properties(x.device).multi_processor_count
     return 4  # several, so that each has several tiles
@@ -151,8 +156,8 @@ def _product(a, b, total):
 
 
 @triton.jit
-def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """-> the place of a tile: those of GROUP rows of tiles follow each other, column by column"""
+def _tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Find the row and column of a tile: tiles of GROUP row tiles follow each other, column by column."""
     first_m = tile // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first_m, GROUP)
     return first_m + tile % (GROUP * tiles_n) % height, tile % (GROUP * tiles_n) // height
@@ -160,41 +165,45 @@ def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _matrices(W, experts, N, K, ACROSS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    of_expert = tl.cast(N, tl.int64) * K
+    """Describe the experts' matrices. ACROSS: rows lie along N instead of K."""
+    stride_expert = tl.cast(N, tl.int64) * K
     if ACROSS:
-        return tl.make_tensor_descriptor(W, [experts, K, N], [of_expert, N, 1], [1, BLOCK_K, BLOCK_N])
+        return tl.make_tensor_descriptor(W, [experts, K, N], [stride_expert, N, 1], [1, BLOCK_K, BLOCK_N])
     else:
-        return tl.make_tensor_descriptor(W, [experts, N, K], [of_expert, K, 1], [1, BLOCK_N, BLOCK_K])
+        return tl.make_tensor_descriptor(W, [experts, N, K], [stride_expert, K, 1], [1, BLOCK_N, BLOCK_K])
 
 
 @triton.jit
-def _load_weight(matrices, expert, n, k, ACROSS: tl.constexpr, WIDEN: tl.constexpr):
-    """-> [BLOCK_K, BLOCK_N], zeros beyond K and N"""
+def _load_weight(matrices, expert, n, k, ACROSS: tl.constexpr, UPCAST: tl.constexpr):
+    """Load a tile of one expert's matrix. -> [BLOCK_K, BLOCK_N], zeros beyond K and N"""
     if ACROSS:
         w = matrices.load([expert, k, n]).reshape(matrices.block_shape[1], matrices.block_shape[2])
     else:
         w = tl.trans(matrices.load([expert, n, k]).reshape(matrices.block_shape[1], matrices.block_shape[2]))
-    return w.to(tl.float32) if WIDEN else w
+    return w.to(tl.float32) if UPCAST else w
 
 
 @triton.jit
-def _load_rows(X, rows, start, of_x, here, k, K, GATHER: tl.constexpr, WIDEN: tl.constexpr):
-    """-> [BLOCK_M, BLOCK_K] from column k on. Those of the next group are among them, where none are stored."""
+def _load_rows(X, rows, start, offset_x, here, k, K, GATHER: tl.constexpr, UPCAST: tl.constexpr):
+    """Load rows from column k on. -> [BLOCK_M, BLOCK_K]; beyond the group, rows that the caller does not store"""
     if GATHER:
         column = k + tl.arange(0, rows.block_shape[1])
-        x = tl.load(X + of_x[:, None] + column[None, :], mask=here[:, None] & (column < K)[None, :], other=0.0)
+        x = tl.load(X + offset_x[:, None] + column[None, :], mask=here[:, None] & (column < K)[None, :], other=0.0)
     else:
         x = rows.load([start, k])
-    return x.to(tl.float32) if WIDEN else x
+    return x.to(tl.float32) if UPCAST else x
 
 
 @triton.jit
 def _multiply(
     X, X2, W, W2, Out, Out1, Out2, RowEnds, TileEnds, Token, Scale, num_rows, experts, N, K, EXPERTS: tl.constexpr,
     FORM: tl.constexpr, GATHER: tl.constexpr, SCALE: tl.constexpr, ACROSS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """FORM: ONE = x w; SUM = x w + x2 w2; SWIGLU = silu(x w) * (x w2), x w to Out1 and x w2 to Out2."""
+    """Compute tiles of a grouped product.
+
+    FORM: ONE = x w; SUM = x w + x2 w2; SWIGLU = silu(x w) * (x w2), with x w in Out1 and x w2 in Out2.
+    """
     expert_index = tl.arange(0, EXPERTS)
     ends = tl.load(TileEnds + 1 + expert_index, mask=expert_index < experts, other=2147483647)
     tiles_m, tiles_n = tl.load(TileEnds + experts), tl.cdiv(N, BLOCK_N)
@@ -203,56 +212,62 @@ def _multiply(
     matrices = _matrices(W, experts, N, K, ACROSS, BLOCK_N, BLOCK_K)
     matrices2 = _matrices(W2, experts, N, K, ACROSS, BLOCK_N, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLAT):
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP)
+        # Which rows and columns, and whose: the expert is the number of those whose tiles end before this one.
+        tile_m, tile_n = _tile_position(tile, tiles_m, tiles_n, GROUP)
         expert = tl.sum((ends <= tile_m).to(tl.int32))
         start = tl.load(RowEnds + expert) + (tile_m - tl.load(TileEnds + expert)) * BLOCK_M
         row = start + tl.arange(0, BLOCK_M)
         here = row < tl.load(RowEnds + expert + 1)
-        of_x = tl.load(Token + row, mask=here, other=0) * K if GATHER else row
+        offset_x = tl.load(Token + row, mask=here, other=0) * K if GATHER else row
+        # The products: one of x w, two of x w2 in SWIGLU, both in one in SUM.
         one = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         two = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            x = _load_rows(X, rows, start, of_x, here, k, K, GATHER, WIDEN)
-            one = _product(x, _load_weight(matrices, expert, tile_n * BLOCK_N, k, ACROSS, WIDEN), one)
+            x = _load_rows(X, rows, start, offset_x, here, k, K, GATHER, UPCAST)
+            one = _product(x, _load_weight(matrices, expert, tile_n * BLOCK_N, k, ACROSS, UPCAST), one)
             if FORM == "SWIGLU":
-                two = _product(x, _load_weight(matrices2, expert, tile_n * BLOCK_N, k, ACROSS, WIDEN), two)
+                two = _product(x, _load_weight(matrices2, expert, tile_n * BLOCK_N, k, ACROSS, UPCAST), two)
         if FORM == "SUM":
             for k in range(0, K, BLOCK_K):
-                x = _load_rows(X2, rows2, start, of_x, here, k, K, GATHER, WIDEN)
-                one = _product(x, _load_weight(matrices2, expert, tile_n * BLOCK_N, k, ACROSS, WIDEN), one)
+                x = _load_rows(X2, rows2, start, offset_x, here, k, K, GATHER, UPCAST)
+                one = _product(x, _load_weight(matrices2, expert, tile_n * BLOCK_N, k, ACROSS, UPCAST), one)
+        # Activate, scale and store.
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        of_tile = start.to(tl.int64) * N  # apart from what lies within a tile, or both take registers
-        at = tl.arange(0, BLOCK_M)[:, None] * N + n[None, :]
+        offset_tile = start.to(tl.int64) * N  # separate from the offsets within a tile, or both take registers
+        offset = tl.arange(0, BLOCK_M)[:, None] * N + n[None, :]
         mask = here[:, None] & (n < N)[None, :]
         if FORM == "SWIGLU":
             gate, up = one.to(Out.dtype.element_ty), two.to(Out.dtype.element_ty)  # as kept, which backward begins with
-            tl.store(Out1 + of_tile + at, gate, mask=mask)
-            tl.store(Out2 + of_tile + at, up, mask=mask)
+            tl.store(Out1 + offset_tile + offset, gate, mask=mask)
+            tl.store(Out2 + offset_tile + offset, up, mask=mask)
             one = gate.to(tl.float32) * tl.sigmoid(gate.to(tl.float32)) * up.to(tl.float32)
         if SCALE:
             one *= tl.load(Scale + row, mask=here, other=0.0)[:, None]
-        tl.store(Out + of_tile + at, one.to(Out.dtype.element_ty), mask=mask)
+        tl.store(Out + offset_tile + offset, one.to(Out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _outer(
     Grad, X, Out, RowEnds, experts, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, WIDEN: tl.constexpr,
+    GROUP: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """Out[expert] = Grad^T X over the expert's rows, BLOCK_K of them at a time, which end where its descriptors do."""
+    """Compute Out[expert] = Grad^T X over the expert's rows, BLOCK_K of them at a time.
+
+    Descriptors end with the expert's rows, so that what is loaded beyond is zero.
+    """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), experts * tiles_m * tiles_n, tl.num_programs(0)):
         expert = tile // (tiles_m * tiles_n)
-        tile_m, tile_n = _place(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = _tile_position(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
         end = tl.load(RowEnds + expert + 1)
         grad_rows = tl.make_tensor_descriptor(Grad, [tl.maximum(end, 1), M], [M, 1], [BLOCK_K, BLOCK_M])
         x_rows = tl.make_tensor_descriptor(X, [tl.maximum(end, 1), N], [N, 1], [BLOCK_K, BLOCK_N])
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(tl.load(RowEnds + expert), end, BLOCK_K):
             grad, x = grad_rows.load([start, tile_m * BLOCK_M]), x_rows.load([start, tile_n * BLOCK_N])
-            if WIDEN:
+            if UPCAST:
                 grad, x = grad.to(tl.float32), x.to(tl.float32)
             total = _product(tl.trans(grad), x, total)
         m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        at = Out + expert.to(tl.int64) * M * N + m[:, None].to(tl.int64) * N + n[None, :]
-        tl.store(at, total.to(Out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+        ptr_out = Out + expert.to(tl.int64) * M * N + m[:, None].to(tl.int64) * N + n[None, :]
+        tl.store(ptr_out, total.to(Out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

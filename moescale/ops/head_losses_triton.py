@@ -1,4 +1,4 @@
-"""What `head_losses` does to a chunk of logits: normalise in one pass, and turn them into their gradient.
+"""The two passes of `head_losses` over a chunk of logits: their normaliser, and their gradient in place.
 
 The normaliser is online (Milakov and Gimelshein, 2018, alg. 3): the maximum and the sum are corrected block by block.
 Letters: V tokens of the vocabulary, of which BLOCK are loaded at a time.
@@ -15,7 +15,10 @@ BLOCK = 4096
 
 
 def normalise(logits: Tensor, column: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """logits: [tokens, vocab]. column: [tokens] int64, -1 = none. -> log-normaliser, logit at the column, float32"""
+    """Compute each token's log-normaliser, and its logit at the column.
+
+    logits: [tokens, vocab]. column: [tokens] int64, -1 = none, which gives zero. -> [tokens] float32 each
+    """
     log_sum = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     chosen = torch.empty_like(log_sum)
     if len(logits):
@@ -24,12 +27,15 @@ def normalise(logits: Tensor, column: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def grad_logits(
-    logits: Tensor, column: Tensor, log_sum: Tensor, of_probs: Tensor, of_chosen: Tensor, scale: float, out: Tensor
+    logits: Tensor, column: Tensor, log_sum: Tensor, grad_probs: Tensor, grad_chosen: Tensor, scale: float, out: Tensor
 ) -> None:
-    """Put probabilities times of_probs, less of_chosen at the column, into `out`, which may be the logits."""
+    """Write probs * grad_probs, minus grad_chosen at the column, into `out`, which may be the logits.
+
+    logits, out: [tokens, vocab]. column, log_sum, grad_probs, grad_chosen: [tokens]
+    """
     if len(logits):
         _gradient[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
-            logits, column, log_sum, of_probs, of_chosen, out, logits.shape[1], scale, **_options(logits)
+            logits, column, log_sum, grad_probs, grad_chosen, out, logits.shape[1], scale, **_options(logits)
         )
 
 
@@ -56,9 +62,9 @@ def _normalise(Logits, Column, LogSum, Chosen, V, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gradient(Logits, Column, LogSum, OfProbs, OfChosen, Grad, V, scale, BLOCK: tl.constexpr):
+def _gradient(Logits, Column, LogSum, GradProbs, GradChosen, Grad, V, scale, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(Logits + row * V + column, mask=column < V, other=float("-inf")).to(tl.float32) * scale
-    grad = tl.exp(x - tl.load(LogSum + row)) * tl.load(OfProbs + row)
-    grad -= tl.where(column == tl.load(Column + row), tl.load(OfChosen + row), 0.0)
+    grad = tl.exp(x - tl.load(LogSum + row)) * tl.load(GradProbs + row)
+    grad -= tl.where(column == tl.load(Column + row), tl.load(GradChosen + row), 0.0)
     tl.store(Grad + row * V + column, grad.to(Grad.dtype.element_ty), mask=column < V)

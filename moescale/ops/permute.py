@@ -1,7 +1,7 @@
-"""Copy tokens to rows sorted by expert, and bring rows back: gathers in both directions, forward and backward.
+"""Copies tokens to rows sorted by expert, and adds rows up by token: gathers both ways, in forward and backward.
 
-Autograd's own backward of `x[token]` scatters row by row; with the inverse map at hand it is a gather and a sum over
-each token's choices, which is deterministic and many times faster.
+Autograd's own backward of `x[token]` scatters row by row. With the inverse map it is a gather and a sum over each
+token's choices, which is deterministic and many times faster.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def permute(x: Tensor, token: Tensor, row: Tensor) -> Tensor:
 
 
 def unpermute(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor) -> Tensor:
-    """Add up each token's rows, weighed; sums in float32, a token without rows gives zeros.
+    """Sum each token's weighed rows in float32; a token without rows gives zeros.
 
     rows: [assignments, d_model]. weight: [assignments] float32, None = ones. token, row: as in `permute`.
     -> [tokens, d_model] in the dtype of rows
@@ -42,24 +42,31 @@ def unpermute(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor) -
 
 
 def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Take rows in another order. order, inverse: [rows] int64, permutations of each other. -> [rows, d_model]"""
+    """Take rows in another order.
+
+    rows: [rows, d_model]. order, inverse: [rows] int64, inverse permutations of each other. -> [rows, d_model]
+    """
     return _Permute.apply(rows, order, inverse.unsqueeze(1))
 
 
 def _sum_of_rows(rows: Tensor, weight: Tensor | None, row: Tensor) -> Tensor:
-    """Sum over choices of weight * rows[row] in at least float32; weight: [tokens, choices] or None for ones."""
-    accumulate = torch.promote_types(rows.dtype, torch.float32)
+    """Sum weight * rows[row] over choices in at least float32.
+
+    rows: [assignments, d_model]. weight: [tokens, choices], None = ones. row: [tokens, choices], -1 = none.
+    -> [tokens, d_model]
+    """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     partial = len(rows) != row.numel()  # some choices have no row
     if len(rows) == 0:
-        return rows.new_zeros(row.shape[0], rows.shape[1], dtype=accumulate)
+        return rows.new_zeros(row.shape[0], rows.shape[1], dtype=dtype)
     total: Tensor | None = None
     for choice in range(row.shape[1]):
         index = row[:, choice]
         chosen = rows.index_select(0, index.clamp(min=0))  # [tokens, d_model]
         if partial:
             chosen = chosen.masked_fill_((index < 0).unsqueeze(1), 0)
-        chosen = chosen.to(accumulate)
-        factor = None if weight is None else weight[:, choice].to(accumulate).unsqueeze(1)
+        chosen = chosen.to(dtype)
+        factor = None if weight is None else weight[:, choice].to(dtype).unsqueeze(1)
         if total is None:
             total = chosen if factor is None else chosen.mul_(factor)
         elif factor is None:
@@ -96,9 +103,9 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         token, *weighed = ctx.saved_tensors
-        grad_of_row = grad.index_select(0, token)  # [assignments, d_model]
+        grad_rows = grad.index_select(0, token)  # [assignments, d_model]
         if not weighed:
-            return grad_of_row, None, None, None
+            return grad_rows, None, None, None
         weight, rows = weighed
-        grad_weight = torch.linalg.vecdot(grad_of_row.to(weight.dtype), rows.to(weight.dtype))
-        return grad_of_row * weight.unsqueeze(1).to(grad.dtype), grad_weight, None, None
+        grad_weight = torch.linalg.vecdot(grad_rows.to(weight.dtype), rows.to(weight.dtype))
+        return grad_rows * weight.unsqueeze(1).to(grad.dtype), grad_weight, None, None

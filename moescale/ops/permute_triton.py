@@ -1,6 +1,6 @@
 """Permute and unpermute as Triton kernels: gathers both ways, sums over choices in order, no atomics.
 
-Letters: D d_model, of which a program has BLOCK features of one token or row at a time.
+Letters: D d_model. A program works on BLOCK features of one token or row at a time.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ BLOCK = 1024
 
 
 def permute(x: Tensor, token: Tensor, row: Tensor) -> Tensor:
-    """As `ops.permute.permute`. -> [assignments, d_model]"""
+    """Permute as `ops.permute.permute` does. -> [assignments, d_model]"""
     return _Permute.apply(x, token, row)
 
 
 def unpermute(rows: Tensor, weight: Tensor, token: Tensor, row: Tensor) -> Tensor:
-    """As `ops.permute.unpermute`. -> [tokens, d_model]"""
+    """Unpermute as `ops.permute.unpermute` does. -> [tokens, d_model]"""
     return _Unpermute.apply(rows, weight, token, row)
 
 
 def sum_of_rows(rows: Tensor, weight: Tensor | None, row: Tensor) -> Tensor:
-    """Add up each token's rows, weighed where there is a weight, in float32. -> [tokens, d_model] like rows"""
+    """Sum each token's rows in float32, times their weights if given.
+
+    rows: [assignments, d_model]. weight: [assignments] float32, None = ones. row: [tokens, choices] int64, -1 = none.
+    -> [tokens, d_model] in the dtype of rows
+    """
     tokens, choices = row.shape
     if len(rows) == 0:
         return rows.new_zeros(tokens, rows.shape[1])
@@ -71,6 +75,7 @@ class _Unpermute(torch.autograd.Function):
 
 @triton.jit
 def _sum(Rows, Weight, Row, Out, D, CHOICES: tl.constexpr, WEIGHED: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum one token's rows, choice by choice."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -86,7 +91,7 @@ def _sum(Rows, Weight, Row, Out, D, CHOICES: tl.constexpr, WEIGHED: tl.constexpr
 
 @triton.jit
 def _spread(Grad, Rows, Weight, Token, GradRows, GradWeight, D, BLOCK: tl.constexpr):
-    """The gradients of a row, its weight times its token's, and of its weight: the product of both."""
+    """Compute a row's gradient, weight * grad of its token, and its weight's, the product of row and grad."""
     row = tl.program_id(0).to(tl.int64)
     token, weight = tl.load(Token + row), tl.load(Weight + row)
     product = tl.zeros((BLOCK,), tl.float32)

@@ -1,7 +1,7 @@
-"""Products of matrices.
+"""Products of matrices, in float32 on processors that lack bfloat16 instructions.
 
-Without instructions for bfloat16, a processor takes ten times as long for torch's product as for float32's: there, and
-only there, factors are widened first, and the result rounded as bfloat16 products are.
+There torch's bfloat16 product takes ten times as long as that of float32: there, and only there, factors are upcast
+first, and the result is rounded as bfloat16 products are.
 """
 
 from __future__ import annotations
@@ -15,28 +15,34 @@ from torch import Tensor
 from moescale.ops.device import HAS_BFLOAT16
 
 
-def widens(x: Tensor) -> bool:
-    """Say whether products of such tensors are made in float32."""
+def upcasts(x: Tensor) -> bool:
+    """Say whether products of such tensors are computed in float32."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not HAS_BFLOAT16
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, more: int = 0) -> Tensor:
-    """Write a @ b into `out`, or with more = 1 add it to what is there, also in another dtype; no autograd. -> out"""
-    if widens(a):
+def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+    """Write a @ b into `out`, or add it to what is there; `out` may have another dtype. Outside autograd.
+
+    a: [m, k]. b: [k, n]. -> out, [m, n]
+    """
+    if upcasts(a):
         a, b = a.float(), b.float()
     if out.dtype == a.dtype:
-        return torch.addmm(out, a, b, beta=more, out=out)
+        return torch.addmm(out, a, b, beta=int(accumulate), out=out)
     product = a @ b
-    return out.add_(product) if more else out.copy_(product)
+    return out.add_(product) if accumulate else out.copy_(product)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x: [..., d_in]. weight: [d_out, d_in], of the same dtype. -> [..., d_out]"""
-    return _Widened.apply(x, weight) if widens(x) else F.linear(x, weight)
+    """Multiply features by a matrix.
+
+    x: [..., d_in]. weight: [d_out, d_in], of the same dtype. -> [..., d_out]
+    """
+    return _UpcastLinear.apply(x, weight) if upcasts(x) else F.linear(x, weight)
 
 
-class _Widened(torch.autograd.Function):
-    """Nothing in float32 is kept for backward."""
+class _UpcastLinear(torch.autograd.Function):
+    """Keeps x and weight as they are for backward, and nothing in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

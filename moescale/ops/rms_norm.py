@@ -12,7 +12,7 @@ from moescale.ops.device import triton_runs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Divide each row by the root of its mean square, then scale; at least float32 inside (RMSNorm, eq. 4).
+    """Divide each row by the root of its mean square, then scale, in at least float32 (RMSNorm, eq. 4).
 
     x: [..., d_model], any floating dtype. weight: [d_model]. -> like x
     """
@@ -25,32 +25,36 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Do the same by torch's own function and autograd."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
+    """Compute the same with torch's own function and autograd."""
+    upcast_x, upcast_weight = _upcast(x, weight)
+    return F.rms_norm(upcast_x, weight.shape, upcast_weight, eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide, scale = _wide(x, weight)
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        upcast_x, upcast_weight = _upcast(x, weight)
+        squares = torch.linalg.vector_norm(upcast_x, dim=-1, keepdim=True).square_()
+        inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(scale).to(x.dtype)
+        return (upcast_x * inverse).mul_(upcast_weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        wide, scale = _wide(x, weight)
+        upcast_x, upcast_weight = _upcast(x, weight)
         d_model = x.shape[-1]
-        grad = grad.to(wide.dtype)
-        product = (grad * wide).view(-1, d_model)  # [rows, d_model]
+        grad = grad.to(upcast_x.dtype)
+        # The weight's gradient: normalised features times gradient, summed over rows.
+        product = (grad * upcast_x).view(-1, d_model)  # [rows, d_model]
         grad_weight = inverse.view(-1) @ product
-        slope = (product @ scale).view_as(inverse).mul_(inverse.pow(3)).div_(-d_model)
-        grad_x = (grad * scale).mul_(inverse).addcmul_(wide, slope)
+        # The features': through the scale, and through the row's root mean square.
+        slope = (product @ upcast_weight).view_as(inverse).mul_(inverse.pow(3)).div_(-d_model)
+        grad_x = (grad * upcast_weight).mul_(inverse).addcmul_(upcast_x, slope)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-def _wide(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _upcast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast both to at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.to(dtype), weight.to(dtype)

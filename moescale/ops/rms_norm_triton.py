@@ -1,4 +1,4 @@
-"""RMSNorm as Triton kernels: a row is read once each way; the weight's gradient is first summed by program.
+"""RMSNorm as Triton kernels: each row is read once per direction; each program sums its part of the weight's gradient.
 
 Letters: D d_model, BLOCK the power of two above it.
 """
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST = 8192  # d_model whose backward fits into registers
-PROGRAMS = 256  # of the backward pass, more than a device has processors
+LARGEST = 8192  # the largest d_model whose backward fits into registers
+PROGRAMS = 256  # of the backward pass: more than a device has processors
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `ops.rms_norm.rms_norm`; bfloat16, float16 or float32, d_model up to LARGEST. -> like x"""
+    """Normalise as `ops.rms_norm.rms_norm` does; bfloat16, float16 or float32, d_model up to LARGEST. -> like x"""
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -51,6 +51,7 @@ def _options(x: Tensor) -> dict[str, int]:
 
 @triton.jit
 def _forward(X, Weight, Out, Inverse, D, eps, BLOCK: tl.constexpr):
+    """Normalise one row, and store the inverse of its root mean square."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(X + row * D + column, mask=column < D, other=0.0).to(tl.float32)
     weight = tl.load(Weight + column, mask=column < D, other=0.0).to(tl.float32)
@@ -61,17 +62,18 @@ def _forward(X, Weight, Out, Inverse, D, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward(Grad, X, Weight, Inverse, GradX, Partial, rows, D, BLOCK: tl.constexpr):
+    """Compute the gradients of some rows, and their part of the weight's gradient."""
     column = tl.arange(0, BLOCK)
     weight = tl.load(Weight + column, mask=column < D, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = tl.cast(row, tl.int64) * D + column
-        grad = tl.load(Grad + at, mask=column < D, other=0.0).to(tl.float32)
-        normal = tl.load(X + at, mask=column < D, other=0.0).to(tl.float32)
+        offset = tl.cast(row, tl.int64) * D + column
+        grad = tl.load(Grad + offset, mask=column < D, other=0.0).to(tl.float32)
+        normal = tl.load(X + offset, mask=column < D, other=0.0).to(tl.float32)
         inverse = tl.load(Inverse + row)
         normal *= inverse
         grad_weight += grad * normal
         grad *= weight
         grad_x = (grad - normal * (tl.sum(grad * normal) / D)) * inverse
-        tl.store(GradX + at, grad_x.to(GradX.dtype.element_ty), mask=column < D)
+        tl.store(GradX + offset, grad_x.to(GradX.dtype.element_ty), mask=column < D)
     tl.store(Partial + tl.program_id(0) * D + column, grad_weight, mask=column < D)

@@ -1,4 +1,4 @@
-"""Turn pairs of features by an angle: half a head's features are paired with the other half."""
+"""Rotates pairs of features by an angle: each feature of a head's first half is paired with one of the second."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moescale.ops.device import triton_runs
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn each pair of features by its angle (RoFormer, eq. 34; halves paired as in the Hugging Face checkpoints).
+    """Rotate each pair of features by its angle (RoFormer, eq. 34; halves paired as in the Hugging Face checkpoints).
 
     x: [batch, seq, heads, head_dim]. cosine, sine: [batch, seq, 1, head_dim / 2], of one dtype with x. -> like x
     """
@@ -19,30 +19,33 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def rotate_reference(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Do the same in plain steps."""
+    """Compute the same in plain steps."""
     first, second = x.chunk(2, -1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a turn is the turn back."""
+    """A rotation, whose gradient is rotated back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _turn(x, cosine, sine, 1)
+        return _rotate(x, cosine, sine, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _turn(grad, cosine, sine, -1), None, None
+        return _rotate(grad, cosine, sine, -1), None, None
 
 
-def _turn(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
-    """Torch takes three passes over whole heads; over half heads they would be five, and slower ones in bfloat16."""
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
+    """Rotate, or back when sign is -1; x, cosine, sine: as in `rotate`. -> like x
+
+    Over whole heads torch takes three passes; over half heads they would be five, and slower ones in bfloat16.
+    """
     if triton_runs(x):
         from moescale.ops import rotary_triton
 
-        return rotary_triton.turn(x, cosine, sine, sign)
+        return rotary_triton.rotate(x, cosine, sine, sign)
     partner = x.roll(x.shape[-1] // 2, -1)  # the halves change places
     return (x * torch.cat((cosine, cosine), -1)).addcmul_(partner, torch.cat((-sine, sine), -1), value=sign)

@@ -1,4 +1,4 @@
-"""From a router's logits to its choices, weights and statistics; which rows an expert's tokens get."""
+"""Turns a router's logits into choices, weights and sums, and choices into rows sorted by expert."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from moescale.ops.device import triton_runs
 
 
 def route_reference(logits: Tensor, valid: Tensor, top_k: int, normalised: bool) -> tuple[Tensor, ...]:
-    """Choose the top_k experts of each token, the lower number among equals, with plain torch and autograd.
+    """Choose each token's top_k experts, the lower number among equals, with plain torch and autograd.
 
-    logits: [groups, tokens, experts]. valid: [groups, tokens] bool, of the tokens that statistics count.
-    normalised: weights are a softmax over the chosen (Mixtral), else probabilities (Switch Transformers).
-    -> weight: [groups, tokens, top_k]; probs: [groups, experts], summed over valid tokens; z: [groups], the squared
-    log-normaliser, summed so too; expert: [groups, tokens, top_k] int64; assignments: [groups, experts] int64, of valid
-    tokens
+    logits: [groups, tokens, experts]. valid: [groups, tokens] bool, the tokens that the sums count.
+    normalised: weights are a softmax over the chosen logits (Mixtral), otherwise probabilities (Switch Transformers).
+    -> weight: [groups, tokens, top_k]; probs: [groups, experts], summed over valid tokens; z: [groups], squared
+    log-normalisers, summed the same way; expert: [groups, tokens, top_k] int64; assignments: [groups, experts] int64,
+    those of valid tokens
     """
     probs, mask = logits.softmax(-1), valid.unsqueeze(-1)
     order = logits.sort(dim=-1, descending=True, stable=True)
@@ -28,7 +28,7 @@ def route_reference(logits: Tensor, valid: Tensor, top_k: int, normalised: bool)
 
 
 def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Number the assignments by expert, those of an expert by token.
+    """Sort the assignments by expert, and those of an expert by token.
 
     expert: [tokens, choices] int64, -1 = no row. -> order: [tokens x choices], the assignment of each row, valid up to
     the sum of the counts; row: [tokens, choices], its inverse, -1 = none; tokens_per_expert: [experts]; all int64
@@ -41,7 +41,7 @@ def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
 
 
 def rows_by_expert_reference(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the same by torch's stable sort."""
+    """Compute the same with torch's stable sort."""
     key = torch.where(expert < 0, num_experts, expert).flatten()  # what has no row sorts to the end
     order = key.argsort(stable=True)
     ends = torch.searchsorted(key[order], torch.arange(num_experts, device=key.device), right=True)

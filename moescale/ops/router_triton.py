@@ -1,9 +1,9 @@
-"""A router's choices in one pass over its logits, and the sort of rows by expert; no atomics, a fixed order of sums.
+"""A router's choices in one pass over its logits, and rows sorted by expert; no atomics, a fixed order of sums.
 
-A row of logits stays on the chip: its maximum, its normaliser and the top_k come from one load of it (Milakov and
-Gimelshein, 2018, alg. 4, with a row for a tile). What is summed over tokens is first summed by block.
+A row of logits is loaded once for its maximum, its normaliser and its top_k (Milakov and Gimelshein, 2018, alg. 4, with
+a row for a tile). Sums over tokens are first taken per block.
 
-Letters: T tokens of a block, E experts, of which a power of two are loaded, K choices.
+Letters: T tokens of a group, BLOCK of them per program; E experts, loaded as EXPERTS, a power of two; K choices.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 def route(logits: Tensor, valid: Tensor, top_k: int, normalised: bool) -> tuple[Tensor, ...]:
-    """As `ops.router.route_reference`; float32. A row without a finite logit is not allowed."""
+    """Route as `ops.router.route_reference` does, in float32. Every row of logits must have a finite one."""
     return _Route.apply(logits, valid, top_k, normalised)
 
 
 def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.router.rows_by_expert`: a counting sort in two passes."""
+    """Sort as `ops.router.rows_by_expert` does, by a counting sort in two passes."""
     flat, block = expert.contiguous().flatten(), _block(num_experts)
     blocks = triton.cdiv(len(flat), block)
     order, row = torch.empty_like(flat), torch.empty_like(flat)
@@ -31,12 +31,12 @@ def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     if blocks:
         _count[(blocks,)](flat, counts, len(flat), num_experts, **options)
         starts = (counts.flatten().cumsum(0) - counts.flatten()).contiguous()
-        _place[(blocks,)](flat, starts, order, row, len(flat), num_experts, **options)
+        _assign_rows[(blocks,)](flat, starts, order, row, len(flat), num_experts, **options)
     return order, row.view_as(expert), counts.sum(1)
 
 
 def _block(num_experts: int) -> int:
-    """-> rows of a tile that fits into registers with 4 warps"""
+    """Count the rows of a tile that fits into the registers of 4 warps."""
     return max(1, min(64, 2048 // triton.next_power_of_2(num_experts)))
 
 
@@ -88,6 +88,7 @@ def _forward(
     Logits, Valid, Weight, Expert, LogSum, Probs, Assignments, Z, T, E, K: tl.constexpr, NORMALISED: tl.constexpr,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):
+    """Route a block of tokens: choices, weights, log-normalisers, and the block's sums over valid tokens."""
     block, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token, expert = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
     row, here = group * T + token, token < T
@@ -95,9 +96,11 @@ def _forward(
                      other=float("-inf"))
     logits = tl.where(here[:, None], logits, 0.0)
     valid = tl.load(Valid + row, mask=here, other=0).to(tl.int32) != 0
+    # The normaliser of all logits.
     top = tl.max(logits, 1)
     total = tl.sum(tl.exp(logits - top[:, None]), 1)
     log_sum = top + tl.log(total)
+    # The choices, best first; each one's logit is taken out before the next.
     counts = tl.zeros((BLOCK, EXPERTS), tl.int32)
     chosen_total, rest = tl.zeros((BLOCK,), tl.float32), logits
     for choice in tl.static_range(K):
@@ -111,14 +114,15 @@ def _forward(
         tl.store(Weight + row * K + choice, tl.exp(best - (top if NORMALISED else log_sum)), mask=here)
     if NORMALISED:
         for choice in tl.static_range(K):
-            at = Weight + row * K + choice
-            tl.store(at, tl.load(at, mask=here, other=0.0) / chosen_total, mask=here)
+            ptr_weight = Weight + row * K + choice
+            tl.store(ptr_weight, tl.load(ptr_weight, mask=here, other=0.0) / chosen_total, mask=here)
     tl.store(LogSum + row, log_sum, mask=here)
+    # The block's sums over valid tokens.
     probs = tl.where(valid[:, None], tl.exp(logits - log_sum[:, None]), 0.0)
-    of_block = group * tl.num_programs(0) + block
-    tl.store(Probs + of_block * E + expert, tl.sum(probs, 0), mask=expert < E)
-    tl.store(Assignments + of_block * E + expert, tl.sum(counts, 0).to(tl.int64), mask=expert < E)
-    tl.store(Z + of_block, tl.sum(tl.where(valid, log_sum * log_sum, 0.0)))
+    block_index = group * tl.num_programs(0) + block
+    tl.store(Probs + block_index * E + expert, tl.sum(probs, 0), mask=expert < E)
+    tl.store(Assignments + block_index * E + expert, tl.sum(counts, 0).to(tl.int64), mask=expert < E)
+    tl.store(Z + block_index, tl.sum(tl.where(valid, log_sum * log_sum, 0.0)))
 
 
 @triton.jit
@@ -126,6 +130,7 @@ def _backward(
     Logits, Valid, Weight, Expert, LogSum, GradWeight, GradProbs, GradZ, Grad, T, E, K: tl.constexpr,
     NORMALISED: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):
+    """Compute the gradient of a block's logits: through weights, summed probabilities and log-normalisers."""
     group = tl.program_id(1).to(tl.int64)
     token, expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, EXPERTS)
     row, here = group * T + token, token < T
@@ -134,31 +139,32 @@ def _backward(
     log_sum = tl.load(LogSum + row, mask=here, other=0.0)
     valid = tl.load(Valid + row, mask=here, other=0).to(tl.float32)
     probs = tl.exp(logits - log_sum[:, None])
-    of_probs = tl.load(GradProbs + group * E + expert, mask=expert < E, other=0.0)[None, :] * valid[:, None]
-    of_log_sum = 2 * tl.load(GradZ + group) * log_sum * valid
-    product = tl.zeros((BLOCK,), tl.float32)  # of weights and their gradients
-    of_chosen = tl.zeros((BLOCK, EXPERTS), tl.float32)
-    chosen = tl.zeros((BLOCK, EXPERTS), tl.float32)  # weights of the chosen
+    grad_probs = tl.load(GradProbs + group * E + expert, mask=expert < E, other=0.0)[None, :] * valid[:, None]
+    grad_log_sum = 2 * tl.load(GradZ + group) * log_sum * valid
+    # The chosen experts' weights and their gradients, spread over all experts.
+    product = tl.zeros((BLOCK,), tl.float32)  # the sum of weight times gradient
+    grad_chosen = tl.zeros((BLOCK, EXPERTS), tl.float32)
+    chosen = tl.zeros((BLOCK, EXPERTS), tl.float32)
     for choice in tl.static_range(K):
         index = tl.load(Expert + row * K + choice, mask=here, other=-1)
         weight = tl.load(Weight + row * K + choice, mask=here, other=0.0)
         grad = tl.load(GradWeight + row * K + choice, mask=here, other=0.0)
         taken = expert[None, :] == index[:, None]
         product += weight * grad
-        of_chosen += tl.where(taken, grad[:, None], 0.0)
+        grad_chosen += tl.where(taken, grad[:, None], 0.0)
         chosen += tl.where(taken, weight[:, None], 0.0)
     if NORMALISED:  # a softmax over the chosen alone
-        total = chosen * (of_chosen - product[:, None])
+        grad_logits = chosen * (grad_chosen - product[:, None])
     else:
-        total = tl.zeros((BLOCK, EXPERTS), tl.float32)
-        of_probs += of_chosen
-    total += probs * (of_probs - tl.sum(probs * of_probs, 1)[:, None] + of_log_sum[:, None])
-    tl.store(Grad + row[:, None] * E + expert[None, :], total, mask=mask)
+        grad_logits = tl.zeros((BLOCK, EXPERTS), tl.float32)
+        grad_probs += grad_chosen
+    grad_logits += probs * (grad_probs - tl.sum(probs * grad_probs, 1)[:, None] + grad_log_sum[:, None])
+    tl.store(Grad + row[:, None] * E + expert[None, :], grad_logits, mask=mask)
 
 
 @triton.jit
 def _count(Expert, Counts, A, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    """How many of a block's assignments each expert has. Counts: [experts, blocks]"""
+    """Count how many of a block's assignments each expert has. Counts: [experts, blocks]"""
     block, expert = tl.program_id(0), tl.arange(0, EXPERTS)
     assignment = block * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(Expert + assignment, mask=assignment < A, other=-1)
@@ -167,13 +173,13 @@ def _count(Expert, Counts, A, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _place(Expert, Starts, Order, Row, A, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    """The row of each assignment: where its block's share of the expert begins, and those of the block before it."""
+def _assign_rows(Expert, Starts, Order, Row, A, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """Compute the row of each assignment: where the block's rows of its expert begin, plus those before it there."""
     block, expert = tl.program_id(0), tl.arange(0, EXPERTS)
     assignment = block * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(Expert + assignment, mask=assignment < A, other=-1)
-    of_expert = (chosen[:, None] == expert[None, :]).to(tl.int64)  # [BLOCK, EXPERTS]
+    taken = (chosen[:, None] == expert[None, :]).to(tl.int64)  # [BLOCK, EXPERTS]
     start = tl.load(Starts + expert * tl.num_programs(0) + block, mask=expert < E, other=0)
-    row = tl.sum(of_expert * (start[None, :] + tl.cumsum(of_expert, 0)), 1) - 1  # -1 where none is chosen
+    row = tl.sum(taken * (start[None, :] + tl.cumsum(taken, 0)), 1) - 1  # -1 where none is chosen
     tl.store(Row + assignment, row, mask=assignment < A)
     tl.store(Order + row, assignment.to(tl.int64), mask=(row >= 0) & (assignment < A))

@@ -1,4 +1,4 @@
-"""Selective scan: a linear recurrence whose step, input and output depend on the position (Mamba, alg. 2)."""
+"""The selective scan: a linear recurrence whose step, input and output depend on the position (Mamba, alg. 2)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from moescale.ops.device import triton_runs
 def selective_scan(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, positions: Tensor | None = None
 ) -> Tensor:
-    """h_t = exp(delta_t a) h_(t-1) + delta_t b_t u_t;  y_t = c_t h_t + d u_t, each channel on its own; in float32.
+    """Run the recurrence of each channel in at least float32.
 
+    h_t = exp(delta_t a) h_(t-1) + delta_t b_t u_t;  y_t = c_t h_t + d u_t
     u, delta: [batch, seq, channels]. a: [channels, d_state], below zero. b, c: [batch, seq, d_state]. d: [channels].
-    positions: [batch, seq] int64; where one is 0 a document begins, and h from zero. -> like u
+    positions: [batch, seq] int64; at 0 a document begins, and h starts from zero. -> y, like u
     """
     if triton_runs(u):
         from moescale.ops.scan_triton import selective_scan as kernel
@@ -26,14 +27,14 @@ def selective_scan(
 def selective_scan_reference(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, positions: Tensor | None = None
 ) -> Tensor:
-    """Do the same position by position, by autograd alone."""
+    """Compute the same position by position, by autograd alone."""
     dtype = torch.promote_types(u.dtype, torch.float32)
-    wide_u, delta, a, b, c, d = (x.to(dtype) for x in (u, delta, a, b, c, d))
+    upcast_u, delta, a, b, c, d = (x.to(dtype) for x in (u, delta, a, b, c, d))
     state, outs = a.new_zeros(len(u), *a.shape), []  # [batch, channels, d_state]
     for t in range(u.shape[1]):
         decay = (delta[:, t].unsqueeze(-1) * a).exp()
         if positions is not None:
             decay = decay.masked_fill((positions[:, t] == 0).view(-1, 1, 1), 0)
-        state = decay * state + (delta[:, t] * wide_u[:, t]).unsqueeze(-1) * b[:, t].unsqueeze(1)
-        outs.append((state * c[:, t].unsqueeze(1)).sum(-1) + d * wide_u[:, t])
+        state = decay * state + (delta[:, t] * upcast_u[:, t]).unsqueeze(-1) * b[:, t].unsqueeze(1)
+        outs.append((state * c[:, t].unsqueeze(1)).sum(-1) + d * upcast_u[:, t])
     return torch.stack(outs, 1).to(u.dtype) if outs else u

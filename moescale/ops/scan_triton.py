@@ -1,10 +1,10 @@
 """The selective scan as Triton kernels: a parallel scan within a chunk of positions, chunk after chunk.
 
-States never lie in memory, but for one at the beginning of each chunk; backward computes the others again from it. A
-pair (x, y) stands for h -> x h + y, and pairs compose associatively. What channels add up, b's and c's gradients, is
-first summed by block of channels, without atomics.
+Of the states only one per chunk lies in memory, that at its beginning; backward computes the others again from it. A
+pair (x, y) stands for h -> x h + y, and pairs compose associatively. The gradients of b and c, sums over channels, are
+first summed per block of channels, without atomics.
 
-Letters: L positions, of which T make a chunk; C channels, of which BLOCK a program has; N d_state.
+Letters: L positions, T of them per chunk; C channels, BLOCK of them per program; N d_state, loaded as STATES.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 def selective_scan(
     u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, positions: Tensor | None = None
 ) -> Tensor:
-    """As `ops.scan.selective_scan`; bfloat16, float16 or float32, states and sums in float32. -> like u"""
+    """Scan as `ops.scan.selective_scan` does; bfloat16, float16 or float32, states and sums in float32. -> like u"""
     return _Scan.apply(u, delta, a, b, c, d, positions)
 
 
@@ -71,22 +71,25 @@ def _options(u: Tensor, a: Tensor, positions: Tensor | None) -> dict[str, Any]:
 
 @triton.jit
 def _compose(x1, y1, x2, y2):
-    """-> the second after the first"""
+    """Compose two steps, the second after the first."""
     return x2 * x1, x2 * y1 + y2
 
 
 @triton.jit
 def _steps(U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMENTS: tl.constexpr):
-    """-> decay and input of the steps at positions t: [T, BLOCK, STATES]; nothing happens beyond the sequence."""
+    """Load the steps at positions t, which beyond the sequence change nothing.
+
+    -> decay, input: [T, BLOCK, STATES]; u, delta: [T, BLOCK]; b: [T, STATES]; all float32
+    """
     here = (t >= 0) & (t < L)
-    at = batch * L + t
+    row = batch * L + t
     mask = here[:, None] & (channel < C)[None, :]
-    u = tl.load(U + at[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    delta = tl.load(Delta + at[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(B + at[:, None] * N + state[None, :], mask=here[:, None] & (state < N)[None, :], other=0.0)
+    u = tl.load(U + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    delta = tl.load(Delta + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(B + row[:, None] * N + state[None, :], mask=here[:, None] & (state < N)[None, :], other=0.0)
     decay = tl.exp(delta[:, :, None] * a[None, :, :])
     if DOCUMENTS:
-        begins = tl.load(Positions + at, mask=here, other=1) == 0
+        begins = tl.load(Positions + row, mask=here, other=1) == 0
         decay = tl.where(begins[:, None, None], 0.0, decay)
     return decay, (delta * u)[:, :, None] * b.to(tl.float32)[:, None, :], u, delta, b.to(tl.float32)
 
@@ -96,22 +99,25 @@ def _forward(
     U, Delta, A, B, Read, D, Positions, Out, States, L, C, N, T: tl.constexpr, BLOCK: tl.constexpr,
     STATES: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):
+    """Scan some channels, chunk after chunk."""
     batch, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(L, T)
     channel, state, step = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES), tl.arange(0, T)
-    of_state, own = channel[:, None] * N + state[None, :], (channel < C)[:, None] & (state < N)[None, :]
-    a = tl.load(A + of_state, mask=own, other=0.0).to(tl.float32)
+    offset_a, inside = channel[:, None] * N + state[None, :], (channel < C)[:, None] & (state < N)[None, :]
+    a = tl.load(A + offset_a, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(D + channel, mask=channel < C, other=0.0).to(tl.float32)
     h = tl.zeros((BLOCK, STATES), tl.float32)
     for chunk in range(chunks):
-        tl.store(States + (batch * chunks + chunk) * C * N + of_state, h, mask=own)
+        # Keep the state before the chunk, then scan its steps; the first one takes that state along.
+        tl.store(States + (batch * chunks + chunk) * C * N + offset_a, h, mask=inside)
         t = chunk * T + step
         decay, taken, u, _, _ = _steps(U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMENTS)
         taken += tl.where((step == 0)[:, None, None], decay * h[None, :, :], 0.0)
         _, states = tl.associative_scan((decay, taken), 0, _compose)
-        at = batch * L + t
-        c = tl.load(Read + at[:, None] * N + state[None, :], mask=(t < L)[:, None] & (state < N)[None, :], other=0.0)
+        # Read the states out.
+        row = batch * L + t
+        c = tl.load(Read + row[:, None] * N + state[None, :], mask=(t < L)[:, None] & (state < N)[None, :], other=0.0)
         y = tl.sum(states * c.to(tl.float32)[:, None, :], 2) + d[None, :] * u
-        tl.store(Out + at[:, None] * C + channel[None, :], y.to(Out.dtype.element_ty),
+        tl.store(Out + row[:, None] * C + channel[None, :], y.to(Out.dtype.element_ty),
                  mask=(t < L)[:, None] & (channel < C)[None, :])
         h = tl.sum(tl.where((step == T - 1)[:, None, None], states, 0.0), 0)
 
@@ -121,48 +127,55 @@ def _backward(
     U, Delta, A, B, Read, D, Positions, States, Grad, GradU, GradDelta, GradA, GradB, GradC, GradD, L, C, N,
     T: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):
-    """From the last chunk to the first. grad_h_t = c_t grad_t + decay_(t+1) grad_h_(t+1): a scan the other way."""
+    """Compute all gradients of some channels, from the last chunk to the first.
+
+    grad_h_t = c_t grad_t + decay_(t+1) grad_h_(t+1): a scan in the other direction.
+    """
     batch, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(L, T)
     channel, state, step = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STATES), tl.arange(0, T)
-    of_state, own = channel[:, None] * N + state[None, :], (channel < C)[:, None] & (state < N)[None, :]
-    a = tl.load(A + of_state, mask=own, other=0.0).to(tl.float32)
+    offset_a, inside = channel[:, None] * N + state[None, :], (channel < C)[:, None] & (state < N)[None, :]
+    a = tl.load(A + offset_a, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(D + channel, mask=channel < C, other=0.0).to(tl.float32)
-    of_block = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + batch) * L
+    offset_block = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + batch) * L
     grad_a = tl.zeros((BLOCK, STATES), tl.float32)
     grad_d = tl.zeros((BLOCK,), tl.float32)
     carry = tl.zeros((BLOCK, STATES), tl.float32)  # decay times gradient of the first state of the chunk behind
     for back in range(chunks):
         chunk = chunks - 1 - back
         t = chunk * T + step
-        first = tl.load(States + (batch * chunks + chunk) * C * N + of_state, mask=own, other=0.0)
-        # States before each step: a scan over the steps before, the first of which gives what the chunk began with.
+        first = tl.load(States + (batch * chunks + chunk) * C * N + offset_a, mask=inside, other=0.0)
+        # States before each step: a scan over the steps before, where the first one is the state before the chunk.
         decay, taken, _, _, _ = _steps(U, Delta, B, Positions, t - 1, L, batch, a, channel, C, state, N, DOCUMENTS)
         taken = tl.where((step == 0)[:, None, None], first[None, :, :], taken)
         _, before = tl.associative_scan((decay, taken), 0, _compose)
         decay, taken, u, delta, b = _steps(
             U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMENTS
         )
-        at, mask = batch * L + t, (t < L)[:, None] & (channel < C)[None, :]
-        of_b = at[:, None] * N + state[None, :]
+        # The gradient of c.
+        row, mask = batch * L + t, (t < L)[:, None] & (channel < C)[None, :]
+        offset_b = row[:, None] * N + state[None, :]
         mask_b = (t < L)[:, None] & (state < N)[None, :]
-        grad = tl.load(Grad + at[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        c = tl.load(Read + of_b, mask=mask_b, other=0.0).to(tl.float32)
+        grad = tl.load(Grad + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(Read + offset_b, mask=mask_b, other=0.0).to(tl.float32)
         states = decay * before + taken
-        own_b = (of_block + t)[:, None] * N + state[None, :]
-        tl.store(GradC + own_b, tl.sum(grad[:, :, None] * states, 1), mask=mask_b)
-        of_decay = before * decay
+        offset_partial = (offset_block + t)[:, None] * N + state[None, :]
+        tl.store(GradC + offset_partial, tl.sum(grad[:, :, None] * states, 1), mask=mask_b)
+        # The gradients of the states: the scan from the end, which takes the chunk behind along.
+        grad_decay = before * decay
         after, _, _, _, _ = _steps(U, Delta, B, Positions, t + 1, L, batch, a, channel, C, state, N, DOCUMENTS)
         given = grad[:, :, None] * c[:, None, :] + tl.where((step == T - 1)[:, None, None], carry[None, :, :], 0.0)
         _, grad_h = tl.associative_scan((after, given), 0, _compose, reverse=True)
         carry = tl.sum(tl.where((step == 0)[:, None, None], decay * grad_h, 0.0), 0)
-        of_decay *= grad_h  # the gradient of delta a
-        grad_a += tl.sum(of_decay * delta[:, :, None], 0)
-        of_input = tl.sum(grad_h * b[:, None, :], 2)  # the gradient of delta u
-        tl.store(GradB + own_b, tl.sum(grad_h * (delta * u)[:, :, None], 1), mask=mask_b)
-        of_delta = tl.sum(of_decay * a[None, :, :], 2) + of_input * u
-        tl.store(GradDelta + at[:, None] * C + channel[None, :], of_delta.to(GradDelta.dtype.element_ty), mask=mask)
-        of_u = of_input * delta + d[None, :] * grad
-        tl.store(GradU + at[:, None] * C + channel[None, :], of_u.to(GradU.dtype.element_ty), mask=mask)
+        # From there to a, b, delta, u and d.
+        grad_decay *= grad_h  # the gradient of delta a
+        grad_a += tl.sum(grad_decay * delta[:, :, None], 0)
+        grad_input = tl.sum(grad_h * b[:, None, :], 2)  # the gradient of delta u
+        tl.store(GradB + offset_partial, tl.sum(grad_h * (delta * u)[:, :, None], 1), mask=mask_b)
+        offset_u = row[:, None] * C + channel[None, :]
+        grad_delta = tl.sum(grad_decay * a[None, :, :], 2) + grad_input * u
+        tl.store(GradDelta + offset_u, grad_delta.to(GradDelta.dtype.element_ty), mask=mask)
+        grad_u = grad_input * delta + d[None, :] * grad
+        tl.store(GradU + offset_u, grad_u.to(GradU.dtype.element_ty), mask=mask)
         grad_d += tl.sum(grad * u, 0)
-    tl.store(GradA + batch * C * N + of_state, grad_a, mask=own)
+    tl.store(GradA + batch * C * N + offset_a, grad_a, mask=inside)
     tl.store(GradD + batch * C + channel, grad_d, mask=channel < C)

@@ -1,4 +1,4 @@
-"""Rows sorted by expert, shared among a processor's threads and cut into blocks that the cache holds."""
+"""Cuts rows sorted by expert into equal shares for a processor's threads, and these into blocks that fit the cache."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-BLOCK_NUMBERS = 1 << 20  # of the widest features of all threads' blocks
-SLICE_NUMBERS = 1 << 17  # of those of a block's rows that are activated together
-MOST_THREADS = 4  # each sums over all tokens for itself
-FEWEST_ROWS = 4096  # of a thread; with fewer, threads wait for each other's steps in Python
-LARGEST_PRODUCT = 1 << 26  # multiplications of an expert's rows beyond which one product keeps all cores busy
+BLOCK_NUMBERS = 1 << 20  # numbers that the blocks of all threads have together, at their widest
+SLICE_NUMBERS = 1 << 17  # numbers of the rows of a block that are activated together
+MOST_THREADS = 4  # each has a sum over all tokens
+FEWEST_ROWS = 4096  # per thread; with fewer, threads wait for each other's steps in Python
+LARGEST_PRODUCT = 1 << 26  # multiplications per expert beyond which one product keeps all cores busy
 
 
 class Block(NamedTuple):
-    """Rows of one expert, counted from where their thread's begin. length: with some of those behind, rounded up.
+    """Some rows of one expert, counted from the beginning of their share.
 
-    first: of the expert in this thread. borrowed: another thread writes the gradients of the expert's weights.
+    length: size rounded up, with some of the rows behind. first: whether it is the expert's first block in this share.
+    borrowed: whether the expert begins in another share, whose thread holds the gradients of its matrices.
     """
 
     expert: int
@@ -32,83 +33,96 @@ class Block(NamedTuple):
     borrowed: bool
 
     @property
-    def own(self) -> slice:
+    def rows(self) -> slice:
+        """The rows of the block within its share."""
         return slice(self.start, self.start + self.size)
 
     @property
-    def rounded(self) -> slice:
+    def rounded_rows(self) -> slice:
+        """The same, with those behind up to `length`."""
         return slice(self.start, self.start + self.length)
 
     def slices(self, features: int) -> Iterator[tuple[slice, slice]]:
-        """Its own rows, a few at a time: where they lie within the block, and among its thread's."""
+        """Walk the rows a few at a time. -> where they lie within the block, and within the share"""
         for begin in range(0, self.size, slice_rows(features)):
             end = min(begin + slice_rows(features), self.size)
             yield slice(begin, end), slice(self.start + begin, self.start + end)
 
 
 class Share(NamedTuple):
-    """The rows that one thread takes, of experts side by side."""
+    """The rows that one thread takes, of consecutive experts, and the blocks that it cuts them into."""
 
     rows: slice
     blocks: list[Block]
 
     @property
     def longest(self) -> int:
+        """The length of the longest block, in rows."""
         return max(block.length for block in self.blocks)
 
     @property
     def length(self) -> int:
-        return max(block.rounded.stop for block in self.blocks)
+        """Rows that its blocks reach, rounded up."""
+        return max(block.rounded_rows.stop for block in self.blocks)
 
 
 def cut(sizes: list[int], d_model: int, d_ff: int, round_up: bool) -> list[Share]:
-    """Share the rows among threads, and cut each expert's into equal blocks that the cache holds.
+    """Share the rows among threads, and cut each expert's into equal blocks that fit the cache.
 
-    An expert without rows has an empty block. round_up: multiply some more rows than a block has, of few sizes.
+    sizes: rows of each expert; one without rows has an empty block. round_up: round block lengths up to few sizes.
     """
+    # How many threads, and where their shares begin: next to the end of an expert, when one is near.
     total, ends = sum(sizes), list(accumulate(sizes))
     threads = max(1, min(torch.get_num_threads(), MOST_THREADS, total // FEWEST_ROWS))
     if total // len(sizes) * d_model * d_ff > LARGEST_PRODUCT:
         threads = 1
-    most = max(256, BLOCK_NUMBERS // threads // max(d_model, d_ff))
-    cuts = [0, *(_near(total * number // threads, ends, total // threads // 16) for number in range(1, threads)), total]
-    shares = [Share(slice(*ends_of_share), []) for ends_of_share in pairwise(cuts)]
+    cuts = [0]
+    for number in range(1, threads):
+        cuts.append(_nearest_end(total * number // threads, ends, total // threads // 16))
+    cuts.append(total)
+    shares = [Share(slice(begin, end), []) for begin, end in pairwise(cuts)]
+    # Each expert's rows in each share, cut into equal blocks.
+    most = max(256, BLOCK_NUMBERS // threads // max(d_model, d_ff))  # rows of a block
     for expert, (end, size) in enumerate(zip(ends, sizes, strict=True)):
         if size == 0:
             shares[0].blocks.append(Block(expert, 0, 0, 0, first=True, borrowed=False))
             continue
         for rows, blocks in shares:
             start, stop = max(end - size, rows.start), min(end, rows.stop)
-            pieces = max(0, -(-(stop - start) // most))
-            for piece in range(pieces):
-                low, high = (start + (stop - start) * edge // pieces for edge in (piece, piece + 1))
+            count = max(0, -(-(stop - start) // most))
+            for number in range(count):
+                low = start + (stop - start) * number // count
+                high = start + (stop - start) * (number + 1) // count
                 length = _rounded(high - low) if round_up else high - low
-                blocks.append(Block(expert, low - rows.start, high - low, length, first=piece == 0,
+                blocks.append(Block(expert, low - rows.start, high - low, length, first=number == 0,
                                     borrowed=end - size < rows.start))
     return shares
 
 
-def _near(row: int, ends: list[int], most: int) -> int:
-    """-> where an expert ends, if that is not far, else the row itself"""
+def _nearest_end(row: int, ends: list[int], most: int) -> int:
+    """Find the nearest end of an expert; the row itself when that is more than `most` rows away."""
     end = min(ends, key=lambda end: abs(end - row))
     return end if abs(end - row) <= most else row
 
 
-def on_threads(take: Callable[..., None], *of_shares: Iterable[Any]) -> None:
-    """Let a thread take each share: small products beside each other keep cores busier than one by one on all."""
-    calls, threads = list(zip(*of_shares, strict=True)), torch.get_num_threads()
+def run_on_threads(run: Callable[..., None], *arguments: Iterable[Any]) -> None:
+    """Call `run` once per share, each on a thread of its own, with its element of each of the arguments.
+
+    Small products on several threads at once keep cores busier than one after another on all of them.
+    """
+    calls, threads = list(zip(*arguments, strict=True)), torch.get_num_threads()
     if len(calls) == 1:
-        take(*calls[0])
+        run(*calls[0])
         return
 
-    def alone(call: tuple[Any, ...]) -> None:
+    def run_one(call: tuple[Any, ...]) -> None:
         torch.set_num_threads(threads // len(calls))  # of this thread, and of all threads' products
         with torch.no_grad():
-            take(*call)
+            run(*call)
 
-    others = [_pool().submit(alone, call) for call in calls[1:]]
+    others = [_pool().submit(run_one, call) for call in calls[1:]]
     try:
-        alone(calls[0])
+        run_one(calls[0])
     finally:
         wait(others)
         torch.set_num_threads(threads)
@@ -126,7 +140,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def slice_rows(features: int) -> int:
-    """-> rows that steps which need no product take at a time"""
+    """Count the rows that steps without a product take at a time."""
     return max(1, SLICE_NUMBERS // features)
 
 

@@ -11,9 +11,9 @@ _MIX = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))
 
 
 def uniform(token_id: Tensor, salt: int) -> Tensor:
-    """Draw one number in [0, 1) for each token, a pure function of its token id and the salt (SplitMix64).
+    """Draw one number in [0, 1) per token, a pure function of its token id and the salt (SplitMix64).
 
-    token_id: [...] int64. salt: tells apart runs, layers and purposes. -> [...] float32
+    token_id: [...] int64. salt: differs between runs, layers and purposes. -> [...] float32
     """
     offset = (salt * _SALT + 2**63) % 2**64 - 2**63  # wrapped to a signed 64-bit number
     bits = (token_id + offset) * _INCREMENT
@@ -23,6 +23,9 @@ def uniform(token_id: Tensor, salt: int) -> Tensor:
 
 
 def uniform_features(token_id: Tensor, salt: int, num_features: int) -> Tensor:
-    """Draw `num_features` numbers in [0, 1) for each token. token_id: [...] int64. -> [..., num_features] float32"""
+    """Draw `num_features` numbers in [0, 1) per token.
+
+    token_id: [...] int64. salt: as in `uniform`. -> [..., num_features] float32
+    """
     feature = torch.arange(num_features, device=token_id.device)
     return uniform(token_id.unsqueeze(-1) * num_features + feature, salt)
