@@ -1,4 +1,4 @@
-"""The command line: `moescale train | config | generate | evaluate | verify | convert | report | dashboard`."""
+"""The command line: `moescale train | config | generate | evaluate | verify | convert | edit | report | dashboard`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,8 @@ from moescale.config import (
 )
 
 TAKES_OVERRIDES = {"ignore_unknown_options": True}  # `--optim.lr=1` comes in, and is told how it is written
+EDITS = ("--upcycle", "--granularity", "--top-k", "--experts", "--noise", "--drop-experts", "--merge-experts",
+         "--place-experts", "--load")  # of moescale edit, which earlier versions took at moescale convert
 BROKEN_PIPE_STATUS = 141  # as of a command whose reader is gone: 128 + SIGPIPE
 
 app = typer.Typer(
@@ -285,16 +287,7 @@ def convert(
     verify: Annotated[bool, typer.Option("--verify", help="Run both models on the same tokens first.")] = False,
     inspect: Annotated[bool, typer.Option("--inspect", help="Print what SOURCE holds, and write nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="With --inspect: as JSON.")] = False,
-    upcycle: Annotated[int | None, typer.Option(min=1, help="Make a dense model one of so many experts.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="With --upcycle; 2 copies if not given.")] = None,
-    granularity: Annotated[int, typer.Option(min=1, help="With --upcycle: parts that a copy is cut into.")] = 1,
-    noise: Annotated[float, typer.Option(min=0, help="Added to copies, over each matrix's deviation.")] = 0.0,
-    experts: Annotated[int | None, typer.Option(min=1, help="Copy experts up to so many; logits stay.")] = None,
-    drop_experts: Annotated[int | None, typer.Option(min=1, help="Leave out so many of the idlest.")] = None,
-    merge_experts: Annotated[int | None, typer.Option(min=1, help="Merge so many of the idlest into others.")] = None,
-    place_experts: Annotated[int | None, typer.Option(
-        min=1, metavar="EP", help="Renumber experts so that EP ranks have equal loads.")] = None,
-    load: Annotated[Path | None, typer.Option(help="The run that measured the loads; SOURCE, if not given.")] = None,
+    moved: Annotated[list[str] | None, typer.Option(*EDITS, hidden=True)] = None,
 ) -> None:
     """Write a checkpoint in another format, whole or not at all.
 
@@ -310,24 +303,65 @@ def convert(
     the end stands a fingerprint of each layer and expert: two checkpoints are
     the same model if theirs are equal, in whatever format.
     """
-    with _one_line_errors(source, destination, load, stopped="stopped; the same command goes on from here"):
+    with _one_line_errors(source, destination, stopped="stopped; the same command goes on from here"):
         from moescale.convert import command
         from moescale.convert.mapping.mapped import Layout
 
+        if moved:
+            raise ConfigError("moescale edit SOURCE DESTINATION changes the experts: write the option there")
         if inspect:
             command.inspect(source, json)
             return
         if destination is None or to is None:
             raise ConfigError("write moescale convert SOURCE DESTINATION --to FORMAT, or --inspect SOURCE")
-        compare: command.Compare | None = None
-        if verify:
-            from moescale.verify.conversion import compare_models
+        layout = Layout(ep, tp, pp, etp, style)
+        command.run(source, destination, to, layout, dtype, _comparison(verify))
 
-            compare = compare_models
-        command.run(source, destination, command.Options(
-            to, Layout(ep, tp, pp, etp, style), dtype, upcycle, top_k, granularity, noise, experts, drop_experts,
-            merge_experts, place_experts, load,
-        ), compare)
+
+@app.command(no_args_is_help=True)
+def edit(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of any known format, or a run directory.")],
+    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    upcycle: Annotated[int | None, typer.Option(min=1, help="Make a dense model one of so many experts.")] = None,
+    granularity: Annotated[int, typer.Option(min=1, help="With --upcycle: parts that a copy is cut into.")] = 1,
+    top_k: Annotated[int | None, typer.Option(min=1, help="With --upcycle; 2 copies if not given.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Copy experts up to so many; logits stay.")] = None,
+    noise: Annotated[float, typer.Option(min=0, help="Added to copies, over each matrix's deviation.")] = 0.0,
+    drop_experts: Annotated[int | None, typer.Option(min=1, help="Leave out so many of the idlest.")] = None,
+    merge_experts: Annotated[int | None, typer.Option(min=1, help="Merge so many of the idlest into others.")] = None,
+    place_experts: Annotated[int | None, typer.Option(
+        min=1, metavar="EP", help="Renumber experts so that EP ranks have equal loads.")] = None,
+    load: Annotated[Path | None, typer.Option(help="The run that measured the loads; SOURCE, if not given.")] = None,
+    to: Annotated[str | None, typer.Option(help="moescale, hf, megatron or deepspeed; SOURCE's, if not given.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Run both models on the same tokens first.")] = False,
+) -> None:
+    """Write a checkpoint with other experts: more of them, fewer, or in another order.
+
+    moescale edit dense mixture --upcycle 8 --verify
+
+    moescale edit runs/quickstart runs/smaller --drop-experts 2
+
+    moescale edit runs/quickstart runs/placed --place-experts 4
+
+    One change at a time, written whole or not at all. The run's
+    metrics.jsonl says which experts are idle and which are busy. The files
+    are for one rank: moescale convert cuts them for more.
+    """
+    with _one_line_errors(source, destination, load, stopped="stopped; the same command goes on from here"):
+        from moescale.convert import edit_command
+
+        options = edit_command.Options(upcycle, granularity, top_k, experts, noise, drop_experts, merge_experts,
+                                       place_experts, load)
+        edit_command.run(source, destination, to, options, _comparison(verify))
+
+
+def _comparison(wanted: bool) -> Callable[..., str] | None:
+    """Find what runs both models of a conversion, if it is wanted."""
+    if not wanted:
+        return None
+    from moescale.verify.conversion import compare_models
+
+    return compare_models
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -78,13 +78,15 @@ class Recipe:
 class Change:
     """Another model than the source's: its configuration, and a recipe for each of its native tensors.
 
-    files: texts to put beside it.
+    name: tells it from other changes. keeps_logits: whether it computes what the source does. files: texts to put
+    beside it.
     """
 
     config: Config
     recipes: Mapping[str, Recipe]
-    files: Mapping[str, str]
     name: str
+    keeps_logits: bool
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,7 @@ def test_placed_experts_compute_the_same(tmp_path: Path) -> None:
     config = make_config(moe={"router": "sigmoid_bias", "num_expert_groups": 2, "top_k_groups": 1})
     run = write_run(tmp_path / "run", config, optimizer=True)
     write_loads(run, {0: [90, 80, 70, 1, 2, 3, 4, 5, 6, 7, 8, 9], 1: list(range(12))})
-    result = CliRunner().invoke(app, ["convert", str(run), str(tmp_path / "there"), "--to", "moescale", "--verify",
-                                      "--place-experts", "4"])
+    result = CliRunner().invoke(app, ["edit", str(run), str(tmp_path / "there"), "--verify", "--place-experts", "4"])
     assert result.exit_code == 0, result.output
     assert "busiest rank before" in result.output
     assert torch.allclose(logits(tmp_path / "there"), logits(run), rtol=0, atol=1e-5)
@@ -160,3 +159,31 @@ def test_permutation_takes_the_optimizer_along(tmp_path: Path) -> None:
             assert torch.equal(after[f"{name}experts.{part}.{new}"], before[f"{name}experts.{part}.{old}"])
         assert torch.equal(after[f"{name}router.weight"][new], before[f"{name}router.weight"][old])
     assert torch.equal(after["optim.exp_avg.norm.weight"], before["optim.exp_avg.norm.weight"])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """It keeps the source's format, or takes --to; what it does not take together is one line; convert points to it."""
+    run = write_run(tmp_path / "run", make_config({**DENSE, "window": None}))
+    plain = CliRunner()
+
+    def call(*words: object, status: int = 0) -> str:
+        result = plain.invoke(app, [*map(str, words)])
+        assert result.exit_code == status, result.output
+        assert status == 0 or len(result.output.splitlines()) == 1
+        return result.output
+
+    output = call("edit", run, tmp_path / "hf", "--upcycle", 4, "--granularity", 2, "--to", "hf", "--verify")
+    assert "largest difference of the logits" in output
+    call("edit", tmp_path / "hf", tmp_path / "more", "--experts", 8, "--noise", 0.1, "--verify")
+    opened = open_source(tmp_path / "more")
+    assert (opened.format, opened.config.moe.num_experts, opened.config.moe.d_ff) == ("hf", 8, 16)
+    there = tmp_path / "there"
+    assert "one change of the experts: --upcycle or --experts" in call(
+        "edit", run, there, "--upcycle", 4, "--experts", 8, status=2)
+    assert "--place-experts" in call("edit", run, there, "--noise", 0.1, status=2)
+    assert "--noise is for" in call("edit", run, there, "--drop-experts", 2, "--noise", 0.1, status=2)
+    assert "--top-k are for --upcycle" in call("edit", run, there, "--experts", 8, "--top-k", 4, status=2)
+    assert "--load is for" in call("edit", run, there, "--experts", 8, "--load", run, status=2)
+    assert "--to pickles is no format" in call("edit", run, there, "--experts", 8, "--to", "pickles", status=2)
+    assert "moescale edit" in call("convert", run, there, "--to", "hf", "--drop-experts", 2, status=2)
+    assert not there.exists()

@@ -323,8 +323,8 @@ def test_a_checkpoint_with_weights_that_are_no_numbers_is_refused(
     assert run.train("run.steps=8")[0] == 0
 
 
-def convert(*words: str) -> None:
-    result = CliRunner().invoke(app, ["convert", *words])
+def call(*words: str) -> None:
+    result = CliRunner().invoke(app, [*words])
     assert result.exit_code == 0, result.output
 
 
@@ -334,7 +334,7 @@ def weights(checkpoint: str) -> dict[str, torch.Tensor]:
 
 
 def test_converted_weights_begin_anew_in_their_own_folder(run: Started, numbers: list[int]) -> None:
-    convert("run", "made", "--to", "moescale", "--experts", "8")
+    call("edit", "run", "made", "--experts", "8")
     status, said = run.train("run.steps=5", "run.dir=tuned", config="made/config.yaml")
     assert status == 2
     assert "random" in said, "not a new model in another folder"
@@ -361,7 +361,7 @@ def test_converted_weights_begin_anew_in_their_own_folder(run: Started, numbers:
 
 
 def test_converted_with_its_optimizer_a_run_goes_on(run: Started, numbers: list[int]) -> None:
-    convert("run", "made", "--to", "moescale", "--place-experts", "2")
+    call("edit", "run", "made", "--place-experts", "2")
     status, said = run.train("run.steps=8", config="made/config.yaml")
     assert status == 0, said
     assert "going on from made/checkpoints/step_00000006" in said
@@ -374,8 +374,8 @@ def test_converted_weights_find_their_tokenizer(
 ) -> None:
     run = copied(with_tokenizer, tmp_path / "here")
     monkeypatch.chdir(run.folder)
-    convert("run", "exported", "--to", "megatron", "--style", "torch_dist")
-    convert("exported", "made", "--to", "moescale")
+    call("convert", "run", "exported", "--to", "megatron", "--style", "torch_dist")
+    call("convert", "exported", "made", "--to", "moescale")
     write_tokenizer(Path("tokenizer.json"), 1)  # another one, in the working directory
     new = ["data.files=[text/*.txt]", "data.cache_dir=cache", "data.seq_len=16", "data.global_batch=2", "run.steps=1"]
     status, said = run.train(*new, config="made/config.yaml")

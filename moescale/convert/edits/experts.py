@@ -45,7 +45,7 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
             recipes[name] = Recipe((), _random_rows(shape, parts, name))
         else:
             recipes[name] = Recipe((name,))
-    return Change(changed, recipes, {}, f"upcycle {num_experts} {top_k} {parts} {noise}")
+    return Change(changed, recipes, f"upcycle {num_experts} {top_k} {parts} {noise}", noise == 0)
 
 
 def _with(config: Config, **groups: Mapping[str, Any]) -> Config:
@@ -115,7 +115,7 @@ def replicate(opened: Opened, num_experts: int, noise: float) -> Change:
             recipes[name] = Recipe((name,), lambda tensors: next(tensors).repeat_interleave(copies, 0))
         else:
             recipes[name] = Recipe((name,))
-    return Change(changed, recipes, {}, f"experts {num_experts} {noise}")
+    return Change(changed, recipes, f"experts {num_experts} {noise}", noise == 0)
 
 
 def _scaled(scale: int) -> Callable[[Iterator[Tensor]], Tensor]:
@@ -154,7 +154,7 @@ def reduce(opened: Opened, loads: Mapping[int, Sequence[int]], number: int, *, m
             recipes[name] = Recipe((name,), _rows(sources[layer], loads[layer]))
         else:
             recipes[name] = Recipe((name,))
-    return Change(changed, recipes, {}, f"{option} {number} {dict(loads)}")
+    return Change(changed, recipes, f"{option} {number} {dict(loads)}", keeps_logits=False)
 
 
 def _sources(opened: Opened, layer: int, counts: Sequence[int], left: int, merge: bool) -> list[list[int]]:
@@ -206,7 +206,7 @@ def permute(opened: Opened, orders: Mapping[int, Sequence[int]], files: Mapping[
             recipes[name] = Recipe((name,), _picked(orders[layer]))
         else:
             recipes[name] = Recipe((name,))
-    return Change(opened.config, recipes, files, f"place {dict(orders)}")
+    return Change(opened.config, recipes, f"place {dict(orders)}", keeps_logits=True, files=files)
 
 
 def _picked(order: Sequence[int]) -> Callable[[Iterator[Tensor]], Tensor]:
