@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moescale"
 MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
-    "errors": set(), "files": set(), "config": {"files"}, "comm": set(), "ops": {"comm"},
+    "errors": set(), "files": set(), "spec": set(), "config": {"files", "spec"}, "comm": set(), "ops": {"comm"},
     "data": {"config", "files"}, "optim": {"comm", "config"}, "layers": {"comm", "ops"},
     "mixers": {"comm", "layers", "ops"}, "moe": {"comm", "layers", "ops"},
     "model": {"comm", "config", "layers", "mixers", "moe", "ops"},

@@ -7,12 +7,8 @@ group starts.
 
 from moescale.config.describe import describe, differing_keys, written
 from moescale.config.groups import (
-    SIGMOID_BIAS_KEYS,
     CheckpointConfig,
     DataConfig,
-    LayerConfig,
-    ModelConfig,
-    MoEConfig,
     MonitorConfig,
     OptimConfig,
     ParallelConfig,
@@ -33,6 +29,8 @@ from moescale.errors import (
     is_of_lost_ranks,
     memory_asked,
 )
+from moescale.spec.model import LayerConfig, ModelConfig
+from moescale.spec.moe import SIGMOID_BIAS_KEYS, MoEConfig
 
 __all__ = [
     "SIGMOID_BIAS_KEYS",

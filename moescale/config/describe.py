@@ -10,9 +10,9 @@ from typing import Any
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from moescale.config.groups import Group
 from moescale.config.run import Config
 from moescale.config.values import group, words
+from moescale.spec.group import Group
 
 BOUNDS = ((Ge, "ge", "from"), (Gt, "gt", "above"), (Le, "le", "to"), (Lt, "lt", "below"))
 

@@ -11,9 +11,6 @@ from pydantic import Field, model_validator
 from moescale.config.groups import (
     CheckpointConfig,
     DataConfig,
-    Group,
-    ModelConfig,
-    MoEConfig,
     MonitorConfig,
     OptimConfig,
     ParallelConfig,
@@ -22,6 +19,11 @@ from moescale.config.groups import (
 )
 from moescale.config.layout import settle
 from moescale.errors import refuse
+from moescale.spec.attention import AttentionConfig
+from moescale.spec.feed_forward import FeedForwardConfig
+from moescale.spec.group import Group
+from moescale.spec.model import Layer, ModelConfig
+from moescale.spec.moe import MoEConfig
 
 MOST_EXPERTS = 1_000_000  # of all layers
 
@@ -36,6 +38,16 @@ class Config(Group):
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers of the model, each with the keys of its own kinds."""
+        model = self.model
+        attention = AttentionConfig(
+            num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, window=model.window,
+            positions=model.positions, rope_theta=model.rope_theta)
+        dense = FeedForwardConfig(d_ff=model.d_ff, activation=model.activation)
+        return tuple(Layer(attention, self.moe if layer.channel_mixer == "moe" else dense) for layer in model.layers)
 
     @property
     def num_moe_layers(self) -> int:

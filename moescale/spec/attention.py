@@ -1,0 +1,59 @@
+"""Attention: its keys, and the weights of one layer."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from moescale.errors import divisors, refuse
+from moescale.spec.group import Group
+from moescale.spec.weights import Weight, matrix
+
+
+class AttentionConfig(Group):
+    num_heads: int = Field(8, ge=1)
+    """Query heads of attention."""
+    num_kv_heads: int = Field(2, ge=1)
+    """Key and value heads of attention, each shared by as many query heads."""
+    head_dim: int = Field(32, ge=2)
+    """Features of one head."""
+    window: int | None = Field(None)
+    """Positions that a query sees, itself included; null is all before it."""
+    positions: Literal["rope", "alibi", "none"] = "rope"
+    """How attention knows the order: rotated queries and keys, biases by distance, or not at all."""
+    rope_theta: float = Field(10000.0, gt=1)
+    """Base of the wavelengths of rope: larger for longer contexts."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse(self.num_heads % self.num_kv_heads != 0,
+               f"attention.num_kv_heads={self.num_kv_heads} must divide attention.num_heads={self.num_heads}: "
+               f"use {divisors(self.num_heads)}")
+        refuse(self.window is not None and self.window < 1,
+               f"attention.window={self.window} must be at least 1 (a query sees itself): "
+               "write null for attention to all positions before it")
+        refuse(self.positions == "rope" and self.head_dim % 2 != 0,
+               f"attention.head_dim={self.head_dim} must be even for rope: use {self.head_dim + 1}")
+        return self
+
+    def weights(self, d_model: int, init: str) -> tuple[Weight, ...]:
+        """Describe the matrices of queries, keys, values and outputs."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return (
+            matrix("q", (q, d_model), ("heads", "d_model"), "heads", init),
+            matrix("k", (kv, d_model), ("kv_heads", "d_model"), "kv_heads", init),
+            matrix("v", (kv, d_model), ("kv_heads", "d_model"), "kv_heads", init),
+            matrix("o", (d_model, q), ("d_model", "heads"), "heads", init),
+        )
+
+    def flops_per_token(self, d_model: int, context: int) -> int:
+        """Count the forward pass of one token: its matrices, and the scores and sums over the positions it sees."""
+        seen = min(self.window or context, context)
+        products = 2 * sum(weight.size for weight in self.weights(d_model, "normal"))
+        return products + 4 * self.num_heads * self.head_dim * seen
+
+    def state_bytes(self, batch: int, length: int, itemsize: int) -> int:
+        """Count the keys and values that generation keeps of the positions that a query may see."""
+        kept = min(self.window or length, length)
+        return 2 * batch * kept * self.num_kv_heads * self.head_dim * itemsize

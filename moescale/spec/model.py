@@ -1,0 +1,140 @@
+"""A model: its keys, the kinds of its layers, and all its weights by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, Self
+
+from pydantic import Field, model_validator
+
+from moescale.errors import check_width, divisors, refuse
+from moescale.spec.attention import AttentionConfig
+from moescale.spec.feed_forward import Activation, FeedForwardConfig
+from moescale.spec.group import Group
+from moescale.spec.moe import MoEConfig
+from moescale.spec.weights import Init, Weight, below, initial, norm
+
+
+class LayerConfig(Group):
+    """One entry of `model.pattern`: what mixes tokens, what mixes features."""
+
+    mixer: Literal["attention"] = "attention"
+    """What mixes the positions of a sequence."""
+    channel_mixer: Literal["feed_forward", "moe"] = "moe"
+    """What mixes the features of a position: one feed-forward, or a mixture of experts."""
+
+
+class ModelConfig(Group):
+    vocab_size: int = Field(384, ge=2)
+    """Rows of the embedding and the head: at least as many as the tokenizer has tokens."""
+    d_model: int = Field(256, ge=8)
+    """Features of a position between the layers."""
+    num_layers: int = Field(4, ge=1, le=10_000)
+    """Layers, each with one mixer and one channel mixer."""
+    num_heads: int = Field(8, ge=1)
+    """Query heads of attention."""
+    num_kv_heads: int = Field(2, ge=1)
+    """Key and value heads of attention, each shared by as many query heads."""
+    head_dim: int = Field(32, ge=2)
+    """Features of one head."""
+    d_ff: int = Field(1024, ge=8)
+    """Hidden features of a dense feed-forward."""
+    activation: Activation = "swiglu"
+    """The nonlinearity of a dense feed-forward; swiglu and geglu have a gate."""
+    window: int | None = Field(None)
+    """Positions that a query sees, itself included; null is all before it."""
+    positions: Literal["rope", "alibi", "none"] = "rope"
+    """How attention knows the order: rotated queries and keys, biases by distance, or not at all."""
+    rope_theta: float = Field(10000.0, gt=1)
+    """Base of the wavelengths of rope: larger for longer contexts."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """How features are normalized before each mixer."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square in a norm, so that nothing is divided by zero."""
+    block: Literal["serial", "parallel"] = "serial"
+    """`serial` has a norm before each mixer; `parallel` one norm for both, side by side (PaLM)."""
+    tied_embeddings: bool = False
+    """Whether the head's weight is the embedding's."""
+    scale_logits: bool = False
+    """Whether logits are divided by sqrt(d_model), as T5 and PaLM do with tied embeddings."""
+    init: Literal["normal", "fan_in", "switch"] = "normal"
+    """Deviation of the first weights: 0.02; 1/sqrt(fan in) (PaLM); a truncated one (Switch)."""
+    z_loss_coefficient: float = Field(0.0, ge=0)
+    """Weight of the squared log-normalizer of the output softmax in the loss (PaLM: 1e-4)."""
+    pattern: tuple[LayerConfig, ...] = (LayerConfig(),)
+    """The kinds of layers, repeated over num_layers."""
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """The pattern tiled over all layers."""
+        return tuple(self.pattern[index % len(self.pattern)] for index in range(self.num_layers))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse(self.num_heads % self.num_kv_heads != 0,
+                f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}: "
+                f"use {divisors(self.num_heads)}")
+        refuse(self.window is not None and self.window < 1,
+                f"model.window={self.window} must be at least 1 (a query sees itself): "
+                "write null for attention to all positions before it")
+        refuse(self.positions == "rope" and self.head_dim % 2 != 0,
+                f"model.head_dim={self.head_dim} must be even for rope: use {self.head_dim + 1}")
+        for key in ("d_model", "d_ff"):
+            check_width(f"model.{key}", getattr(self, key))
+        refuse(not self.pattern, "model.pattern is empty: write at least one layer, e.g. [{channel_mixer: moe}]")
+        return self
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block of a model: the keys of its mixer and of its channel mixer."""
+
+    mixer: AttentionConfig
+    channel_mixer: FeedForwardConfig | MoEConfig
+
+
+class Described(Protocol):
+    """What a description needs of a run's configuration."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model described: `describe` makes it."""
+
+    model: ModelConfig
+    layers: tuple[Layer, ...]
+
+    def layer_weights(self, index: int) -> tuple[Weight, ...]:
+        """Describe the weights of one layer, named from its block on."""
+        model, layer = self.model, self.layers[index]
+        channel_norm = () if model.block == "parallel" else (norm("channel_norm", model.d_model),)
+        return (
+            norm("mixer_norm", model.d_model), *below("mixer", layer.mixer.weights(model.d_model, model.init)),
+            *channel_norm, *below("channel_mixer", layer.channel_mixer.weights(model.d_model, model.init)),
+        )
+
+    def weights(self) -> tuple[Weight, ...]:
+        """Describe all weights, each by its full name; a tied embedding, which is the head too, once."""
+        model = self.model
+        first = Init("normal", 0.02 if model.init == "normal" else 1.0)
+        embedding = replace(self._rows("embedding", first), decays=False)
+        blocks = [weight for index in range(len(self.layers))
+                  for weight in below("blocks", below(str(index), self.layer_weights(index)))]
+        head = () if model.tied_embeddings else (self._rows("head", initial(model.init, model.d_model)),)
+        return (embedding, *blocks, norm("norm", model.d_model), *head)
+
+    def _rows(self, name: str, init: Init) -> Weight:
+        """Describe a matrix with a row for each token of the vocabulary."""
+        shape = self.model.vocab_size, self.model.d_model
+        return Weight((name, "weight"), shape, ("vocab", "d_model"), "vocab", "dense", init)
+
+
+def describe(config: Described) -> ModelSpec:
+    """Describe the model of a run."""
+    return ModelSpec(config.model, config.layers)

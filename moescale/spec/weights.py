@@ -1,0 +1,73 @@
+"""What a weight is: its name, its shape, how it is cut over ranks, how it starts. No tensor is needed to say it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+View = Literal["dense", "shared", "sparse"]
+
+
+@dataclass(frozen=True)
+class Init:
+    """The first values of a weight: constants, or draws from a normal distribution of deviation `std`.
+
+    A truncated one is cut at two of its deviations.
+    """
+
+    kind: Literal["zeros", "ones", "normal", "truncated_normal"]
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a model, or of a part of it, whole as on one process.
+
+    name: the path of modules to it and its own name; joined with dots where files and torch need a text.
+    dims: a word for each dim of the shape. cut: the dim that tensor parallelism cuts, or expert-tensor parallelism
+    where the weight belongs to experts; None where ranks of both have all of it. view: which ranks meet other tokens
+    with it, and so add up its gradient: those of the mesh's dense, shared or sparse view. decays: whether weight decay
+    pulls at it. learns: whether it has a gradient; a buffer, such as an expert's bias, has none.
+    """
+
+    name: tuple[str, ...]
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    cut: str | None
+    view: View
+    init: Init
+    decays: bool = True
+    learns: bool = True
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+def below(name: str, weights: Iterable[Weight]) -> tuple[Weight, ...]:
+    """Name the weights of a part from one module above it."""
+    return tuple(replace(weight, name=(name, *weight.name)) for weight in weights)
+
+
+def initial(init: str, fan_in: int) -> Init:
+    """Say how a matrix of `fan_in` input features starts under `model.init`."""
+    if init == "normal":
+        return Init("normal", 0.02)
+    if init == "fan_in":
+        return Init("normal", fan_in**-0.5)  # PaLM, sec. 2
+    return Init("truncated_normal", math.sqrt(0.1 / fan_in))  # a tenth of the usual variance (Switch, table 3)
+
+
+def matrix(
+    name: str, shape: tuple[int, int], dims: tuple[str, str], cut: str | None, init: str, view: View = "dense"
+) -> Weight:
+    """Describe the matrix of a linear layer. shape: outputs, inputs."""
+    return Weight((name, "weight"), shape, dims, cut, view, initial(init, shape[1]))
+
+
+def norm(name: str, d_model: int) -> Weight:
+    """Describe the scale of a norm."""
+    return Weight((name, "weight"), (d_model,), ("d_model",), None, "shared", Init("ones"), decays=False)

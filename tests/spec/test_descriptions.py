@@ -1,0 +1,76 @@
+"""What a description says of a model is what the module is: names, shapes, first values, decay, FLOPs."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from moescale.config import Config, load_config, parse_config
+from moescale.model.build import build_model
+from moescale.optim.optimizer import build_optimizer
+from moescale.spec.model import describe
+from moescale.spec.weights import Weight
+
+CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
+SMALL = {"vocab_size": 40, "d_model": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 24}
+MIXED = [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]
+KINDS: dict[str, dict[str, Any]] = {
+    f"{block}, {norm}, {activation}, {init}{', tied' if tied else ''}": {
+        "model": {**SMALL, "block": block, "norm": norm, "activation": activation, "init": init, "pattern": MIXED,
+                  "tied_embeddings": tied},
+        "moe": {"num_experts": 4, "d_ff": 8, "activation": activation, "num_shared_experts": 2 if tied else 0}}
+    for (block, norm, tied), (activation, init) in itertools.product(
+        [("serial", "rmsnorm", False), ("parallel", "layernorm", True)],
+        [("swiglu", "normal"), ("geglu", "fan_in"), ("gelu", "switch"), ("relu", "normal")])
+}
+KINDS["sigmoid_bias"] = {"model": SMALL, "moe": {"router": "sigmoid_bias", "num_experts": 4, "d_ff": 8}}
+
+
+def check(config: Config, model: nn.Module) -> None:
+    """Hold names and shapes to the module's parameters and buffers, and decay to the optimizer's groups."""
+    described: dict[str, Weight] = {".".join(weight.name): weight for weight in describe(config).weights()}
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == {
+        name: weight.shape for name, weight in described.items()}
+    parameters = dict(model.named_parameters())
+    assert set(parameters) == {name for name, weight in described.items() if weight.learns}
+    decaying = {id(parameter) for group in build_optimizer(model, config.optim).param_groups
+                if group["weight_decay"] > 0 for parameter in group["params"]}
+    assert {name for name, parameter in parameters.items() if id(parameter) in decaying} == {
+        name for name, weight in described.items() if weight.decays and weight.learns}
+    for weight in described.values():
+        assert len(weight.dims) == len(weight.shape)
+        assert weight.cut is None or weight.cut in weight.dims
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_description_is_its_module(path: Path) -> None:
+    config = load_config(path, ["model.num_layers=2", "optim.weight_decay=0.1"])
+    check(config, build_model(config))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_description_counts_what_the_module_computes(kind: dict[str, Any]) -> None:
+    config = parse_config({**kind, "data": {"tokenizer": "none.json"}}, "test")
+    model = build_model(config, "cpu")
+    check(config, model)
+    tokens = torch.zeros(1, 6, dtype=torch.int64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for index, layer in enumerate(config.layers):
+            block = model.blocks[str(index)]
+            x = torch.zeros(1, 6, 16)
+            for part, of_part in ((block.mixer, layer.mixer), (block.channel_mixer, layer.channel_mixer)):
+                with FlopCounterMode(display=False) as counter:
+                    part(x, tokens)
+                scores = 4 * 32 * 6 if part is block.mixer else 0  # of which kernels count other shares
+                products = of_part.flops_per_token(16, 6) - scores
+                counted = counter.get_flop_counts()["Global"]
+                matrices = sum(n for operation, n in counted.items() if "mm" in str(operation))
+                assert matrices in (6 * products, 6 * (products + scores))
