@@ -9,39 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from torch import Tensor
 
-from moescale.checkpoint.strided_view import Chunk, Shape, Stored, read_region, write_region
+from moescale.checkpoint.strided_view import Chunk, Shape, Stored
 from moescale.config import Config, ConfigError
 from moescale.convert.companions import with_companions, write_companions
 from moescale.convert.containers import Sizes
-from moescale.convert.fingerprint import Digest, digests, fingerprints, has_rows
+from moescale.convert.copying import Copier, Recipe
+from moescale.convert.fingerprint import fingerprints
 from moescale.convert.formats import deepspeed, native
 from moescale.convert.formats.hf import weights as hf
-from moescale.convert.formats.hf.folder import explain
+from moescale.convert.formats.hf.folder import why_no_model
 from moescale.convert.formats.megatron import files as megatron_files
 from moescale.convert.journal import Journal
-from moescale.convert.mapping.mapped import Layout, Opened, check_pieces, read_weight
+from moescale.convert.mapping.mapped import Layout, Opened, by_weight, check_pieces
 from moescale.convert.mapping.table import Piece
-from moescale.files.reading import explain as reason
-
-THREADS = 4
-BLOCK = 1 << 20  # elements looked at at a time
-ROWS_BYTES = 1 << 22  # of a matrix that goes across row by row, at a time
+from moescale.files.reading import explain
 
 
 class Format(Protocol):
@@ -64,14 +55,6 @@ FORMATS: dict[str, Format] = {module.NAME: module for module in (native, hf, meg
 
 class RemovedError(ConfigError):
     """A source that is no longer there."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a native tensor of the destination comes from those of the source, one by one in their order."""
-
-    sources: tuple[str, ...]
-    combine: Callable[[Iterator[Tensor]], Tensor] = next
 
 
 @dataclass(frozen=True)
@@ -113,7 +96,7 @@ def open_source(path: Path) -> Opened:
         opened = _open(module, path)
         if opened is not None:
             return opened
-    raise ConfigError(explain(path) or f"{path} is no checkpoint of a known format: " + ", ".join(FORMATS))
+    raise ConfigError(why_no_model(path) or f"{path} is no checkpoint of a known format: " + ", ".join(FORMATS))
 
 
 def _open(module: Format, path: Path) -> Opened | None:
@@ -127,7 +110,7 @@ def _open(module: Format, path: Path) -> Opened | None:
         raise
     except Exception as error:  # what other programs or enemies wrote can be odd in any way
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}, "
-        raise ConfigError(f"{path} cannot be read as a checkpoint of {module.NAME}: {kind}{reason(error)}") from None
+        raise ConfigError(f"{path} cannot be read as a checkpoint of {module.NAME}: {kind}{explain(error)}") from None
 
 
 def convert(
@@ -142,6 +125,8 @@ def convert(
     target = FORMATS[to]
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"{destination} exists already: give a folder that does not")
+
+    # the model that is written, and how each of its native tensors comes about
     config, recipes = (source.config, _unchanged(source)) if change is None else (change.config, change.recipes)
     if to != native.NAME:  # no other format takes the optimizer's state
         recipes = {name: recipe for name, recipe in recipes.items() if not native.is_moment(name)}
@@ -152,14 +137,18 @@ def convert(
         weights = native.with_moments(weights, config)
     if recipes.keys() != weights.keys():
         raise AssertionError("a recipe for each native tensor, and none else")
+
+    # where each of them goes and as which dtype, held to the whole before anything is read or written
     pieces = target.plan(config, layout, weights)
     shapes = {piece.key: piece.shape for piece in pieces}
     check_pieces(weights, shapes, pieces, f"{to} checkpoint of this model")
     written = _dtypes(source, recipes, dtype, to, config)
     sizes = {piece.key: (piece.shape, written[piece.native]) for piece in pieces}
     _check_room(destination, sizes)
+
     journal = Journal(destination, _plan(source, config, to, layout, sizes, change))
-    try:
+    with _kept_or_discarded(journal, source, destination):
+        # files of full size beside the destination, all but the numbers
         fresh = journal.fresh()
         places = target.create(fresh, config, layout, pieces, sizes, source)
         if to != native.NAME:
@@ -168,15 +157,29 @@ def convert(
             (fresh / name).write_text(text, encoding="utf-8")
         places = {key: _moved(stored, fresh, journal.data) for key, stored in places.items()}
         journal.adopt(fresh)
-        _copy_all(source, recipes, _by_weight(pieces), places, journal)
+
+        # the numbers, unless an earlier call copied them
+        Copier(source, recipes, source.by_weight(), by_weight(pieces), places).copy_all(journal)
         target.finish(journal.data, source)
+
+        # a last look, and the whole appears in one step
         found = fingerprints({name: digest for parts in journal.done.values() for name, digest in parts.items()
                               if not native.is_moment(name)})
         if check is not None:
             check(source, target.open_checkpoint(journal.data), found)
         journal.publish()
+    used = {name for recipe in recipes.values() for name in recipe.sources}
+    unused = {name: "not part of the destination" for name in source.weights if name not in used}
+    return Result(source, found, {**source.left_out, **unused}, sum(stored.size_bytes for stored in places.values()))
+
+
+@contextmanager
+def _kept_or_discarded(journal: Journal, source: Opened, destination: Path) -> Iterator[None]:
+    """Discard what was written where the same call would fail again; else keep it, to go on from."""
+    try:
+        yield
     except ConfigError:
-        journal.discard()  # it would come to the same end again
+        journal.discard()
         raise
     except OSError as error:
         if not source.path.exists():
@@ -185,20 +188,10 @@ def convert(
                           "command goes on from here") from None
     finally:
         journal.close()
-    used = {name for recipe in recipes.values() for name in recipe.sources}
-    unused = {name: "not part of the destination" for name in source.weights if name not in used}
-    return Result(source, found, {**source.left_out, **unused}, sum(stored.size_bytes for stored in places.values()))
 
 
 def _unchanged(source: Opened) -> dict[str, Recipe]:
     return {name: Recipe((name,)) for name in source.weights}
-
-
-def _by_weight(pieces: list[Piece]) -> dict[str, list[Piece]]:
-    found: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        found.setdefault(piece.native, []).append(piece)
-    return found
 
 
 def _dtypes(
@@ -239,126 +232,3 @@ def _plan(
 def _moved(stored: Stored, old: Path, new: Path) -> Stored:
     chunks = tuple(Chunk(new / chunk.path.relative_to(old), chunk.offset, chunk.part) for chunk in stored.chunks)
     return replace(stored, chunks=chunks)
-
-
-def _copy_all(
-    source: Opened, recipes: Mapping[str, Recipe], pieces: Mapping[str, list[Piece]], places: Mapping[str, Stored],
-    journal: Journal,
-) -> None:
-    """Copy what is not done yet, several tensors at a time, within twice the memory of the largest matrix."""
-    origin = source.by_weight()
-    todo = [name for name in recipes if name not in journal.done]
-    sizes = {name: sum(places[piece.key].dtype.itemsize * piece.part.size for piece in pieces[name]) for name in todo}
-    needs = {name: _need(source, [origin[part] for part in recipes[name].sources], pieces[name], places)
-             for name in todo}
-    budget = _Budget(max(needs.values(), default=0))
-    stop = threading.Event()
-
-    def copy(name: str) -> None:
-        recipe, goals = recipes[name], pieces[name]
-        with budget.of(needs[name]):
-            if not stop.is_set():
-                if _streams(recipe, origin, goals, name):
-                    found = _copy_rows(source, origin[recipe.sources[0]][0], goals, places, name)
-                else:
-                    values = recipe.combine(read_weight(source, origin[part], part) for part in recipe.sources)
-                    _refuse_nan(values, name, source.path)
-                    values = values.to(places[goals[0].key].dtype).contiguous()
-                    found = digests(name, values)
-                    for goal in goals:
-                        begin = values.storage_offset() + goal.part.offset
-                        part = values.as_strided(goal.part.shape, goal.part.stride, begin)
-                        write_region(places[goal.key], goal.place, part)
-                journal.finished(name, found, sizes[name])
-
-    with _progress(sum(sizes.values())) as advance, ThreadPoolExecutor(THREADS) as pool:
-        futures = {name: pool.submit(copy, name) for name in todo}
-        try:
-            for name, future in futures.items():
-                future.result()
-                advance(sizes[name])
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            journal.commit()
-            raise
-    journal.commit()
-
-
-def _need(
-    source: Opened, origins: Sequence[Sequence[Piece]], goals: Sequence[Piece], places: Mapping[str, Stored]
-) -> int:
-    """Count the bytes that a tensor on its way takes at most: as it was read, and as it is written."""
-    read = max((pieces[0].part.size * len(pieces) * source.tensors[pieces[0].key].dtype.itemsize for pieces in origins),
-               default=0)
-    return read + max(goal.part.size * places[goal.key].dtype.itemsize for goal in goals) + ROWS_BYTES
-
-
-def _streams(
-    recipe: Recipe, origin: Mapping[str, Sequence[Piece]], goals: Sequence[Piece], name: str
-) -> bool:
-    """Say whether a tensor can go across a few rows at a time: it is as it was, and lies in rows on both sides."""
-    if recipe.combine is not next or has_rows(name):
-        return False
-    theirs = origin[recipe.sources[0]]
-    whole = theirs[0].part
-    return len(theirs) == 1 and all(
-        piece.part == whole and piece.place.shape == whole.shape and piece.place.order() == whole.order()
-        for piece in (*theirs, *goals))
-
-
-def _copy_rows(
-    source: Opened, theirs: Piece, goals: Sequence[Piece], places: Mapping[str, Stored], name: str
-) -> dict[str, str]:
-    """Copy a matrix a few rows at a time, which stay in the processor's caches on their way. -> its digest"""
-    stored, dtype, shape = source.tensors[theirs.key], places[goals[0].key].dtype, theirs.place.shape
-    step = max(1, ROWS_BYTES // (math.prod(shape[1:]) * max(stored.dtype.itemsize, dtype.itemsize)))
-    digest = Digest(shape)
-    for begin in range(0, shape[0], step):
-        end = min(begin + step, shape[0])
-        values = read_region(stored, theirs.place.rows(begin, end))
-        _refuse_nan(values, name, source.path)
-        values = values.to(dtype)
-        digest.update(values)
-        for goal in goals:
-            write_region(places[goal.key], goal.place.rows(begin, end), values)
-    return {name: digest.hex()}
-
-
-def _refuse_nan(values: Tensor, name: str, path: Path) -> None:
-    flat = values.reshape(-1)
-    for begin in range(0, len(flat), BLOCK):
-        block = flat[begin : begin + BLOCK]
-        # the sum is no number where one of them is none; it may also be too large, so then all are looked at
-        if not bool(block.sum(dtype=torch.float32).isfinite()) and not bool(block.isfinite().all()):
-            raise ConfigError(f"{path}: {name} holds values that are no finite numbers")
-
-
-class _Budget:
-    """Lets work begin while memory is left for it; a piece of work larger than all of it runs alone."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self.total = self.left = size_bytes
-        self.changed = threading.Condition()
-
-    @contextmanager
-    def of(self, size_bytes: int) -> Iterator[None]:
-        size_bytes = min(size_bytes, self.total)
-        with self.changed:
-            self.changed.wait_for(lambda: self.left >= size_bytes)
-            self.left -= size_bytes
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.left += size_bytes
-                self.changed.notify_all()
-
-
-@contextmanager
-def _progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar with bytes a second on a terminal. -> takes the bytes that were written since the last call"""
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not os.isatty(2)) as bar:
-        task = bar.add_task("", total=total_bytes)
-        yield lambda size_bytes: bar.advance(task, size_bytes)

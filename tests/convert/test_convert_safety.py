@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from moescale.cli import app
 from moescale.config import ConfigError
-from moescale.convert import run as conversion
+from moescale.convert import copying
 from moescale.convert.formats.hf import mixtral
 from moescale.convert.formats.hf.folder import INDEX
 from moescale.convert.mapping.mapped import Layout, weights_of
@@ -234,7 +234,7 @@ def test_a_wrong_mapping_does_not_land(tmp_path: Path, monkeypatch: pytest.Monke
         rows = tuple(Row(row.native, Swapped(row.foreign), row.transforms) for row in table)
         monkeypatch.setitem(mixtral.EXPERTS, "published", rows)
     else:
-        real = conversion.write_region
+        real = copying.write_region
 
         def wrong(stored: Any, place: Any, values: torch.Tensor) -> None:
             if fault == "order of heads" and values.shape == (32, 16):
@@ -243,7 +243,7 @@ def test_a_wrong_mapping_does_not_land(tmp_path: Path, monkeypatch: pytest.Monke
                 values = values.roll(1, 0)
             real(stored, place, values)
 
-        monkeypatch.setattr(conversion, "write_region", wrong)
+        monkeypatch.setattr(copying, "write_region", wrong)
     with pytest.raises(ConfigError, match=r"--verify: .* nothing was written"):
         convert(opened, tmp_path / "there", "hf", Layout(), check=compare_models)
     assert not (tmp_path / "there").exists()
@@ -259,7 +259,7 @@ def test_a_kill_at_ten_moments_leaves_nothing_or_the_whole(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the same conversion goes on from there, without doing again what was done."""
-    draw, there, real = random.Random(0), tmp_path / "there", conversion.write_region
+    draw, there, real = random.Random(0), tmp_path / "there", copying.write_region
     writes, last = itertools.count(1), math.inf
 
     def write(*args: Any) -> None:
@@ -267,7 +267,7 @@ def test_a_kill_at_ten_moments_leaves_nothing_or_the_whole(
             os.kill(os.getpid(), signal.SIGKILL)
         real(*args)
 
-    monkeypatch.setattr(conversion, "write_region", write)
+    monkeypatch.setattr(copying, "write_region", write)
     whole = convert(open_source(published), tmp_path / "whole", "megatron", Layout(tp=2))
     number, seen = next(writes), set()
     for _ in range(10):
@@ -286,7 +286,7 @@ def test_a_kill_at_ten_moments_leaves_nothing_or_the_whole(
 
 def test_what_was_done_is_not_done_again(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = convert(open_source(published), tmp_path / "whole", "moescale", Layout())
-    real, left = conversion.read_weight, iter(range(3, -1, -1))
+    real, left = copying.read_weight, iter(range(3, -1, -1))
     done: list[str] = []
 
     def stops(opened: Any, pieces: Any, name: str) -> torch.Tensor:
@@ -295,14 +295,14 @@ def test_what_was_done_is_not_done_again(published: Path, tmp_path: Path, monkey
         done.append(name)
         return real(opened, pieces, name)
 
-    monkeypatch.setattr(conversion, "_streams", lambda *_: False)
-    monkeypatch.setattr(conversion, "THREADS", 1)
-    monkeypatch.setattr(conversion, "read_weight", stops)
+    monkeypatch.setattr(copying, "has_rows", lambda name: True)  # none goes across row by row
+    monkeypatch.setattr(copying, "THREADS", 1)
+    monkeypatch.setattr(copying, "read_weight", stops)
     with pytest.raises(KeyboardInterrupt):
         convert(open_source(published), tmp_path / "there", "moescale", Layout())
     assert not (tmp_path / "there").exists()
     again: list[str] = []
-    monkeypatch.setattr(conversion, "read_weight", lambda opened, pieces, name: (again.append(name),
+    monkeypatch.setattr(copying, "read_weight", lambda opened, pieces, name: (again.append(name),
                                                                                real(opened, pieces, name))[1])
     result = convert(open_source(published), tmp_path / "there", "moescale", Layout())
     assert done

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moescale.config import ConfigError
-from moescale.convert import run as conversion
+from moescale.convert import copying
 from moescale.convert.formats.hf import weights as hf
 from moescale.convert.mapping.mapped import Layout
 from moescale.convert.run import convert, open_source
@@ -47,7 +47,7 @@ def test_rounding_flips_experts_of_these_weights(mixture: Path) -> None:
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    real_config, real_region = hf.write_config, conversion.write_region
+    real_config, real_region = hf.write_config, copying.write_region
 
     def write_config(*words: Any) -> dict[str, Any]:
         values = real_config(*words)
@@ -61,7 +61,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
         real_region(stored, place, values)
 
     monkeypatch.setattr(hf, "write_config", write_config)
-    monkeypatch.setattr(conversion, "write_region", write_region)
+    monkeypatch.setattr(copying, "write_region", write_region)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -77,14 +77,14 @@ def test_a_wrong_conversion_is_found(
 
 def test_a_row_of_the_vocabulary_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run", make_config({**DENSE, "window": None}))
-    real = conversion.write_region
+    real = copying.write_region
 
     def wrong(stored: Any, place: Any, values: torch.Tensor) -> None:
         if values.shape == (264, 16):
             values = torch.cat((values[:-1], -values[-1:]))
         real(stored, place, values)
 
-    monkeypatch.setattr(conversion, "write_region", wrong)
+    monkeypatch.setattr(copying, "write_region", wrong)
     monkeypatch.setattr("moescale.verify.conversion.fingerprints", lambda parts: {})
     with pytest.raises(ConfigError, match="--verify"):
         convert(open_source(run), tmp_path / "there", "hf", Layout(), check=compare_models)

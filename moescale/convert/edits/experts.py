@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from moescale.config import Config, ConfigError, parse_config
+from moescale.convert.copying import Recipe
 from moescale.convert.formats.native import native_weights, weight_of
 from moescale.convert.mapping.mapped import Opened, read_weight
-from moescale.convert.run import Change, Recipe
+from moescale.convert.run import Change
 
 ROUTER_STD = 0.02  # of the routers that an upcycled model begins with
 

@@ -55,10 +55,16 @@ class Opened:
                      str(self.path), self.left_out)
 
     def by_weight(self) -> dict[str, list[Piece]]:
-        found = defaultdict(list)
-        for piece in self.pieces:
-            found[piece.native].append(piece)
-        return found
+        """List the pieces of each native tensor."""
+        return by_weight(self.pieces)
+
+
+def by_weight(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    """List the pieces of each native tensor."""
+    found = defaultdict(list)
+    for piece in pieces:
+        found[piece.native].append(piece)
+    return found
 
 
 def check_pieces(

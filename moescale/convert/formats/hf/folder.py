@@ -24,7 +24,7 @@ def detect(path: Path) -> bool:
     return (path / CONFIG).is_file() and any(path.glob("*.safetensors*"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Read an object of JSON. Raises ConfigError."""
     try:
         content = read_bytes(path)
@@ -55,7 +55,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], list[str]]:
     else:
         names = [name for name in there if name.startswith("model")]
         if not names:
-            raise ConfigError(explain(path) or f"{path} holds no {SINGLE}")
+            raise ConfigError(why_no_model(path) or f"{path} holds no {SINGLE}")
     tensors: dict[str, Stored] = {}
     for name in names:
         found = open_safetensors(inside(path, name))[0]
@@ -74,7 +74,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], list[str]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_json(inside(path, INDEX)).get("weight_map")
+    weight_map = read_object(inside(path, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ConfigError(f"{path / INDEX} has no weight_map of names")
     return weight_map
@@ -106,7 +106,7 @@ def _refuse_prefix(path: Path, tensors: Mapping[str, Stored]) -> None:
                           "load them with transformers' AutoModelForCausalLM and save that")
 
 
-def explain(path: Path) -> str | None:
+def why_no_model(path: Path) -> str | None:
     """Say why a folder that looks like Hugging Face's holds no model to read; None for others."""
     if (path / "snapshots").is_dir():
         found = sorted(inner for inner in (path / "snapshots").iterdir() if inner.is_dir())

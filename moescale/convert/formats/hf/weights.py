@@ -15,7 +15,7 @@ from moescale.convert.containers import Sizes, create_safetensors, inside
 from moescale.convert.formats.hf.base import STYLES, Family
 from moescale.convert.formats.hf.config import read_config, read_notes, write_config
 from moescale.convert.formats.hf.families import FAMILIES, family_of
-from moescale.convert.formats.hf.folder import CONFIG, INDEX, SINGLE, detect, open_tensors, read_json
+from moescale.convert.formats.hf.folder import CONFIG, INDEX, SINGLE, detect, open_tensors, read_object
 from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, Opened
 from moescale.convert.mapping.table import At, Piece, Row, matches, piece
@@ -30,7 +30,7 @@ LARGEST_FILE = 5_000_000_000  # bytes
 def open_checkpoint(path: Path) -> Opened:
     """Open a folder of safetensors with its config.json. Raises ConfigError."""
     source = path / CONFIG
-    values = read_json(inside(path, CONFIG))
+    values = read_object(inside(path, CONFIG))
     config = read_config(values, str(source), None)
     tensors, notes = open_tensors(path)
     weights = native_weights(config)
