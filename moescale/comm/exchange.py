@@ -1,8 +1,8 @@
-"""Rows that travel between ranks while something else is computed: they set out, and later they arrive.
+"""Exchanges of rows between ranks that overlap with computation: started, and finished later.
 
-In backward the gradients take the way back, and are as long under way: they set out where the rows arrived. Autograd
-runs backward in the reverse order of forward, so that what is computed between the two in one direction is also
-computed between them in the other.
+In backward the gradients take the reverse exchange: it starts where the forward one finished, and finishes where that
+one started. Autograd runs backward in the reverse order of forward, so that what is computed between the two in one
+direction is also computed between them in the other.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from torch import Tensor
 
 from moescale.comm.collectives import Group, all_gather_single, reduce_scatter_single
 
-Walk = Generator[None, None, Tensor]
-"""Work that pauses whenever rows of its own are under way, and ends with a tensor."""
+Task = Generator[None, None, Tensor]
+"""Work that pauses whenever an exchange of its own is under way, and returns a tensor."""
 Result = TypeVar("Result")
 
 
 class CommunicationError(RuntimeError):
-    """Ranks that do not meet; the message names the rank, the place and the sizes."""
+    """Ranks did not meet in a collective; the message names the rank, the layer and the sizes."""
 
 
 class Exchange(ABC):
-    """What travels from which rank to which. label: where in the model, for errors."""
+    """A collective on rows: who sends what to whom. label: the layer, for errors."""
 
     def __init__(self, group: Group, label: str) -> None:
         self.group, self.label = group, label
 
     def launch(self, rows: Tensor) -> tuple[Tensor, Any]:
-        """Let rows set out. -> where they will be when `wait` has returned; what to wait for, which keeps them"""
+        """Start sending. rows: [sent, ...]. -> the rows received, valid after `wait`; the work to wait for"""
         with self._named_errors():
             return self._launch(rows)
 
     def wait(self, work: Any) -> None:
-        """Raises CommunicationError when a rank is gone, or does not come within the group's time-out."""
+        """Wait for it. Raises CommunicationError when a rank is gone or does not come within the group's time-out."""
         with self._named_errors():
             work.wait()
 
     @abstractmethod
     def reverse(self) -> Exchange:
-        """The way that gradients take, and answers."""
+        """Make the exchange that gradients and outputs take."""
 
     @abstractmethod
     def _launch(self, rows: Tensor) -> tuple[Tensor, Any]: ...
@@ -60,7 +60,7 @@ class Exchange(ABC):
 
 
 class AllToAll(Exchange):
-    """The first send[0] rows go to rank 0 of the group, the next send[1] to rank 1, ...; zero allowed."""
+    """The first send[0] rows go to rank 0 of the group, the next send[1] to rank 1, and so on; zero is allowed."""
 
     def __init__(self, send: Sequence[int], receive: Sequence[int], group: Group, label: str) -> None:
         super().__init__(group, label)
@@ -80,7 +80,7 @@ class AllToAll(Exchange):
 
 
 class AllGather(Exchange):
-    """Every rank's rows go to all ranks; as many on each."""
+    """Every rank's rows go to all ranks; each rank has as many."""
 
     def reverse(self) -> ReduceScatter:
         return ReduceScatter(self.group, self.label)
@@ -94,38 +94,47 @@ class AllGather(Exchange):
 
 
 class ReduceScatter(Exchange):
-    """The ranks' rows are added up, and shared out in order."""
+    """The ranks' rows are added up, and each rank gets a part, in order."""
 
     def reverse(self) -> AllGather:
         return AllGather(self.group, self.label)
 
     def _launch(self, rows: Tensor) -> tuple[Tensor, Any]:
-        share = rows.new_empty(len(rows) // dist.get_world_size(self.group), *rows.shape[1:])
-        return share, reduce_scatter_single(share, rows.contiguous(), group=self.group, async_op=True)
+        part = rows.new_empty(len(rows) // dist.get_world_size(self.group), *rows.shape[1:])
+        return part, reduce_scatter_single(part, rows.contiguous(), group=self.group, async_op=True)
 
     def _sizes(self) -> str:
         return f"reduce-scatter of {dist.get_world_size(self.group)} ranks"
 
 
-class Journey:
-    """One exchange of one tensor: `Journey(rows, exchange)` sets out, `arrive` ends it. Differentiable."""
+class AsyncExchange:
+    """One exchange of one tensor that is under way. Differentiable."""
 
-    def __init__(self, rows: Tensor, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
         self.work: Any = None
         self.received: Tensor | None = None
-        self.sent: Tensor | None = _SetOut.apply(rows, self)
+        self.sent: Tensor | None = None
 
-    def arrive(self) -> Tensor:
-        """-> what the other ranks sent"""
-        sent, self.sent = self.sent, None  # its graph holds this object: no ring
-        return _Arrive.apply(sent, self)
+    @classmethod
+    def start(cls, rows: Tensor, exchange: Exchange) -> AsyncExchange:
+        """Start sending rows, [sent, ...]."""
+        started = cls(exchange)
+        started.sent = _Start.apply(rows, started)
+        return started
 
-    def set_out(self, rows: Tensor, exchange: Exchange) -> Tensor:
+    def finish(self) -> Tensor:
+        """Wait for what the other ranks sent. -> [received, ...]"""
+        sent, self.sent = self.sent, None  # its graph holds this object: no reference cycle
+        return _Finish.apply(sent, self)
+
+    def launch(self, rows: Tensor, exchange: Exchange) -> Tensor:
+        """Launch the exchange outside autograd. -> the rows received, valid after `wait`"""
         self.received, self.work = exchange.launch(rows)
         return self.received
 
-    def end(self) -> Tensor:
+    def wait(self) -> Tensor:
+        """Wait for what was launched. -> the rows received"""
         received, work = self.received, self.work
         assert received is not None
         self.exchange.wait(work)
@@ -133,58 +142,60 @@ class Journey:
         return received
 
 
-class _SetOut(torch.autograd.Function):
-    """Stands for the rows until they arrive. In backward its gradient is filled when the journey ends."""
+class _Start(torch.autograd.Function):
+    """Stands for the rows until the exchange is finished; in backward, waits for their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        journey.set_out(rows, journey.exchange)
+    def forward(ctx: Any, rows: Tensor, started: AsyncExchange) -> Tensor:
+        ctx.started = started
+        started.launch(rows, started.exchange)
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.journey.end(), None
+        return ctx.started.wait(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _Finish(torch.autograd.Function):
+    """Waits for the rows; in backward, launches the reverse exchange of their gradient."""
+
     @staticmethod
-    def forward(ctx: Any, sent: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        return journey.end()
+    def forward(ctx: Any, sent: Tensor, started: AsyncExchange) -> Tensor:
+        ctx.started = started
+        return started.wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.journey.set_out(grad, ctx.journey.exchange.reverse()), None
+        return ctx.started.launch(grad, ctx.started.exchange.reverse()), None
 
 
 def exchange_numbers(numbers: Tensor, group: Group, label: str) -> Tensor:
-    """Send one row to each rank of the group. numbers: [ranks, ...] int64. -> [ranks, ...], by source"""
+    """Send one row to each rank of the group. numbers: [ranks, ...] int64. -> [ranks, ...], by sender"""
     received = torch.empty_like(numbers)
     with named_errors(label, lambda: f"{numbers.shape[1]} counts to each of {len(numbers)} ranks"):
         dist.all_to_all_single(received, numbers.contiguous(), group=group)
     return received
 
 
-def take_turns(walks: Sequence[Generator[None, None, Result]]) -> list[Result]:
-    """Run each until it pauses, then the next, around and around: while rows of one travel, another computes.
+def take_turns(tasks: Sequence[Generator[None, None, Result]]) -> list[Result]:
+    """Run each task until it pauses, then the next, in turn: while one's rows are under way, another computes.
 
-    The order is the same on every rank, so that their exchanges meet. -> what each ended with
+    The order is the same on every rank, so that their exchanges meet. -> what each task returned
     """
     results: dict[int, Result] = {}
-    while len(results) < len(walks):
-        for index, walk in enumerate(walks):
+    while len(results) < len(tasks):
+        for index, task in enumerate(tasks):
             if index not in results:
                 try:
-                    next(walk)
+                    next(task)
                 except StopIteration as end:
                     results[index] = end.value
-    return [results[index] for index in range(len(walks))]
+    return [results[index] for index in range(len(tasks))]
 
 
 @contextmanager
 def named_errors(label: str, sizes: Any) -> Iterator[None]:
-    """Say who could not meet whom, where, and with what. sizes: () -> str"""
+    """Turn errors of collectives into a CommunicationError that names rank, layer and sizes. sizes: () -> str"""
     try:
         yield
     except RuntimeError as error:

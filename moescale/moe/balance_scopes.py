@@ -1,4 +1,4 @@
-"""Over which tokens the balance loss takes the experts' shares: a sequence, a micro-batch or the global batch.
+"""The scopes of the balance loss, over whose tokens it takes shares: a sequence, a micro-batch or the global batch.
 
 The loss multiplies two means over the same tokens, the shares of the choices and the probabilities. It is linear in the
 second: once the shares of a scope are known, its loss is a sum over tokens, of which each rank adds up its own. So only
@@ -14,25 +14,28 @@ from moescale.comm.sequence_shards import Sequence
 
 
 class SequenceScope:
-    """Each sequence balances by itself, whoever holds its positions."""
+    """Balances each sequence by itself, whichever ranks hold its positions."""
 
     def total(self, choices: Tensor, sequence: Sequence) -> Tensor:
-        """Count over the scope. choices: [groups, experts] int64, of own tokens. -> [groups or 1, experts] int64"""
+        """Add up choices over the scope.
+
+        choices: [groups, experts] int64, of own tokens. -> [groups or 1, experts] int64
+        """
         return sequence.sum(choices)
 
 
 class MicroBatchScope(SequenceScope):
-    """The sequences of one pass balance together: `data.micro_batch` in a row of the global batch, in every layout."""
+    """Balances the sequences of one pass together: `data.micro_batch` consecutive ones of the global batch."""
 
     def total(self, choices: Tensor, sequence: Sequence) -> Tensor:
         return sequence.sum(choices.sum(0, keepdim=True))
 
 
 class GlobalBatchScope(SequenceScope):
-    """All sequences of a step balance together.
+    """Balances all sequences of a step together.
 
-    Where one pass sees them all, it adds up the choices over the ranks of `group` as it goes. Where there are several
-    passes, the first would have to know the last: then `counted` is set to what passes without gradients have found.
+    When one pass sees them all, it adds up the choices over the ranks of `group` as it goes. When there are several
+    passes, the first would have to know the last: then `counted` is set to what passes without gradients have counted.
     counted: [1, experts] int64, of the whole global batch. group: the ranks that share it; None = one process.
     """
 

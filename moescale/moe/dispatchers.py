@@ -1,6 +1,6 @@
-"""Tokens out to the ranks of their experts, answers back. What combine needs travels in the handle.
+"""Sends tokens to the ranks of their experts, and outputs back. What combine needs travels in the handle.
 
-| dispatcher   | legs                                          | a token travels                                   |
+| dispatcher   | hops                                          | a token travels                                   |
 |--------------|-----------------------------------------------|---------------------------------------------------|
 | local        | none: all experts are on this rank            | not                                               |
 | all_to_all   | among all ranks that share the experts        | to each rank of its experts, once                 |
@@ -17,34 +17,40 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moescale.comm.exchange import Walk
-from moescale.moe.hops import Hop, Way
+from moescale.comm.exchange import Task
+from moescale.moe.hops import Hop, HopHandle
 from moescale.moe.routing import Routing
 
 
 @dataclass(frozen=True)
 class Handle:
-    """How tokens came to this rank, leg by leg: what `combine` undoes."""
+    """How tokens came to this rank, hop by hop: what `combine` needs to undo it."""
 
-    ways: tuple[Way, ...]
+    hops: tuple[HopHandle, ...]
 
 
 class Dispatcher:
-    """Two calls do all communication of a mixture of experts. Each pauses while rows are under way."""
+    """Does all communication of a mixture of experts in two calls, each of which pauses while rows are under way."""
 
     def __init__(self, hops: Sequence[Hop] = ()) -> None:
         self.hops = tuple(hops)
 
     def dispatch(self, x: Tensor, routing: Routing) -> Generator[None, None, tuple[Tensor, Routing, Handle]]:
-        """x: [tokens, d_model]. -> [received, d_model]; their Routing among this rank's experts; the handle"""
-        ways = []
-        for hop in self.hops:
-            x, routing, way = yield from hop.out(x, routing)
-            ways.append(way)
-        return x, routing, Handle(tuple(ways))
+        """Send tokens to the ranks of their experts.
 
-    def combine(self, y: Tensor, handle: Handle) -> Walk:
-        """y: [received, d_model], what this rank's experts add to each token. -> [tokens, d_model]"""
-        for hop, way in zip(reversed(self.hops), reversed(handle.ways), strict=True):
-            y = yield from hop.back(y, way)
+        x: [tokens, d_model]. -> [received, d_model]; their Routing among this rank's experts; the handle for `combine`
+        """
+        handles = []
+        for hop in self.hops:
+            x, routing, handle = yield from hop.dispatch(x, routing)
+            handles.append(handle)
+        return x, routing, Handle(tuple(handles))
+
+    def combine(self, y: Tensor, handle: Handle) -> Task:
+        """Bring outputs back and sum each token's.
+
+        y: [received, d_model], what this rank's experts add to each token. -> [tokens, d_model]
+        """
+        for hop, hop_handle in zip(reversed(self.hops), reversed(handle.hops), strict=True):
+            y = yield from hop.combine(y, hop_handle)
         return y

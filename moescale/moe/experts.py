@@ -14,10 +14,10 @@ from moescale.ops.token_random import uniform
 
 
 class Experts(nn.Module):
-    """The experts of one layer. gate, up: [experts, d_ff, d_model]; down: [experts, d_model, d_ff]
+    """The experts of one layer. gate, up: [experts, d_ff, d_model]. down: [experts, d_model, d_ff]
 
-    dropout: share of the hidden features that training leaves out, by each token's token_id (Switch Transformers, sec.
-    2.4). first: the number of the first expert, and of the first hidden feature, that lie here.
+    dropout: share of the hidden features that training drops, drawn by token id (Switch Transformers, sec. 2.4).
+    first: the number of the first expert, and of the first hidden feature, that lie here.
     """
 
     def __init__(
@@ -27,9 +27,8 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts, self.d_ff, self.dropout, self.salt, self.first = num_experts, d_ff, dropout, salt, (0, 0)
         self.activation = ACTIVATIONS[activation]
-        wide = (num_experts, d_ff, d_model)
-        self.gate = nn.Parameter(torch.empty(wide)) if activation in GATED else None
-        self.up = nn.Parameter(torch.empty(wide))
+        self.gate = nn.Parameter(torch.empty(num_experts, d_ff, d_model)) if activation in GATED else None
+        self.up = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
         self.initial = {
             "gate": matrix_fill(init, d_model),
@@ -38,14 +37,14 @@ class Experts(nn.Module):
         }
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Apply to each token its experts, weigh and add up their answers. x: [tokens, d_model]. -> like x"""
+        """Apply each token's experts, and sum their weighed outputs. x: [tokens, d_model]. -> like x"""
         gate = None if self.gate is None else local_tensor(self.gate).to(x.dtype)
         up, down = local_tensor(self.up).to(x.dtype), local_tensor(self.down).to(x.dtype)
         keep = self._keep(routing, up.shape[1]).to(x.dtype) if self.training and self.dropout else None
         return expert_feed_forward(x, gate, up, down, routing, self.activation, keep)
 
     def _keep(self, routing: Routing, local_features: int) -> Tensor:
-        """Draw what dropout leaves, scaled up: the same in every layout. -> [assignments, d_ff/etp] float32"""
+        """Draw the factors of dropout, the same in every layout. -> [assignments, d_ff/etp] float32"""
         assert routing.token_id is not None
         first_expert, first_feature = self.first
         token_id = routing.token_id[routing.token] * self.num_experts + routing.expert + first_expert

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from moescale.comm.exchange import Result, Walk, take_turns
+from moescale.comm.exchange import Result, Task, take_turns
 from moescale.layers.feed_forward import FeedForward
 from moescale.moe.budget import RowBudget
 from moescale.moe.dispatchers import Dispatcher
@@ -57,19 +57,19 @@ class MoELayer(nn.Module):
 
     def _mix(self, x: Tensor, portions: list[Routing], token_id: Tensor) -> Tensor:
         """x: [tokens, d_model]. -> like x"""
-        walks = []
+        tasks = []
         if len(portions) == 1:
             tokens = x.tensor_split(self.chunks) if self.chunks > 1 else (x,)  # the gradient of a part is a copy
             parts = zip(tokens, portions[0].split(self.chunks), strict=True)
-            walks = [self._mixture(*part) for part in parts]
-        num_walks = len(walks)
+            tasks = [self._mixture(*part) for part in parts]
+        num_parts = len(tasks)
         if self.shared is not None:
-            walks.append(self._shared(x, token_id))
-        answers = take_turns(walks)
-        if num_walks == 0:
+            tasks.append(self._shared(x, token_id))
+        answers = take_turns(tasks)
+        if num_parts == 0:
             y = self._in_passes(x, portions)
         else:
-            y = answers[0] if num_walks == 1 else torch.cat(answers[:num_walks])  # one, nearly always, needs no copy
+            y = answers[0] if num_parts == 1 else torch.cat(answers[:num_parts])  # one, nearly always, needs no copy
         return y if self.shared is None else y + answers[-1]
 
     def _in_passes(self, x: Tensor, portions: list[Routing]) -> Tensor:
@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
 
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    def _mixture(self, x: Tensor, routing: Routing) -> Walk:
+    def _mixture(self, x: Tensor, routing: Routing) -> Task:
         """x: [tokens, d_model]. -> like x"""
         own = x
         x, routing, handle = yield from spanned("dispatch", self.dispatcher.dispatch(x, routing))
@@ -98,7 +98,7 @@ class MoELayer(nn.Module):
             y = self.experts(x, routing)
         return (yield from spanned("combine", self.dispatcher.combine(y, handle)))
 
-    def _shared(self, x: Tensor, token_id: Tensor) -> Walk:
+    def _shared(self, x: Tensor, token_id: Tensor) -> Task:
         """Half of it while tokens are on their way out, half while they come back. x: [tokens, d_model]. -> like x"""
         assert self.shared is not None
         if not self.dispatcher.hops:
@@ -109,12 +109,12 @@ class MoELayer(nn.Module):
         return torch.cat((first, self.shared(second, token_id)[0]))
 
 
-def spanned(name: str, walk: Generator[None, None, Result]) -> Generator[None, None, Result]:
-    """Run a walk, each stretch of it up to a pause under a name that profilers show. -> what it ends with"""
+def spanned(name: str, task: Generator[None, None, Result]) -> Generator[None, None, Result]:
+    """Run a task; profilers show each stretch between pauses under the name. -> what the task returns"""
     while True:
         with record_function(name):
             try:
-                next(walk)
+                next(task)
             except StopIteration as end:
                 return end.value
         yield

@@ -1,9 +1,10 @@
-"""What a router decides, whatever router it was: a flat list of assignments sorted by expert."""
+"""The decision of any router: a flat list of assignments sorted by expert."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ from moescale.ops.router import rows_by_expert
 
 @dataclass(frozen=True)
 class Routing:
-    """Which rows to make of the tokens, and how to weigh them on the way back.
+    """Which tokens go to which experts, and with what weight their outputs come back.
 
     token: [assignments] int64, the token that each row copies; rows are sorted by expert, then by token.
     weight: [assignments] float32, the row's share of its token's output.
     tokens_per_expert: [experts] int64, sums to assignments.
     row: [tokens, choices] int64, the inverse of token: the row of each choice, -1 = dropped or padding.
-    token_id: [tokens] int64, the numbers from which a token's random draws come; None where experts draw nothing.
+    token_id: [tokens] int64, from which a token's random draws come; None when experts draw nothing.
     """
 
     token: Tensor
@@ -31,20 +32,21 @@ class Routing:
 
     @property
     def expert(self) -> Tensor:
-        """[assignments] int64, the expert of each row."""
+        """The expert of each row, [assignments] int64."""
         experts = torch.arange(len(self.tokens_per_expert), device=self.token.device)
         return experts.repeat_interleave(self.tokens_per_expert, output_size=len(self.token))
 
     def select(self, chosen: Tensor) -> Routing:
         """Keep some of the assignments. chosen: [assignments] bool"""
         rows = chosen.nonzero().squeeze(1)
-        place = torch.full_like(self.token, -1).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
-        none = place.new_full((1,), -1)  # what row -1 takes
+        # The new row of each old one, -1 = left out. A last element makes row -1, which indexes it, stay -1.
+        new_row = torch.full_like(self.token, -1).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+        none = new_row.new_full((1,), -1)
         return Routing(
             token=self.token[rows],
-            weight=permute(self.weight.unsqueeze(1), rows, place.unsqueeze(1)).squeeze(1),
+            weight=permute(self.weight.unsqueeze(1), rows, new_row.unsqueeze(1)).squeeze(1),
             tokens_per_expert=self.expert[rows].bincount(minlength=len(self.tokens_per_expert)),
-            row=torch.cat((place, none))[self.row],
+            row=torch.cat((new_row, none))[self.row],
             token_id=self.token_id,
         )
 
@@ -52,13 +54,21 @@ class Routing:
         """Cut the tokens into consecutive parts, as `tensor_split` does, each with a routing of its own."""
         if parts == 1:
             return [self]
-        starts = [0, *accumulate(len(part) for part in self.row.tensor_split(parts))]
-        part = torch.bucketize(self.token, torch.tensor(starts[1:], device=self.token.device), right=True)
-        return [_from_token(self.select(part == index), *starts[index : index + 2]) for index in range(parts)]
+        bounds = [0, *accumulate(len(part) for part in self.row.tensor_split(parts))]
+        part = torch.bucketize(self.token, torch.tensor(bounds[1:], device=self.token.device), right=True)
+        routings = []
+        for index, (first, last) in enumerate(pairwise(bounds)):
+            routings.append(_renumber_tokens(self.select(part == index), first, last))
+        return routings
 
 
-def _from_token(routing: Routing, first: int, last: int) -> Routing:
-    """Count tokens from `first` on, up to `last`, where all assignments are."""
+def starts(sizes: Sequence[int]) -> list[int]:
+    """Count where each of some consecutive blocks begins."""
+    return [0, *accumulate(sizes)][:-1]
+
+
+def _renumber_tokens(routing: Routing, first: int, last: int) -> Routing:
+    """Count tokens from `first` on. All assignments must belong to tokens before `last`."""
     token_id = None if routing.token_id is None else routing.token_id[first:last]
     return Routing(routing.token - first, routing.weight, routing.tokens_per_expert, routing.row[first:last], token_id)
 
@@ -68,8 +78,8 @@ def sort_by_expert(
 ) -> Routing:
     """Make a Routing of each token's choices.
 
-    expert: [tokens, choices] int64. weight: [tokens, choices] float32. kept: [tokens, choices] bool; num_kept: how many
-    of them, if the host knows that without waiting for the device.
+    expert: [tokens, choices] int64. weight: [tokens, choices] float32. kept: [tokens, choices] bool.
+    num_kept: the number of kept choices, if the host knows it without waiting for the device.
     """
     order, row, counts = rows_by_expert(torch.where(kept, expert, -1), num_experts)
     order = order[: int(counts.sum()) if num_kept is None else num_kept]

@@ -88,14 +88,14 @@ class Statistics(nn.Module):
             far = tokens.new_tensor(self.elsewhere)[routing.expert]  # [assignments, 2]
             per_token = far.new_zeros(len(routing.row), 2).index_add_(0, routing.token, far)
             self.counts[4:] += (per_token > 0).sum(0)
-        self.sums[2:] += torch.cat((losses, router.room(valid_whole).unsqueeze(0)))
+        self.sums[2:] += torch.cat((losses, router.total_slots(valid_whole).unsqueeze(0)))
 
     def travelled(self, handle: Handle, x: Tensor) -> None:
-        """Count the rows that a dispatch sent, leg by leg. x: [tokens, d_model], what it sent rows of"""
+        """Count the rows that a dispatch sent, hop by hop. x: [tokens, d_model], what it sent rows of"""
         if self.training and self.counting and self.watching:
             self.row_bytes = x.shape[1] * x.element_size()
-            for way in handle.ways:
-                self.sent.update(way.sent())
+            for hop in handle.hops:
+                self.sent.update(hop.rows_sent())
 
     def reset(self) -> None:
         self.sent.clear()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moescale.comm.collectives import Group
-from moescale.comm.exchange import AllToAll, Journey
+from moescale.comm.exchange import AllToAll, AsyncExchange
 from moescale.ops.attention import attention
 from moescale.ops.permute import permute, reorder
 
@@ -56,7 +56,7 @@ class ContextAttention:
         plan = self._plan(seq, window, k.device)
         features = torch.cat((k, v), 2).transpose(0, 1).flatten(1)  # [seq/cp, batch x 2 x kv_heads x head_dim]
         exchange = AllToAll(plan.send, plan.receive, self.group, "attention's keys and values")
-        rows = Journey(permute(features, plan.token, plan.row), exchange).arrive()
+        rows = AsyncExchange.start(permute(features, plan.token, plan.row), exchange).finish()
         rows = reorder(rows, plan.order, plan.inverse)
         k, v = rows.view(-1, batch, 2 * kv_heads, head_dim).transpose(0, 1).split(kv_heads, 2)
         piece_length = seq // sum(len(held) for held in self.pieces)

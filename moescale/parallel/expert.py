@@ -23,11 +23,11 @@ HIDDEN = {"gate": 1, "up": 1, "down": 2}  # the dim of the hidden features, whic
 def spread_experts(model: nn.Module, mesh: Mesh) -> None:
     """Keep this rank's experts, or its share of them, as DTensors, and let tokens travel to the others."""
     assert mesh.sparse is not None
-    ranks, copies = mesh.sparse["ep", "etp"], mesh.parallel.etp
+    ranks, etp = mesh.sparse["ep", "etp"], mesh.parallel.etp
     for number, layer in enumerate(moe_layers(model)):
         experts = layer.experts
         experts.first = (experts.num_experts // mesh.parallel.ep * ranks.get_local_rank("ep"),
-                         experts.d_ff // copies * ranks.get_local_rank("etp"))
+                         experts.d_ff // etp * ranks.get_local_rank("etp"))
         for name, weight in experts.named_parameters():
             part = distribute_tensor(weight.data, ranks, [Shard(0), Shard(HIDDEN[name])], src_data_rank=None)
             experts.register_parameter(name, nn.Parameter(part))
@@ -39,8 +39,8 @@ def spread_experts(model: nn.Module, mesh: Mesh) -> None:
 def _elsewhere(num_experts: int, mesh: Mesh) -> list[tuple[bool, bool]]:
     """Say of each expert whether a token of this rank must travel to another rank for it, and to another node."""
     ranks, node = dist.get_process_group_ranks(mesh.expert_group), mesh.parallel.node_ranks or node_ranks()
-    copies, local_experts = mesh.parallel.etp, num_experts // mesh.parallel.ep
-    homes = [ranks[owner * copies : (owner + 1) * copies] for owner in range(mesh.parallel.ep)]
+    etp, local_experts = mesh.parallel.etp, num_experts // mesh.parallel.ep
+    homes = [ranks[owner * etp : (owner + 1) * etp] for owner in range(mesh.parallel.ep)]
     away = [(any(rank != mesh.rank for rank in home), any(rank // node != mesh.rank // node for rank in home))
             for home in homes]
     return [away[expert // local_experts] for expert in range(num_experts)]
@@ -52,14 +52,14 @@ def limit_rows(model: nn.Module, mesh: Mesh) -> None:
     if parallel.row_budget is None:
         return
     axes = [] if mesh.sparse is None else [mesh.sparse["dp_replicate"], mesh.sparse["efsdp"]]
-    twins = [axis.get_group() for axis in axes if axis.size() > 1]
+    replica_groups = [axis.get_group() for axis in axes if axis.size() > 1]
     for layer in moe_layers(model):
         layer.budget = RowBudget(parallel.row_budget, layer.router.top_k, parallel.over_budget == "drop",
-                                 mesh.expert_group, parallel.etp, twins)
+                                 mesh.expert_group, parallel.etp, replica_groups)
 
 
 def _all_to_all(mesh: Mesh, label: str) -> list[Hop]:
-    return [Hop(mesh.expert_group, copies=mesh.parallel.etp, label=label)]
+    return [Hop(mesh.expert_group, etp=mesh.parallel.etp, label=label)]
 
 
 def _hierarchical(mesh: Mesh, label: str) -> list[Hop]:
@@ -67,11 +67,11 @@ def _hierarchical(mesh: Mesh, label: str) -> list[Hop]:
         return _all_to_all(mesh, label)
     among, within = mesh.nodes["ep_nodes"].get_group(), mesh.nodes["ep_node"].get_group()
     return [Hop(among, label=f"{label}, among nodes"),
-            Hop(within, copies=mesh.parallel.etp, label=f"{label}, within the node")]
+            Hop(within, etp=mesh.parallel.etp, label=f"{label}, within the node")]
 
 
 def _all_gather(mesh: Mesh, label: str) -> list[Hop]:
-    return [Hop(mesh.expert_group, copies=mesh.parallel.etp, to_all=True, label=label)]
+    return [Hop(mesh.expert_group, etp=mesh.parallel.etp, to_all=True, label=label)]
 
 
 DISPATCHERS = {"all_to_all": _all_to_all, "hierarchical": _hierarchical, "all_gather": _all_gather}

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moescale.comm.exchange import AllToAll, CommunicationError, Walk, take_turns
+from moescale.comm.exchange import AllToAll, CommunicationError, Task, take_turns
 from moescale.comm.sequence_shards import Sequence
 from moescale.moe.budget import RowBudget
 from moescale.moe.dispatchers import Dispatcher
@@ -51,7 +51,7 @@ class GivenRouter(nn.Module):
     def wanted_rows(self, tokens: Tensor) -> Tensor:
         return tokens * TOP_K
 
-    def room(self, valid_whole: Tensor) -> Tensor:
+    def total_slots(self, valid_whole: Tensor) -> Tensor:
         return valid_whole.new_zeros((), dtype=torch.float64)
 
 
@@ -88,25 +88,25 @@ def step(layer: MoELayer, x: Tensor, grad: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, layer.router.weight.grad, *experts]
 
 
-def make_hops(kind: str, copies: int = 1) -> list[Hop]:
+def make_hops(kind: str, etp: int = 1) -> list[Hop]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if kind == "hierarchical":  # two nodes
         node = ranks // 2
         within = [dist.new_group([first, first + 1][:node]) for first in range(0, ranks, node)]
         among = [dist.new_group([place, node + place]) for place in range(node)]
         return [Hop(among[rank % node], label="among nodes"),
-                Hop(within[rank // node], copies=copies, label="within the node")]
-    return [Hop(dist.group.WORLD, copies=copies, to_all=kind == "all_gather")]
+                Hop(within[rank // node], etp=etp, label="within the node")]
+    return [Hop(dist.group.WORLD, etp=etp, to_all=kind == "all_gather")]
 
 
-def cut(whole: MoELayer, counts: tuple[int, ...], copies: int) -> tuple[MoELayer, slice]:
+def cut(whole: MoELayer, counts: tuple[int, ...], etp: int) -> tuple[MoELayer, slice]:
     """-> this rank's part of the layer, and which tokens are its own"""
-    rank, owners = dist.get_rank(), dist.get_world_size() // copies
+    rank, owners = dist.get_rank(), dist.get_world_size() // etp
     first = sum(counts[:rank])
     own = slice(first, first + counts[rank])
-    router, size, features = whole.router, EXPERTS // owners, D_FF // copies
-    mine = slice(rank // copies * size, (rank // copies + 1) * size)
-    hidden = slice(rank % copies * features, (rank % copies + 1) * features)
+    router, size, features = whole.router, EXPERTS // owners, D_FF // etp
+    mine = slice(rank // etp * size, (rank // etp + 1) * size)
+    hidden = slice(rank % etp * features, (rank % etp + 1) * features)
     experts = Experts(size, D_MODEL, features, "swiglu", "fan_in")
     for name, weight in experts.named_parameters():
         full = getattr(whole.experts, name).data[mine]
@@ -117,19 +117,19 @@ def cut(whole: MoELayer, counts: tuple[int, ...], copies: int) -> tuple[MoELayer
 def run_cases(cases: list[tuple[str, int, int, str, str]]) -> None:
     """Compare this rank's part of each case with the same part of one process's."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, hops = dist.get_rank(), {(kind, copies): make_hops(kind, copies) for kind, _, copies, _, _ in cases}
+    rank, hops = dist.get_rank(), {(kind, etp): make_hops(kind, etp) for kind, _, etp, _, _ in cases}
     for case in cases:
-        kind, chunks, copies, counts_name, load = case
+        kind, chunks, etp, counts_name, load = case
         counts = tuple(COUNTS[counts_name][: dist.get_world_size()])
         whole, x = whole_layer(counts, load)
         grad = torch.randn_like(x)
-        layer, own = cut(whole, counts, copies)
+        layer, own = cut(whole, counts, etp)
         expected = step(whole, x, grad)
-        layer.dispatcher, layer.chunks = Dispatcher(hops[kind, copies]), chunks
+        layer.dispatcher, layer.chunks = Dispatcher(hops[kind, etp]), chunks
         got = step(layer, x[:, own], grad[:, own])
-        size, features = EXPERTS // (dist.get_world_size() // copies), D_FF // copies
-        mine = slice(rank // copies * size, (rank // copies + 1) * size)
-        hidden = slice(rank % copies * features, (rank % copies + 1) * features)
+        size, features = EXPERTS // (dist.get_world_size() // etp), D_FF // etp
+        mine = slice(rank // etp * size, (rank // etp + 1) * size)
+        hidden = slice(rank % etp * features, (rank % etp + 1) * features)
         gate, up, down = (part[mine] for part in expected[3:])
         parts = [expected[0][:, own], expected[1][:, own], expected[2][own], gate[:, hidden], up[:, hidden],
                  down[:, :, hidden]]
@@ -147,7 +147,7 @@ def test_every_dispatcher_equals_one_process(ranks: int) -> None:
     run_ranks(ranks, run_cases, cases)
 
 
-def do_nothing(dispatcher: Dispatcher, x: Tensor, routing: Routing) -> Walk:
+def do_nothing(dispatcher: Dispatcher, x: Tensor, routing: Routing) -> Task:
     """Send tokens to their experts, each of which answers with what it was asked."""
     received, arrived, handle = yield from dispatcher.dispatch(x, routing)
     rows = permute(received, arrived.token, arrived.row)

@@ -218,23 +218,23 @@ def count(config: Config, passes: int) -> dict[str, tuple[int, float]]:
 
 
 def _count_tokens(hop: Hop, travelled: dict[str, int], axis: str) -> None:
-    """Add to `travelled` what must go from this rank along one leg."""
-    out, group = hop.out, hop.group
+    """Add to `travelled` what must go from this rank in one hop."""
+    dispatch, group = hop.dispatch, hop.group
     assert group is not None
 
     def counting(x: torch.Tensor, routing: Routing) -> Any:
-        owners = group.size() // hop.copies
+        owners = group.size() // hop.etp
         owner = routing.expert * owners // len(routing.tokens_per_expert)
         has = torch.zeros(len(x), owners, dtype=torch.int64)
         has[routing.token, owner] = 1
         tokens, assignments = has.sum(0), owner.bincount(minlength=owners)
         for rank in range(group.size()):
             if rank != group.rank():
-                place = rank // hop.copies
+                place = rank // hop.etp
                 travelled[axis] += 4 * int(tokens[place]) * x.shape[1] * x.element_size() + 12 * int(assignments[place])
-        return out(x, routing)
+        return dispatch(x, routing)
 
-    hop.out = counting  # type: ignore[method-assign]
+    hop.dispatch = counting  # type: ignore[method-assign]
 
 
 def main() -> None:

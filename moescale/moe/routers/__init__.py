@@ -1,4 +1,4 @@
-"""Routers: which experts a token goes to, and how much of each it takes. All in float32.
+"""Routers decide which experts a token goes to, and the weight of each. All computed in float32.
 
 | router        | experts       | weight                          | balance loss counts | drops               | causal |
 |---------------|---------------|---------------------------------|---------------------|---------------------|--------|
@@ -9,9 +9,9 @@
 | expert_choice | that chose it | raw probability                 | none needed         | what none chose     | no     |
 | sinkhorn      | top_k         | raw probability                 | all choices         | over capacity       | no     |
 
-Weights are settled before anything is dropped, and what is left is not weighed anew.
+Weights are computed before anything is dropped, and not again afterwards.
 
-**Capacity** is counted per sequence, whoever holds its positions: `capacity_factor` x its even share, at least
+**Capacity** is counted per sequence, whichever ranks hold its positions: `capacity_factor` x its even share, at least
 `min_capacity`; null = dropless. All first choices come before all second ones, and among them the earlier token, or,
 with `drop_by: probability`, the token with the larger best probability. * With that, or with `left_behind_choices`
 above one (a token whose expert is full tries the next one that it likes, where first choices have left room), switch is

@@ -1,4 +1,4 @@
-"""What all routers share: logits, losses, capacity, padding. All in float32."""
+"""The base of all routers: logits, losses, capacity and padding, computed in float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moescale.comm.sequence_shards import Sequence
 from moescale.layers.linear import matrix_fill
 from moescale.moe.balance_scopes import SCOPES
-from moescale.moe.capacity import coarse, in_order, within_capacity
+from moescale.moe.capacity import best_first, coarse, within_capacity
 from moescale.moe.losses import load_balance_loss, router_z_loss
 from moescale.moe.routing import Routing, num_valid, sort_by_expert
 from moescale.ops.token_random import uniform_features
@@ -21,11 +21,10 @@ from moescale.ops.token_random import uniform_features
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many slots an expert has in each group, and who gets them.
+    """How many slots an expert has in each group, and which tokens get them.
 
     factor: slots over the even share, in training; None = dropless. eval_factor: the same in evaluation.
-    least: slots that there are in any case. by_probability: tokens of which some expert is surer come first, instead of
-    earlier ones.
+    least: the fewest slots. by_probability: tokens with the larger best probability come first, not earlier tokens.
     """
 
     factor: float | None = None
@@ -35,7 +34,7 @@ class Capacity:
 
 
 class Router(nn.Module, ABC):
-    """Choose experts for tokens. weight: [experts, d_model]"""
+    """Chooses experts for tokens. weight: [experts, d_model]"""
 
     drops_nothing = False  # whatever the capacity
     balance_choices: int | None = None  # how many of a token's choices the balance loss counts; None = all
@@ -47,7 +46,7 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.num_experts, self.top_k, self.capacity = num_experts, top_k, capacity
         self.jitter, self.salt = jitter, salt
-        self.num_choices = top_k  # that `choose` gives, of which a token may get fewer
+        self.num_choices = top_k  # choices that `choose` returns; a token may keep fewer
         self.dropless = False  # True while decoding
         self.look: Callable[[Tensor, Tensor], None] | None = None  # sees the probabilities
         self.sequence = Sequence()
@@ -58,16 +57,16 @@ class Router(nn.Module, ABC):
     def forward(self, x: Tensor, token_id: Tensor) -> tuple[Routing, Tensor]:
         """Route the tokens of each group.
 
-        x: [groups, tokens, d_model], the own positions of each sequence, which is a group.
+        x: [groups, tokens, d_model], this rank's positions of each sequence; a sequence is a group.
         token_id: [groups, seq] int64, of the whole sequences; -1 = padding, which goes nowhere.
         -> Routing of the flattened tokens; [2] float32: load-balance and router z-loss, summed over own valid tokens
         """
         valid_whole, token_id = token_id >= 0, self.sequence.own(token_id)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 router diverges (Switch, sec. 2.4)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 router diverges (Switch, sec. 2.4)
         if self.training and self.jitter:
             noise = uniform_features(token_id, self.salt, x.shape[-1])
-            wide = wide * (1 + self.jitter * (2 * noise - 1))
-        logits = F.linear(wide, self.weight.to(wide.dtype))  # [groups, tokens, experts]
+            x = x * (1 + self.jitter * (2 * noise - 1))
+        logits = F.linear(x, self.weight.to(x.dtype))  # [groups, tokens, experts]
         expert, weight, kept, losses = self.settle(logits, token_id, valid_whole)
         num_kept = num_valid(token_id) * self.top_k if self.drops_nothing else None
         routing = sort_by_expert(
@@ -76,9 +75,9 @@ class Router(nn.Module, ABC):
         return routing, losses
 
     def settle(self, logits: Tensor, token_id: Tensor, valid_whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Choose, drop, and add up the losses; arguments as of `decide`.
+        """Choose, drop, and sum the losses. Arguments: as in `decide`.
 
-        -> expert, weight, kept: [groups, tokens, choices]; [2] losses, as of `forward`
+        -> expert, weight, kept: [groups, tokens, choices]; [2] losses, as in `forward`
         """
         probs, valid = self.probabilities(logits), token_id >= 0
         if self.look is not None:
@@ -90,9 +89,10 @@ class Router(nn.Module, ABC):
     def decide(
         self, logits: Tensor, probs: Tensor, token_id: Tensor, valid_whole: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose, and drop. logits, probs: [groups, tokens, experts]. token_id: [groups, tokens] int64, own positions.
+        """Choose experts, and drop what has no slot.
 
-        valid_whole: [groups, seq] bool. -> expert, weight, kept: [groups, tokens, choices]
+        logits, probs: [groups, tokens, experts]. token_id: [groups, tokens] int64, of this rank's positions.
+        valid_whole: [groups, seq] bool, of the whole sequences. -> expert, weight, kept: [groups, tokens, choices]
         """
         expert, weight = self.choose(logits, probs)
         wanted = self.wanted(weight, token_id) & (token_id >= 0).unsqueeze(-1)
@@ -103,7 +103,11 @@ class Router(nn.Module, ABC):
         return expert, weight, wanted
 
     def balance_loss(self, expert: Tensor, probs: Tensor, valid: Tensor) -> Tensor:
-        """Count what own tokens chose, and hold it to the scope. -> scalar, summed over own valid tokens"""
+        """Compute the balance loss of this rank's tokens, with the shares of the whole scope.
+
+        expert: [groups, tokens, choices]. probs: [groups, tokens, experts]. valid: [groups, tokens] bool.
+        -> scalar, summed over this rank's valid tokens
+        """
         counted = self.counted(expert, probs)
         choices = expert.new_zeros(len(expert), self.num_experts)
         choices.scatter_add_(1, counted.flatten(1), valid.unsqueeze(-1).expand_as(counted).flatten(1).long())
@@ -111,20 +115,24 @@ class Router(nn.Module, ABC):
         return load_balance_loss(mass, self.scope.total(choices, self.sequence))
 
     def counted(self, expert: Tensor, probs: Tensor) -> Tensor:
-        """Say which choices the balance loss counts. -> [groups, tokens, any number] int64"""
+        """Select the choices that the balance loss counts; arguments as in `balance_loss`.
+
+        -> [groups, tokens, any number] int64
+        """
         return expert[..., : self.balance_choices]
 
     def dropped(self, routing: Routing, valid: Tensor) -> Tensor:
-        """Count the choices that have no row. valid: [groups, tokens] bool, own. -> scalar int64"""
+        """Count this rank's choices that have no row. valid: [groups, tokens] bool. -> scalar int64"""
         return valid.sum() * self.top_k - len(routing.token)
 
     def wanted_rows(self, tokens: Tensor) -> Tensor:
-        """Count that of which `dropped` is a part. tokens: scalar int64, valid ones. -> scalar int64"""
+        """Count the choices of which `dropped` is a part. tokens: scalar int64, valid ones. -> scalar int64"""
         return tokens * self.top_k
 
-    def room(self, valid_whole: Tensor) -> Tensor:
-        """Count all experts' slots in training, of sequences on several ranks a part by own tokens; 0 without capacity.
+    def total_slots(self, valid_whole: Tensor) -> Tensor:
+        """Count the slots of all experts in training; zero without a capacity.
 
+        Of sequences on several ranks, each rank counts a part, in proportion to its tokens.
         valid_whole: [groups, seq] bool. -> scalar float64
         """
         if self.capacity.factor is None:
@@ -134,49 +142,65 @@ class Router(nn.Module, ABC):
         return (slots * own / tokens.clamp(min=1)).sum()
 
     def slots(self, valid: Tensor, factor: float) -> Tensor:
-        """Give one expert its even share of each group's assignments times the factor. -> [groups] int64"""
+        """Count the slots of one expert: its even share of each group's assignments times the factor.
+
+        valid: [groups, seq] bool. -> [groups] int64
+        """
         share = valid.sum(1).double() * self.top_k / self.num_experts
         return (factor * share).long().clamp(min=self.capacity.least)
 
     def _within_capacity(self, expert: Tensor, wanted: Tensor, probs: Tensor, slots: Tensor) -> Tensor:
-        """Count slots over the whole sequences, whoever holds their positions. slots: [groups] int64"""
+        """Assign slots over the whole sequences, whichever ranks hold their positions.
+
+        expert, wanted: [groups, tokens, choices]. probs: [groups, tokens, experts]. slots: [groups] int64.
+        -> kept, like wanted
+        """
         choice = torch.where(wanted, expert, -1).to(torch.int32)
-        room = slots.unsqueeze(1).expand(-1, self.num_experts)
+        slots = slots.unsqueeze(1).expand(-1, self.num_experts)
         if not self.capacity.by_probability:
             choice = self.sequence.whole(choice).long()
-            return self.sequence.own(self.place(choice.clamp(min=0), choice >= 0, room))
-        both = self.sequence.whole(torch.cat((choice, coarse(probs.amax(-1, keepdim=True))), -1))
-        order = in_order(both[..., -1]).unsqueeze(-1).expand_as(both[..., :-1])
-        choice = both[..., :-1].long().gather(1, order)  # the surest token first (Riquelme et al., 2021, sec. 4)
-        kept = self.place(choice.clamp(min=0), choice >= 0, room)
+            return self.sequence.own(self.assign_slots(choice.clamp(min=0), choice >= 0, slots))
+        # The surest token first (Riquelme et al., 2021, sec. 4). Choices and scores are gathered together.
+        score = coarse(probs.amax(-1, keepdim=True))
+        gathered = self.sequence.whole(torch.cat((choice, score), -1))
+        choice, score = gathered[..., :-1].long(), gathered[..., -1]
+        order = best_first(score).unsqueeze(-1).expand_as(choice)
+        choice = choice.gather(1, order)
+        kept = self.assign_slots(choice.clamp(min=0), choice >= 0, slots)
         return self.sequence.own(torch.empty_like(kept).scatter_(1, order, kept))
 
-    def place(self, expert: Tensor, wanted: Tensor, room: Tensor) -> Tensor:
-        """Give out the slots, tokens in their order. expert, wanted: [groups, seq, choices]. -> like wanted
+    def assign_slots(self, expert: Tensor, wanted: Tensor, slots: Tensor) -> Tensor:
+        """Assign slots to tokens in their order.
 
-        room: [groups, experts] int64.
+        expert, wanted: [groups, seq, choices] int64 and bool. slots: [groups, experts] int64. -> kept, like wanted
         """
-        return within_capacity(expert, wanted, room)
+        return within_capacity(expert, wanted, slots)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Say how much of a token each expert would take if it could choose all; they add up to one."""
+        """Turn logits into probabilities, which add up to one per token. [groups, tokens, experts] -> the same"""
         return logits.softmax(-1)
 
     @abstractmethod
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """logits, probs: [groups, tokens, experts]. -> expert, weight: [groups, tokens, choices], the best first"""
+        """Choose experts for each token, the best first.
+
+        logits, probs: [groups, tokens, experts]. -> expert, weight: [groups, tokens, choices]
+        """
 
     def wanted(self, weight: Tensor, token_id: Tensor) -> Tensor:
-        """Say which choices a token wants before capacity is counted. -> [groups, tokens, choices] bool"""
+        """Select the choices that ask for a slot. weight: [groups, tokens, choices]. -> bool, like weight"""
         return torch.ones_like(weight, dtype=torch.bool)
 
 
 def normalise(scores: Tensor) -> Tensor:
-    """Make scores add up to one along the last dim."""
+    """Scale scores so that they add up to one along the last dim. scores: [..., n], not negative. -> like scores"""
     return scores / (scores.sum(-1, keepdim=True) + 1e-20)  # all may be zero
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Take the k largest along the last dim, the best first, the lower index among equals. -> values, indices"""
+    """Take the k largest along the last dim, the largest first, the lower index among equals.
+
+    scores: [..., n]. -> values, indices: [..., k]
+    """
     values, indices = scores.sort(dim=-1, descending=True, stable=True)
     return values[..., :k], indices[..., :k]

@@ -1,6 +1,6 @@
-"""Routers that look at a whole sequence before any of its tokens has an expert: balanced, and not causal.
+"""Routers that need a whole sequence before any of its tokens has an expert: balanced, and not causal.
 
-In evaluation, where there are no tokens to come, each token chooses for itself.
+In evaluation, where later tokens are not known yet, each token chooses for itself.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from moescale.moe.routers.base import Router, top_k
 from moescale.moe.routing import Routing
 
 SINKHORN_ROUNDS = 20
-SINKHORN_STEPS = 2**12  # of a logarithm of a share that count in the choice
+SINKHORN_STEPS = 2**12  # steps per unit to which logarithms of shares are rounded for the choice
 
 
 class ExpertChoiceRouter(Router):
-    """Each expert takes the tokens of a sequence that give it most probability (Zhou et al., 2022, eq. 1 and 2).
+    """Lets each expert take the tokens of a sequence that give it most probability (Zhou et al., 2022, eq. 1 and 2).
 
-    The capacity factor is how many experts a token has on average; top_k how many it has in evaluation, where an expert
-    cannot look at tokens to come. Loads are equal, so that nothing needs balancing.
+    The capacity factor is the average number of experts per token; top_k is their number in evaluation, where an expert
+    cannot know later tokens. Loads are equal, so that nothing needs balancing.
     """
 
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class ExpertChoiceRouter(Router):
 
 
 class SinkhornRouter(Router):
-    """The top_k experts by scores that Sinkhorn's rounds have balanced over the sequence, weighed by raw probability.
+    """Chooses the top_k experts by scores that Sinkhorn's rounds balance over the sequence; weights are probabilities.
 
     The balanced assignment of BASE layers (Lewis et al., 2021), with the choice by a transport plan in place of an
     auction (Clark et al., 2022). The choice has no gradient; the weight has. Where the plan has no preference, as with
@@ -66,10 +66,13 @@ class SinkhornRouter(Router):
     """
 
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """logits: balanced, in training. Rounded, so that the plan's ties are ties whatever the rounding error."""
-        _, own = top_k(probs, self.num_experts)
-        _, best = top_k((logits * SINKHORN_STEPS).round().gather(-1, own), self.top_k)
-        expert = own.gather(-1, best)
+        """Choose by logits, which in training are balanced; they are rounded, so that ties do not depend on errors.
+
+        logits, probs: [groups, tokens, experts]. -> expert, weight: [groups, tokens, top_k]
+        """
+        _, by_probability = top_k(probs, self.num_experts)
+        _, best = top_k((logits * SINKHORN_STEPS).round().gather(-1, by_probability), self.top_k)
+        expert = by_probability.gather(-1, best)
         return expert, probs.gather(-1, expert)
 
     def decide(
@@ -81,7 +84,7 @@ class SinkhornRouter(Router):
 
 
 def balanced_plan(logits: Tensor, valid: Tensor) -> Tensor:
-    """Share out tokens so that each expert's shares have the same sum over tokens, or nearly, and a token's add to one.
+    """Share tokens among experts so that all experts get about the same sum, and each token's shares add up to one.
 
     logits: [groups, tokens, experts]. valid: [groups, tokens] bool. -> logarithms of the shares, float64, like logits
     """

@@ -1,4 +1,4 @@
-"""Routers by which each token takes the experts that it likes best, for itself alone."""
+"""Routers by which each token chooses the experts with the best scores, independent of other tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescale.moe.capacity import place_left_behind
+from moescale.moe.capacity import assign_left_behind
 from moescale.moe.losses import load_balance_loss
 from moescale.moe.routers.base import Router, normalise, top_k
 from moescale.ops.device import triton_runs
@@ -15,7 +15,7 @@ from moescale.ops.token_random import uniform
 
 
 class MixtralRouter(Router):
-    """The top_k experts, weighed by a softmax over their logits alone (Mixtral of Experts, sec. 2.1)."""
+    """Chooses the top_k experts; weights are a softmax over the chosen logits alone (Mixtral of Experts, sec. 2.1)."""
 
     drops_nothing = True
 
@@ -37,9 +37,9 @@ class MixtralRouter(Router):
 
 
 class SwitchRouter(Router):
-    """The best expert, weighed by its raw probability, within a capacity (Switch Transformers, eq. 1 to 3).
+    """Chooses the best expert, within a capacity; the weight is its raw probability (Switch Transformers, eq. 1 to 3).
 
-    left_behind_choices: how many experts a token tries, best first, until one has room (appendix B).
+    left_behind_choices: how many experts a token tries, best first, until one has a slot (appendix B).
     """
 
     balance_choices = 1
@@ -60,12 +60,15 @@ class SwitchRouter(Router):
         expert, weight, kept = super().decide(logits, probs, token_id, valid_whole)
         return expert, weight, kept & (kept.cumsum(-1) == 1)  # without a capacity all are kept: the first is enough
 
-    def place(self, expert: Tensor, wanted: Tensor, room: Tensor) -> Tensor:
-        return place_left_behind(expert, wanted, room)
+    def assign_slots(self, expert: Tensor, wanted: Tensor, slots: Tensor) -> Tensor:
+        return assign_left_behind(expert, wanted, slots)
 
 
 class GShardRouter(Router):
-    """The best two, normalised over both; the second at random in proportion to its weight (GShard, algorithm 1)."""
+    """Chooses the best two, the second at random in proportion to its weight; weights are normalised over both.
+
+    GShard, algorithm 1.
+    """
 
     balance_choices = 1
 
@@ -81,12 +84,12 @@ class GShardRouter(Router):
 
 
 class SigmoidBiasRouter(Router):
-    """The top_k experts by sigmoid score plus bias, weighed by the scores alone (DeepSeek-V3, eq. 12 to 16).
+    """Chooses the top_k experts by sigmoid score plus bias; weights are the scores alone (DeepSeek-V3, eq. 12 to 16).
 
-    The experts lie in groups, in order. A token's come from its best `top_k_groups` of them, by the sum of each one's
-    best top_k / top_k_groups, rounded down and at least one (its section 2.1.2, node-limited routing). expert_bias:
-    [experts] float32; it selects experts and groups, and has no gradient. The balance loss counts what the scores alone
-    would choose, without groups (eq. 17 to 20).
+    The experts form groups, in order. A token's experts come from its best `top_k_groups` of them, by the sum of each
+    group's best top_k / top_k_groups, rounded down and at least one (its section 2.1.2, node-limited routing).
+    expert_bias: [experts] float32; it decides which experts and groups are chosen, and has no gradient. The balance
+    loss counts what the scores alone would choose, without groups (eq. 17 to 20).
     """
 
     drops_nothing = True
@@ -125,5 +128,5 @@ class SigmoidBiasRouter(Router):
 
         load: [experts] int64, assignments of one step's whole global batch.
         """
-        above = (load * self.num_experts - load.sum()).sign()  # of the mean, in whole numbers: the same on every rank
+        above = (load * self.num_experts - load.sum()).sign()  # above the mean, in integers: the same on every rank
         self.expert_bias -= self.bias_update_rate * above
