@@ -15,7 +15,8 @@ def load(checkpoint_dir: str | Path) -> LanguageModel:
     """Load the model of a checkpoint on one process, whatever layout wrote it.
 
     checkpoint_dir: a checkpoint, or a run directory for its last one. Raises ValueError for anything else.
-    -> the model; `model.logits(tokens)` scores tokens [batch, seq] as [batch, seq, vocab] float32
+    Returns the model; `model.logits(tokens)` scores tokens [batch, seq] as [batch, seq, vocab] float32, and
+    `model.generate(prompts, num_tokens)` writes on.
     """
     from moescale.generate import load_model  # only now, so that `import moescale` needs torch alone
 

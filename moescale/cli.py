@@ -121,11 +121,18 @@ def config(
 @app.command(no_args_is_help=True)
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory for its last one.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from; empty starts a new document.")] = "",
+    prompt: Annotated[list[str] | None, typer.Option(
+        help="Text to go on from, several times for several; without one a new document starts.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many texts to write from each prompt.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write, at most.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="Below 1: safer; 0: always the likeliest token.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest K tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(
+        help="Draw among the likeliest tokens that together have this probability, e.g. 0.9.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63, help="The same seed writes the same text.")] = 0,
+    context: Annotated[int | None, typer.Option(
+        min=1, help="How many tokens it looks back on, at most; data.seq_len, without a bound for ALiBi or a window.")
+    ] = None,
     special: Annotated[bool, typer.Option(
         "--special", help="Names of special tokens in the prompt, e.g. of a chat template, are those tokens.")] = False,
 ) -> None:
@@ -134,12 +141,16 @@ def generate(
     It writes up to the end of the document, or as many tokens as --tokens says.
 
     moescale generate runs/quickstart --prompt "def main(" --tokens 200 --temperature 0.8
+
+    moescale generate runs/quickstart --prompt "def " --prompt "class " --samples 3 --top-p 0.9
     """
     with _one_line_errors(checkpoint):
         from moescale.generate import generate_text
+        from moescale.model.generation import Sampling
 
-        for piece in generate_text(checkpoint, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed,
-                                   special=special):
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        for piece in generate_text(checkpoint, prompt or [""], tokens, samples=samples, sampling=sampling,
+                                   special=special, context=context):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")

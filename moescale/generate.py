@@ -1,13 +1,11 @@
-"""Read a trained model back on one process, and let it write."""
+"""Read a trained model back on one process, and let it write text."""
 
 from __future__ import annotations
 
 import functools
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,9 @@ from torch import Tensor
 from moescale.checkpoint.store import load_checkpoint, read_last, read_state
 from moescale.config import Config, ConfigError, load_config
 from moescale.convert.formats.native import check_model
-from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
+from moescale.data.tokenizer import TextStream, Tokenizer, tokenizer_of_checkpoint
 from moescale.model.build import build_model
+from moescale.model.generation import Sampling, next_tokens
 from moescale.model.language_model import LanguageModel
 
 
@@ -69,30 +68,51 @@ def load_model(path: Path) -> tuple[LanguageModel, Config, Path]:
 
 
 def generate_text(
-    path: Path, prompt: str, num_tokens: int, *, temperature: float, top_k: int | None, seed: int, special: bool = False
+    path: Path, prompts: Sequence[str], num_tokens: int, *, samples: int, sampling: Sampling, special: bool = False,
+    context: int | None = None,
 ) -> Iterator[str]:
-    """Go on from a prompt, a document's first words, up to the end of the document or num_tokens.
+    """Go on from prompts, each a document's first words, up to the end of the document or num_tokens.
 
-    temperature: 0 takes the likeliest token. top_k: draw among that many; None = all. special: the names of special
-    tokens in the prompt stand for the tokens. Raises ConfigError. -> text, the prompt first, then piece by piece
+    samples: of each prompt. special: the names of special tokens in a prompt stand for the tokens. context: how far a
+    text looks back, at most; None = as `usual_context` says. Raises ConfigError.
+    Returns what to print, piece by piece: the one text as it grows, or several, each below a line with its number.
     """
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(f"--temperature={temperature}: write a number from 0 up, e.g. 0.8")
     trained = load_trained(path)
     config, tokenizer = trained.config, trained.tokenizer
-    start = _start(tokenizer, prompt, special, config.model.vocab_size)
-    names = [] if special else tokenizer.special_tokens(prompt)
-    if names:
+    starts = [_start(tokenizer, prompt, special, config.model.vocab_size) for prompt in prompts]
+    names = sorted({name for prompt in prompts for name in tokenizer.special_tokens(prompt)})
+    if names and not special:
         print(f"moescale: {', '.join(names)} in the prompt is taken as letters; --special takes it as the token",
               file=sys.stderr)
+    steps = next_tokens(trained.model, starts, num_tokens, sampling=sampling, samples=samples, stops=tokenizer.stops,
+                        num_ids=tokenizer.num_ids, context=context or usual_context(config))
+    if len(prompts) * samples == 1:
+        yield from _grow(prompts[0], tokenizer.stream(before=starts[0]), tokenizer, (step[0] for step in steps))
+        return
+    for index, tokens in enumerate(zip(*steps, strict=True)):
+        number, sample = divmod(index, samples)
+        text = "".join(_grow(prompts[number], tokenizer.stream(before=starts[number]), tokenizer, tokens))
+        newline = "\n" if index else ""
+        yield f"{newline}--- prompt {number + 1}, sample {sample + 1}\n{text}"
+
+
+def _grow(prompt: str, stream: TextStream, tokenizer: Tokenizer, tokens: Iterable[int | None]) -> Iterator[str]:
+    """Return a text piece by piece. tokens: after the prompt, None when it has ended"""
     yield prompt
-    stream = tokenizer.stream(before=start)
-    tokens = _draw(trained.model, start, config.data.seq_len, tokenizer, temperature, top_k, seed)
-    for token in islice(tokens, num_tokens):
-        if token in tokenizer.stops:
-            break
-        yield stream.push(token)
+    for token in tokens:
+        if token is not None and token not in tokenizer.stops:
+            yield stream.push(token)
     yield stream.rest()
+
+
+def usual_context(config: Config) -> int | None:
+    """Say how far a model looks back when it generates: as far as in training, unless it can do more.
+
+    Linear biases and windows that training has filled hold beyond its sequences; None = without a bound.
+    """
+    model, seq_len = config.model, config.data.seq_len
+    goes_on = model.positions == "alibi" or (model.window is not None and model.window <= seq_len)
+    return None if goes_on else seq_len
 
 
 def _start(tokenizer: Tokenizer, prompt: str, special: bool, num_rows: int) -> list[int]:
@@ -107,27 +127,3 @@ def _start(tokenizer: Tokenizer, prompt: str, special: bool, num_rows: int) -> l
         names = ", ".join(tokenizer.special_tokens(prompt))
         raise ConfigError(f"--prompt: the model has {num_rows} rows and none for some of {names}: leave those out")
     return ids if special and ids[:1] == [tokenizer.begin] else [tokenizer.begin, *ids]
-
-
-@torch.no_grad()
-def _draw(
-    model: LanguageModel, start: list[int], context: int, tokenizer: Tokenizer,
-    temperature: float, top_k: int | None, seed: int,
-) -> Iterator[int]:
-    """Draw tokens one after another, looking back on `context` of them, without an end."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = torch.tensor([start], device=device)
-    while True:
-        logits = model.logits(tokens[:, -context:])[0, -1, : tokenizer.num_ids].double()
-        if not logits.isfinite().all():
-            raise ConfigError("the model's scores are not finite numbers: take an earlier checkpoint")
-        if top_k is not None:
-            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = float("-inf")
-        if temperature == 0:
-            token = logits.argmax(keepdim=True)
-        else:
-            odds = ((logits - logits.max()) / temperature).softmax(-1)  # the best is 0, however small the temperature
-            token = torch.multinomial(odds, 1, generator=generator)
-        tokens = torch.cat((tokens, token.view(1, 1)), 1)
-        yield int(token)

@@ -18,6 +18,7 @@ from moescale.checkpoint.store import read_state, write_manifest
 from moescale.cli import app
 from moescale.config import ConfigError
 from moescale.data.tokenizer import load_tokenizer
+from moescale.generate import usual_context
 from moescale.scoring import Scorer
 from tests.tokenizers import write_metaspace
 
@@ -63,14 +64,17 @@ def test_a_document_goes_on_with_its_spaces_and_ends_by_itself(run: Path, prompt
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, *ids: int) -> list[list[int]]:
-    """Let these ids be drawn. -> what the model is given to begin with"""
+    """Let these ids be drawn. Returns what the model is given to begin with."""
     starts: list[list[int]] = []
 
-    def draw(model: object, start: list[int], *others: object) -> Iterator[int]:
-        starts.append(start)
-        yield from ids
+    def steps(model: object, prompts: list[list[int]], num_tokens: int, **options: object) -> Iterator[list[int]]:
+        starts.extend(prompts)
+        for index in ids[:num_tokens]:
+            yield [index]
+            if index in options["stops"]:
+                return
 
-    monkeypatch.setattr(moescale.generate, "_draw", draw)
+    monkeypatch.setattr(moescale.generate, "next_tokens", steps)
     return starts
 
 
@@ -112,7 +116,8 @@ def test_any_temperature_draws(run: Path, temperature: str, more: tuple) -> None
 @pytest.mark.parametrize(("arguments", "key"), [
     (["--temperature", "nan"], "temperature"), (["--temperature", "inf"], "temperature"),
     (["--temperature", "-1"], "temperature"), (["--prompt", "\udcff a"], "--prompt"), (["--seed", 2**70], "seed"),
-    (["--tokens", 0], "tokens"), (["--top-k", 0], "top-k")])
+    (["--tokens", 0], "tokens"), (["--top-k", 0], "top-k"), (["--top-p", "0"], "top_p"), (["--top-p", "nan"], "top_p"),
+    (["--samples", 0], "samples"), (["--context", 0], "context")])
 def test_what_cannot_be_drawn_is_one_line(run: Path, arguments: list, key: str) -> None:
     status, text = generate(run, *arguments)
     assert status == 2
@@ -120,11 +125,37 @@ def test_what_cannot_be_drawn_is_one_line(run: Path, arguments: list, key: str) 
 
 
 def test_weights_that_are_no_numbers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moescale.model.language_model.LanguageModel.logits",
-                        lambda model, tokens: torch.full((1, tokens.shape[1], 300), math.nan))
+    monkeypatch.setattr("moescale.model.language_model.LanguageModel.next_scores",
+                        lambda model, tokens, *others: torch.full((len(tokens), 300), math.nan))
     status, text = generate(run)
     assert status == 2
     assert "not finite" in text
+
+
+def test_several_prompts_and_samples_are_each_as_alone(run: Path) -> None:
+    options = ("--temperature", 1.5, "--top-p", 0.95, "--seed", 5, "--tokens", 6)
+    status, text = generate(run, "--prompt", "a", "--prompt", "hello", "--samples", 2, *options)
+    assert status == 0
+    alone = {prompt: generate(run, "--prompt", prompt, *options)[1].removesuffix("\n") for prompt in ("a", "hello")}
+    parts = text.removesuffix("\n").split("--- prompt ")
+    assert [part.split("\n")[0] for part in parts[1:]] == [
+        "1, sample 1", "1, sample 2", "2, sample 1", "2, sample 2"]
+    texts = [part.partition("\n")[2].removesuffix("\n") for part in parts[1:]]
+    assert [texts[0], texts[2]] == [alone["a"], alone["hello"]]
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, ("a", "a", "hello", "hello"), strict=True))
+    assert texts[0] != texts[1]
+
+
+def test_how_far_a_model_looks_back(run: Path) -> None:
+    config = moescale.generate.load_trained(run).config
+    assert usual_context(config) == 24, "rotary positions, no window: as far as in training"
+    for change, bound in (({"window": 24}, None), ({"window": 25}, 24), ({"positions": "alibi"}, None),
+                          ({"positions": "none"}, 24), ({"positions": "none", "window": 3}, None)):
+        other = config.model_copy(update={"model": config.model.model_copy(update=change)})
+        assert usual_context(other) == bound
+    long = ("--prompt", "a hello " * 20, "--temperature", 0, "--tokens", 5)
+    assert generate(run, *long)[0] == 0
+    assert generate(run, *long, "--context", 3)[0] == 0
 
 
 def test_likelihoods_equal_sums_over_logits(run: Path) -> None:

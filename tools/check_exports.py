@@ -66,13 +66,8 @@ def main() -> None:
 
 
 def _greedy(scorer: Scorer, start: list[int], count: int) -> list[int]:
-    """-> the likeliest tokens, one after another, whatever ends in between"""
-    tokens: list[int] = []
-    device = next(scorer.model.parameters()).device
-    for _ in range(min(count, scorer.context - len(start))):
-        logits = scorer.model.logits(torch.tensor([start + tokens], device=device))[0, -1]
-        tokens.append(int(logits.argmax()))
-    return tokens
+    """Return the likeliest tokens, one after another, whatever ends in between."""
+    return scorer.model.generate([start], count, temperature=0)[0][0]
 
 
 def _compare(program: str, prompt: str, ours: list[int], theirs: list[int]) -> tuple[bool, str]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from moescale.comm.sequence_shards import Sequence
 from moescale.layers.linear import Linear
 from moescale.layers.positions import alibi_slopes, rotary_angles
+from moescale.mixers.base import Mixer
+from moescale.mixers.key_value_cache import KeyValueCache
 from moescale.ops.attention import attention
+from moescale.ops.attention_step import attention_step
 from moescale.ops.rotary import rotate
 
 
-class Attention(nn.Module):
+class Attention(Mixer[KeyValueCache]):
     """Let positions of one document look back at each other: a mixer."""
 
     def __init__(
@@ -30,7 +34,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim, self.window, self.rope_theta = head_dim, window, rope_theta
-        self.num_heads, self.alibi = num_heads, alibi
+        self.num_heads, self.num_kv_heads, self.alibi = num_heads, num_kv_heads, alibi
         self.first_head = 0  # of those that lie here
         self.sequence = Sequence()
         self.attend: Callable[..., Tensor] = attention
@@ -39,8 +43,12 @@ class Attention(nn.Module):
         self.v = Linear(d_model, num_kv_heads * head_dim, init)
         self.o = Linear(num_heads * head_dim, d_model, init)
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x: [batch, seq/cp, d_model]. positions: [batch, seq] int64, restart at 0 with a document. -> like x"""
+    def forward(self, x: Tensor, positions: Tensor, state: KeyValueCache | None = None) -> Tensor:
+        """Let each position attend to those of its document that it sees.
+
+        x: [batch, seq/cp, d_model]. positions: [batch, seq] int64, restart at 0 with a document. state: keys and values
+        of the tokens before these. Returns features like x.
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
         if self.rope_theta is not None:
@@ -48,8 +56,34 @@ class Attention(nn.Module):
             cosine, sine = (angle.to(x.dtype) for angle in angles)
             q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
         slopes = self._slopes(q) if self.alibi else None
-        out = self.attend(q, k, v, window=self.window, positions=positions, alibi_slopes=slopes)
+        if state is None:
+            out = self.attend(q, k, v, window=self.window, positions=positions, alibi_slopes=slopes)
+        else:
+            out = self._go_on(q, k, v, positions, slopes, state)
         return self.o(out.flatten(2))  # from [batch, seq/cp, heads, head_dim]
+
+    def new_state(self, batch: int, length: int) -> KeyValueCache:
+        slots = length if self.window is None else min(self.window, length)
+        weight = self.k.weight
+        return KeyValueCache(batch, slots, self.num_kv_heads, self.head_dim, rolls=slots == self.window,
+                             dtype=weight.dtype, device=weight.device)
+
+    def _go_on(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slopes: Tensor | None, state: KeyValueCache
+    ) -> Tensor:
+        """Let new tokens attend to themselves and to those of the state, which then holds them, too."""
+        before = state.held
+        if before and q.shape[1] == 1:
+            state.add(k, v)
+            return attention_step(q, *state.slots_in_use(), positions, slopes)
+        keys, values = k, v
+        if before:
+            keys, values = (torch.cat(pair, 1) for pair in zip(state.newest_last(), (k, v), strict=True))
+            # Positions count down into the state: 0 stands where the first token's document began.
+            earlier = positions[:, :1] - torch.arange(before, 0, -1, device=positions.device)
+            positions = torch.cat((earlier, positions), 1)
+        state.add(k, v)
+        return self.attend(q, keys, values, window=self.window, positions=positions, alibi_slopes=slopes)
 
     def _slopes(self, q: Tensor) -> Tensor:
         """-> those of the heads that lie here"""

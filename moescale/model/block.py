@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moescale.comm.sequence_shards import Sequence
 from moescale.layers.feed_forward import FeedForward
+from moescale.mixers.base import State
 
 
 class Block(nn.Module):
@@ -23,8 +24,10 @@ class Block(nn.Module):
         self.channel_norm, self.channel_mixer = channel_norm, channel_mixer
         self.sequence = Sequence()
 
-    def forward(self, x: Tensor, positions: Tensor, token_id: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [batch, seq/cp/tp, d_model]. positions, token_id: [batch, seq] int64.
+    def forward(
+        self, x: Tensor, positions: Tensor, token_id: Tensor, state: State | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x: [batch, seq/cp/tp, d_model]. positions, token_id: [batch, seq] int64. state: of the mixer.
 
         -> like x; [2] the router's two losses
         """
@@ -32,7 +35,7 @@ class Block(nn.Module):
         dense = isinstance(self.channel_mixer, FeedForward)
         h = self.mixer_norm(x)
         wide = widen(h)  # [batch, seq/cp, d_model]
-        mixed = self.mixer(wide, positions)
+        mixed = self.mixer(wide, positions, state)
         if self.channel_norm is None:
             y, losses = self.channel_mixer(wide if dense else h, token_id)
             return x + (narrow(mixed + y) if dense else narrow(mixed) + y), losses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from moescale.comm.collectives import local_tensor
 from moescale.comm.sequence_shards import Sequence
 from moescale.layers.linear import Embedding, Linear
+from moescale.mixers.base import Mixer, State
+from moescale.model import generation
 from moescale.moe.routers import Router
 from moescale.ops.head_losses import head_losses
 from moescale.ops.product import linear
@@ -89,23 +91,68 @@ class LanguageModel(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         try:
             x, _ = self._features(tokens, None, positions, positions)
-            logits = self._head(x, lambda x, weight: linear(x, weight.to(x.dtype)))
-            return logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(self.logit_scale)
+            return self._scores(x)
         finally:  # a router left so would train without its capacity
             for router in routers:
                 router.dropless = False
             self.train(training)
 
+    def generate(
+        self, prompts: Iterable[Iterable[int]], num_tokens: int, *, samples: int = 1, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, seed: int = 0, stops: Collection[int] = (),
+        num_ids: int | None = None, context: int | None = None,
+    ) -> list[list[list[int]]]:
+        """Write on from prompts, on one process, as a batch in which no text depends on another.
+
+        prompts: ids of each, the token that begins documents first. num_tokens: how many to write, at most. samples: of
+        each prompt. temperature: what scores are divided by; 0 takes the likeliest token. top_k: draw among that many
+        only. top_p: draw among the likeliest that together have this probability. seed: the same one draws the same
+        tokens. stops: tokens that end a text. num_ids: tokens from this one on are never drawn. context: how far a text
+        looks back, at most; None = to its first token. Raises ConfigError.
+        Returns the new ids, by prompt and sample, without the stop.
+        """
+        sampling = generation.Sampling(temperature, top_k, top_p, seed)
+        known = [list(map(int, prompt)) for prompt in prompts]
+        written: list[list[int]] = [[] for _ in range(len(known) * samples)]
+        for step in generation.next_tokens(self, known, num_tokens, sampling=sampling, samples=samples, stops=stops,
+                                           num_ids=num_ids, context=context):
+            for ids, token in zip(written, step, strict=True):
+                if token is not None and token not in stops:
+                    ids.append(token)
+        return [written[first : first + samples] for first in range(0, len(written), samples)]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def new_states(self, batch: int, length: int) -> list[State]:
+        """Make the state of each block's mixer, as its `new_state` does."""
+        return [mixer.new_state(batch, length) for mixer in self.modules() if isinstance(mixer, Mixer)]
+
+    def next_scores(self, tokens: Tensor, positions: Tensor, token_id: Tensor, states: list[State]) -> Tensor:
+        """Score what follows the last of these tokens, which the states then hold, too.
+
+        tokens, positions, token_id: [batch, seq] int64, as in a Batch. Returns [batch, vocab], at least float32.
+        """
+        x, _ = self._features(tokens, None, positions, token_id, states)
+        return self._scores(x[:, -1:])[:, 0]
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """x: [batch, seq, d_model]. Returns [batch, seq, vocab], at least float32."""
+        scores = self._head(x, lambda x, weight: linear(x, weight.to(x.dtype)))
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(self.logit_scale)
+
     def _features(
-        self, x: Tensor, router_losses: Tensor | None, positions: Tensor, token_id: Tensor
+        self, x: Tensor, router_losses: Tensor | None, positions: Tensor, token_id: Tensor,
+        states: list[State] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.first:
             assert self.embedding is not None
             x = self.sequence.narrow(self.embedding(self.sequence.part(x), self.compute_dtype))
         if router_losses is None:
             router_losses = x.new_zeros(2, dtype=torch.promote_types(x.dtype, torch.float32))
-        for block in self.blocks.values():
-            x, losses = block(x, positions, token_id)
+        for index, block in enumerate(self.blocks.values()):
+            x, losses = block(x, positions, token_id, None if states is None else states[index])
             router_losses = router_losses + losses
         return x, router_losses
 

@@ -13,7 +13,9 @@ from moescale.ops.device import triton_runs
 from moescale.ops.expert_feed_forward_blocks import feed_forward_in_blocks
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from moescale.ops.permute import permute, unpermute
+from moescale.ops.product import linear
 
+FEW = 32  # rows up to which a processor computes without blocks and threads of our own
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
@@ -47,6 +49,8 @@ def expert_feed_forward(
     """
     if x.device.type == "cpu" and keep is None:
         sizes = routing.tokens_per_expert.tolist()
+        if len(routing.token) <= FEW and not torch.is_grad_enabled():
+            return _few(x, gate, up, down, routing, sizes, ACTIVATIONS[activation])
         return feed_forward_in_blocks(x, gate, up, down, routing.weight, routing.token, sizes, activation)
     if triton_runs(x) and keep is None and gate is not None and activation == "silu":
         from moescale.ops.expert_feed_forward_triton import fused_experts
@@ -59,6 +63,25 @@ def expert_feed_forward(
     hidden = hidden * routing.weight.unsqueeze(1).to(x.dtype)
     rows = grouped_gemm(hidden if keep is None else hidden * keep, down, routing.tokens_per_expert)
     return unpermute(rows, None, routing.token, routing.row)
+
+
+def _few(
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, routing: Assignments, sizes: list[int],
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Do the same expert by expert, of rows so few that their products are all the work there is."""
+    rows, weights = x.index_select(0, routing.token), routing.weight.to(x.dtype).unsqueeze(1)
+    answers, start = [], 0
+    for expert, size in enumerate(sizes):
+        if size:
+            own = slice(start, start := start + size)
+            hidden = linear(rows[own], up[expert])
+            hidden = act(hidden) if gate is None else act(linear(rows[own], gate[expert])).mul_(hidden)
+            answers.append(linear(hidden.mul_(weights[own]), down[expert]))
+    total = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    if answers:
+        total.index_add_(0, routing.token, torch.cat(answers).to(total.dtype))
+    return total.to(x.dtype)
 
 
 def expert_feed_forward_reference(

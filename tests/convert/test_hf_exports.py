@@ -243,3 +243,21 @@ def test_rows_that_llama_cpp_cannot_fill_up_are_said(tmp_path: Path) -> None:
     (tokenizer.parent / "tokenizer.model").write_bytes(b"pieces")
     said = call("convert", write_run_with(tmp_path / "other", tokenizer), tmp_path / "there", "--to", "hf")
     assert "rows beyond" not in said
+
+
+@pytest.mark.parametrize("model", [{"window": 7}, {"window": None, **DENSE}], ids=["mixtral with a window", "llama"])
+def test_transformers_generates_the_same_tokens(tmp_path: Path, model: dict[str, Any]) -> None:
+    """Greedy tokens, far beyond a window, of random weights: every prompt of ours in one batch, theirs one by one."""
+    run = write_run(tmp_path / "run", make_config(model), std=0.4)
+    convert(open_source(run), tmp_path / "hf", "hf", Layout())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    draw = random.Random(0)
+    prompts = [[256, *(draw.randrange(256) for _ in range(length))] for length in (0, 3, 24)]
+    found = moescale.load(run).generate(prompts, 30, temperature=0)
+    for prompt, (written,) in zip(prompts, found, strict=True):
+        wanted = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, min_new_tokens=30, do_sample=False)
+        scores = theirs(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 : -1]
+        assert prompt + written == wanted[0].tolist()
+        assert len(set(written)) > 5, "not one token again and again"
+        best = scores.topk(2).values
+        assert float((best[:, 0] - best[:, 1]).min()) > 1e-4, "no tie that rounding would decide"

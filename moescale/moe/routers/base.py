@@ -83,6 +83,8 @@ class Router(nn.Module, ABC):
         if self.look is not None:
             self.look(probs, valid)
         expert, weight, kept = self.decide(logits, probs, token_id, valid_whole)
+        if self.dropless:  # nobody reads them
+            return expert, weight, kept, logits.new_zeros(2)
         losses = torch.stack((self.balance_loss(expert, probs, valid), router_z_loss(logits, valid)))
         return expert, weight, kept, losses
 
