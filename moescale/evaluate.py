@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +46,7 @@ class Evaluation:
             texts, kinds = self._text()
             HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len, np.array(texts),
                            np.array(kinds), **vars(found)).save(self.run_dir)
-        bits = loss * self.split.num_tokens / self.split.text_bytes / math.log(2)
-        return {"eval_loss": loss, "eval_bits_per_byte": bits}
+        return {"eval_loss": loss, "eval_bits_per_byte": self.split.bits_per_byte(loss)}
 
     def follow(self, engine: Engine) -> dict[str, float]:
         """Look at a few sequences. -> on the first rank, how far their routing has moved since the last look"""

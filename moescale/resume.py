@@ -26,6 +26,7 @@ from moescale.data.batches import START, Position, num_windows
 from moescale.data.token_file import TokenCorpus
 from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from moescale.optim.schedule import Peak, first_peak, learning_rate, peak_after_change
+from moescale.record.metrics import FILE
 
 MOST_TOKENS = 2**62  # that can be numbered
 
@@ -52,7 +53,7 @@ def locate(config: Config, path: Path, overrides: Sequence[str]) -> Config:
     """
     home = path.resolve().parent.parent.parent if (path.parent / MANIFEST).exists() else path.parent
     checkpoint = latest_checkpoint(home)
-    if checkpoint is None and not (home / "metrics.jsonl").exists():
+    if checkpoint is None and not (home / FILE).exists():
         return config
     given = read_overrides(overrides)
     run_dir = Path(config.run.dir).expanduser()

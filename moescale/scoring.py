@@ -105,9 +105,8 @@ def _evaluate(
     loss = total / scored
     if not math.isfinite(loss):
         raise ConfigError(f"the loss of {checkpoint} is not a finite number: take an earlier checkpoint")
-    bits = loss * split.num_tokens / split.text_bytes / math.log(2)
     return Evaluated(str(checkpoint), state["step"], "held-out" if own else "files", loss, math.exp(min(loss, 700.0)),
-                     bits, scored, split.num_tokens, split.num_documents, split.text_bytes), notes
+                     split.bits_per_byte(loss), scored, split.num_tokens, split.num_documents, split.text_bytes), notes
 
 
 class Scorer:

@@ -39,7 +39,7 @@ from moescale.parallel.lost_ranks import name_lost_ranks
 from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
-from moescale.record.metrics import JsonLines, Sink
+from moescale.record.metrics import FILE, JsonLines, Sink
 from moescale.resume import Standing, go_on
 
 LIBRARY_EPOCHS = 50.0  # of Python's own library, which is there to try things out
@@ -202,7 +202,7 @@ class _Run:
                 self._stretch(orders)
             if self.terminal is not None:
                 self.terminal.summarize()
-                self.terminal.say(f"figures in {self.run_dir}/metrics.jsonl, weights in "
+                self.terminal.say(f"figures in {self.run_dir}/{FILE}, weights in "
                                   f"{latest_checkpoint(self.run_dir)}; try: moescale generate {self.run_dir}")
         finally:
             for sink in self.sinks:
@@ -340,7 +340,7 @@ class _Run:
         config = self.config
         try:
             replace_text(self.run_dir / "config.yaml", config.to_yaml())
-            lines = JsonLines(self.run_dir / "metrics.jsonl", self.engine.step_count + 1)
+            lines = JsonLines(self.run_dir, self.engine.step_count + 1)
         except OSError as error:
             raise ConfigError(f"run.dir={self.run_dir} cannot be written: {error.strerror}") from None
         sinks: list[Sink] = [self.terminal, lines]

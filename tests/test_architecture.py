@@ -19,11 +19,11 @@ MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
     "model": {"comm", "config", "layers", "mixers", "moe", "ops"},
     "parallel": {"cluster", "comm", "config", "layers", "mixers", "moe", "model", "ops", "planner"},
     "checkpoint": {"config", "files"}, "cluster": {"checkpoint", "config", "files"},
-    "convert": {"checkpoint", "config", "data", "files", "optim"},
+    "convert": {"checkpoint", "config", "data", "files", "optim", "record"},
     "planner": {"config"}, "record": {"files"}, "report": {"config", "files", "planner", "record"},
     "monitor": {"config", "files", "moe", "planner", "record", "report"},
     "verify": {"checkpoint", "comm", "config", "convert", "data", "engine", "files", "model", "moe", "monitor", "ops",
-               "optim", "parallel"},
+               "optim", "parallel", "record"},
     "engine": {"checkpoint", "comm", "config", "data", "model", "optim", "parallel"},
 }
 FREE = {"cli", "trainer", "evaluate", "generate", "scoring", "resume", "__init__", "__main__"}

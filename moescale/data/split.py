@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,10 @@ class TokenSplit:
     @property
     def num_tokens(self) -> int:
         return int(self.first[-1])
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Convert a loss in nats per token of this text to bits per byte of it."""
+        return loss * self.num_tokens / self.text_bytes / math.log(2)
 
     def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Read tokens start, start + 1, ... and how far each is from its document's or the window's first token.

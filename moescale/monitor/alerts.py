@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from moescale.monitor.routing_metrics import values
-from moescale.record.metrics import Metrics
+from moescale.record.figures import Line, by_layer, of_all
 
 PATIENCE_STEPS = 30  # what is wrong must be so for about as long, in up to three logged steps
 DEAD_SHARE = 0.01  # of the rows that are an expert's even share
@@ -26,12 +25,12 @@ class Alerts:
 
     def __init__(self, *, top_k: int, every: int, dropped_limit: float) -> None:
         self.top_k, self.dropped_limit = top_k, dropped_limit
-        self.lines: deque[Metrics] = deque(maxlen=min(3, max(1, PATIENCE_STEPS // every)))
+        self.lines: deque[Line] = deque(maxlen=min(3, max(1, PATIENCE_STEPS // every)))
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
         self.highest: deque[float] = deque(maxlen=3)  # the highest loss of the steps up to each logged one
         self.known: set[str] = set()
 
-    def look(self, metrics: Metrics) -> list[str]:
+    def look(self, metrics: Line) -> list[str]:
         """Give the alerts that are new."""
         self.lines.append(metrics)
         found = dict(self._routing()) if len(self.lines) == self.lines.maxlen else {}
@@ -43,12 +42,12 @@ class Alerts:
         return new
 
     def _routing(self) -> Iterator[tuple[str, str]]:
-        """-> what is wrong: a name for it, and words"""
-        by_layer: dict[int, list[Any]] = {}
+        """Give what is wrong with the routing: a name for it, and words."""
+        counted: dict[int, list[Any]] = {}
         for line in self.lines:
-            for layer, counts in values(line, "tokens_per_expert").items():
-                by_layer.setdefault(layer, []).append(counts)
-        for layer, lines in by_layer.items():
+            for layer, counts in by_layer(line, "tokens_per_expert").items():
+                counted.setdefault(layer, []).append(counts)
+        for layer, lines in counted.items():
             load = [sum(counts) for counts in zip(*lines, strict=True)]
             mean = sum(load) / len(load)
             dead = [expert for expert, rows in enumerate(load) if rows < DEAD_SHARE * mean]
@@ -61,12 +60,13 @@ class Alerts:
             if len(load) > self.top_k and mean > 0 and spread < COLLAPSED:
                 yield f"collapse {layer}", (f"collapse: layer {layer} uses {effective:.1f} of its {len(load)} experts, "
                                             "counted by load")
-        shares = [line["moe/dropped_share"] for line in self.lines if "moe/dropped_share" in line]
+        dropped = of_all("dropped_share")
+        shares = [line[dropped] for line in self.lines if dropped in line]
         if shares and min(shares) > self.dropped_limit:
             yield "dropped", (f"drops: {shares[-1]:.0%} of the choices have no row, more than "
                               f"monitor.alert_dropped={self.dropped_limit}")
 
-    def _loss(self, metrics: Metrics) -> Iterator[tuple[str, str]]:
+    def _loss(self, metrics: Line) -> Iterator[tuple[str, str]]:
         if len(self.losses) < ENOUGH_LOSSES:
             return
         highest, losses = max(self.highest), list(self.losses)

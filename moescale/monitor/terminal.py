@@ -12,8 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from moescale.errors import visible
-from moescale.monitor.routing_metrics import ExpertLoad, expert_loads
-from moescale.record.metrics import Metrics
+from moescale.record.figures import ExpertLoad, Line, expert_loads
 from moescale.report.characters import curve
 
 
@@ -71,7 +70,7 @@ class Terminal:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def write(self, step: int, metrics: Metrics) -> None:
+    def write(self, step: int, metrics: Line) -> None:
         figures = _figures(metrics)
         self._losses.append(metrics["loss"])
         self._experts = expert_loads(metrics)
@@ -111,7 +110,7 @@ def _named(expert: ExpertLoad) -> str:
     return f"L{expert.layer}E{expert.expert} {expert.load:.2f}x"  # layer, expert, load over the layer's mean
 
 
-def _figures(metrics: Metrics) -> str:
+def _figures(metrics: Line) -> str:
     parts = [f"loss {metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
     if "mfu" in metrics:
         parts.append(f"MFU {metrics['mfu']:.1%}")

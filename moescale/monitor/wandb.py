@@ -16,8 +16,8 @@ import numpy as np
 
 from moescale.files.reading import read_json
 from moescale.files.writing import replace_text
-from moescale.monitor.routing_metrics import values
-from moescale.record.metrics import Metrics
+from moescale.record.figures import Line, by_layer, of_all, of_layer, parse
+from moescale.record.metrics import FILE
 
 Mode = Literal["auto", "offline", "online"]
 MAX_KEYS = 200
@@ -59,7 +59,7 @@ class Wandb:
         self._thread.start()
         self._opened.wait(SECONDS_TO_OPEN + 5)
 
-    def write(self, step: int, metrics: Metrics) -> None:
+    def write(self, step: int, metrics: Line) -> None:
         self._ask(lambda: self._log(step, metrics))
 
     def saved(self, step: int, checkpoint: Path) -> None:
@@ -132,10 +132,10 @@ class Wandb:
     def _complain(self, reason: str) -> None:
         if not self._told:
             self._told = True
-            self._say(f"wandb: {reason}: it may lack figures, which are all in {self._run_dir}/metrics.jsonl; the run "
+            self._say(f"wandb: {reason}: it may lack figures, which are all in {self._run_dir}/{FILE}; the run "
                       "goes on")
 
-    def _log(self, step: int, metrics: Metrics) -> None:
+    def _log(self, step: int, metrics: Line) -> None:
         """Send the figures of one step, unless wandb has some of it already."""
         sent = self._state["step"]
         if step <= sent:
@@ -144,12 +144,12 @@ class Wandb:
                 self._say(f"wandb has the steps up to {sent} from before, which stay as they are there")
             return
         shown = {key: value for key, value in metrics.items()
-                 if isinstance(value, int | float) and not key.startswith("moe/layer_")}
+                 if isinstance(value, int | float) and parse(key)[1] is None}
         shown.update(self._pictures(metrics))
         for quantity in OF_LAYERS:
             each = self._of_layers(metrics, quantity)
             if len(shown) + len(each) < MAX_KEYS:
-                shown.update({f"moe/layer_{layer:02d}/{quantity}": value for layer, value in each.items()})
+                shown.update({of_layer(quantity, layer): value for layer, value in each.items()})
         self._run.log({"step": step, **shown}, step=step)
         for text in metrics.get("alerts", []):
             self._run.alert(title=text.partition(":")[0], text=f"step {step}: {text}", level="WARN")
@@ -176,28 +176,28 @@ class Wandb:
         artifact.add_reference(checkpoint.resolve().as_uri(), checksum=False)  # which would read all the weights
         return artifact
 
-    def _of_layers(self, metrics: Metrics, quantity: str) -> dict[int, float]:
+    def _of_layers(self, metrics: Line, quantity: str) -> dict[int, float]:
         if quantity != "max_load":
-            return values(metrics, quantity)
+            return by_layer(metrics, quantity)
         return {layer: max(counts) * len(counts) / max(1, sum(counts))
-                for layer, counts in values(metrics, "tokens_per_expert").items()}
+                for layer, counts in by_layer(metrics, "tokens_per_expert").items()}
 
-    def _pictures(self, metrics: Metrics) -> dict[str, Any]:
+    def _pictures(self, metrics: Line) -> dict[str, Any]:
         """Maps and histograms of all experts, under keys whose number does not grow with the model."""
-        counts = np.array(list(values(metrics, "tokens_per_expert").values()), dtype=float)
+        counts = np.array(list(by_layer(metrics, "tokens_per_expert").values()), dtype=float)
         if not counts.size:
             return {}
         load = counts / np.maximum(counts.mean(1, keepdims=True), 1e-9)  # [layers, experts]
         self._history.append(load.max(1))
         history = np.stack(self._history[:: -(-len(self._history) // 400)], axis=1)  # [layers, steps]
         pictures = {
-            "moe/load_map": self._wandb.Image(_picture(load), caption="load over the mean: layers down, experts"),
-            "moe/load_history": self._wandb.Image(_picture(history), caption="busiest expert: layers down, time"),
-            "moe/load_histogram": self._wandb.Histogram(load.flatten().tolist()),
+            of_all("load_map"): self._wandb.Image(_picture(load), caption="load over the mean: layers down, experts"),
+            of_all("load_history"): self._wandb.Image(_picture(history), caption="busiest expert: layers down, time"),
+            of_all("load_histogram"): self._wandb.Histogram(load.flatten().tolist()),
         }
-        biases = np.array(list(values(metrics, "expert_bias").values()))
+        biases = np.array(list(by_layer(metrics, "expert_bias").values()))
         if biases.size:
-            pictures["moe/expert_bias_histogram"] = self._wandb.Histogram(biases.flatten().tolist())
+            pictures[of_all("expert_bias_histogram")] = self._wandb.Histogram(biases.flatten().tolist())
         return pictures
 
 

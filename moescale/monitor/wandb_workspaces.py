@@ -6,6 +6,7 @@ from typing import Any
 
 from moescale.config import ConfigError
 from moescale.monitor.wandb import knows_key
+from moescale.record.figures import of_all, pattern_of_layers
 
 NAME = "MoEScale"
 SECTIONS: dict[str, dict[str, list[str] | str]] = {  # panels by title: keys that a run writes, or a pattern of them
@@ -14,17 +15,19 @@ SECTIONS: dict[str, dict[str, list[str] | str]] = {  # panels by title: keys tha
         "learning rate": ["lr"],
     },
     "Load of the experts": {
-        "busiest and idlest over the mean": ["moe/max_load", "moe/min_load"],
-        "coefficient of variation": ["moe/load_cv"], "share dropped": ["moe/dropped_share"],
-        "experts without a row": ["moe/dead_experts"], "busiest expert of each layer": "moe/layer_[0-9]+/max_load",
+        "busiest and idlest over the mean": [of_all("max_load"), of_all("min_load")],
+        "coefficient of variation": [of_all("load_cv")], "share dropped": [of_all("dropped_share")],
+        "experts without a row": [of_all("dead_experts")],
+        "busiest expert of each layer": pattern_of_layers("max_load"),
     },
     "Router": {
-        "entropy": ["moe/entropy"], "largest probability of a token": ["moe/confidence"],
+        "entropy": [of_all("entropy")], "largest probability of a token": [of_all("confidence")],
         "balance loss": ["load_balance_loss"], "z-loss": ["router_z_loss"],
-        "held-out tokens that changed experts": ["moe/moved"], "entropy of each layer": "moe/layer_[0-9]+/entropy",
+        "held-out tokens that changed experts": [of_all("moved")],
+        "entropy of each layer": pattern_of_layers("entropy"),
     },
 }
-PICTURES = {"load of each layer and expert": "moe/load_map", "busiest expert over time": "moe/load_history"}
+PICTURES = {"load of each layer and expert": of_all("load_map"), "busiest expert over time": of_all("load_history")}
 
 
 def make_workspace(entity: str, project: str) -> Any:

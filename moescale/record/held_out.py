@@ -11,6 +11,7 @@ import numpy as np
 
 from moescale.files.reading import open_regular
 from moescale.files.writing import replacing
+from moescale.record.figures import of_all, of_layer
 
 FILE = "held_out_routing.npz"
 SHOWN_TOKENS = 768  # of which a page shows the text
@@ -95,8 +96,8 @@ def moved(now: np.ndarray, before: np.ndarray, layers: Sequence[int], num_tokens
     """Compare the experts of the same tokens at two times, as sets.
 
     now, before: [layers, tokens, top_k], -1 = none, padding after the first num_tokens. layers: their blocks' indices.
-    -> `moe/layer_NN/moved`, share of tokens of which not all experts are the same; `moe/moved`, the mean
+    -> the share of tokens of which not all experts are the same, of each layer and as a mean
     """
     other = (np.sort(now, -1) != np.sort(before, -1)).any(-1)[:, :num_tokens]
-    shares = {f"moe/layer_{layer:02d}/moved": float(share) for layer, share in zip(layers, other.mean(1), strict=True)}
-    return {**shares, "moe/moved": float(other.mean())}
+    shares = {of_layer("moved", layer): float(share) for layer, share in zip(layers, other.mean(1), strict=True)}
+    return {**shares, of_all("moved"): float(other.mean())}

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from moescale.errors import visible
+from moescale.record.figures import of_all
 from moescale.report.history import History
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 BOUNDS = (0.25, 0.5, 0.75, 1.35, 2, 3, 4)  # of the load over the mean, between one block and the next
 NONE = "x"
+TREND = {
+    "loss": "loss", of_all("max_load"): "busiest expert", of_all("dropped_share"): "share dropped",
+    of_all("entropy"): "router entropy", "tokens_per_second": "tokens/s",
+}
 
 
 def curve(values: Sequence[float], width: int = 40) -> str:
@@ -40,8 +45,7 @@ def draw(run: History, width: int) -> str:
         lines += ["", "Furthest from the mean: " + ", ".join(
             f"L{run.layers[row]}E{column} {loads[row, column]:.2f}x" for row, column in furthest(loads, 5))]
     lines += ["", "Trend"]
-    for key, name in (("loss", "loss"), ("moe/max_load", "busiest expert"), ("moe/dropped_share", "share dropped"),
-                      ("moe/entropy", "router entropy"), ("tokens_per_second", "tokens/s")):
+    for key, name in TREND.items():
         if key in run.curves:
             values = run.curves[key].values
             lines.append(f"{name:>14} {values[0]:>8,.4g} {curve(values.tolist())} {values[-1]:,.4g}")

@@ -13,6 +13,7 @@ import numpy as np
 
 from moescale.config import ConfigError
 from moescale.planner.count import count_parameters
+from moescale.record.figures import of_all
 from moescale.report.characters import furthest
 from moescale.report.history import History
 from moescale.report.side_by_side import compare
@@ -20,23 +21,23 @@ from moescale.report.svg import as_html, cell_map, line_chart, load_classes, run
 from moescale.report.text import load_codes, text_section
 
 PAGE = Path(__file__).parent / "assets"
-CURVES = {  # a key of metrics.jsonl: its title, its unit
+CURVES = {  # a figure's key: its title, its unit
     "loss": ("loss", " nats a token"), "eval_loss": ("held-out loss", " nats a token"),
     "tokens_per_second": ("throughput", " tokens/s"), "grad_norm": ("gradient norm", ""),
-    "moe/max_load": ("load of the busiest expert over the mean", ""),
-    "moe/min_load": ("load of the idlest expert over the mean", ""),
-    "moe/load_cv": ("coefficient of variation of the load", ""), "moe/dropped_share": ("share dropped", ""),
-    "moe/capacity_used": ("share of slots used", ""), "moe/dead_experts": ("experts without a row", ""),
-    "moe/entropy": ("entropy of the router", " nats"), "moe/confidence": ("largest probability of a token", ""),
+    of_all("max_load"): ("load of the busiest expert over the mean", ""),
+    of_all("min_load"): ("load of the idlest expert over the mean", ""),
+    of_all("load_cv"): ("coefficient of variation of the load", ""), of_all("dropped_share"): ("share dropped", ""),
+    of_all("capacity_used"): ("share of slots used", ""), of_all("dead_experts"): ("experts without a row", ""),
+    of_all("entropy"): ("entropy of the router", " nats"), of_all("confidence"): ("largest probability of a token", ""),
     "load_balance_loss": ("balance loss", " (1 = balanced)"), "router_z_loss": ("router z-loss", ""),
-    "moe/other_ranks": ("tokens that travel to other ranks", ""),
-    "moe/other_nodes": ("tokens that travel to other nodes", ""),
-    "moe/moved": ("held-out tokens that changed experts", ""), "memory_bytes": ("most memory of a rank", " bytes"),
+    of_all("other_ranks"): ("tokens that travel to other ranks", ""),
+    of_all("other_nodes"): ("tokens that travel to other nodes", ""),
+    of_all("moved"): ("held-out tokens that changed experts", ""), "memory_bytes": ("most memory of a rank", " bytes"),
 }
 TILES = {  # a key of the last line: what it is called, how it is written
     "loss": ("loss", "{:.4f}"), "tokens_per_second": ("tokens/s", "{:,.0f}"),
-    "moe/max_load": ("busiest expert", "{:.2f}x"), "moe/min_load": ("idlest", "{:.2f}x"),
-    "moe/dropped_share": ("dropped", "{:.1%}"),
+    of_all("max_load"): ("busiest expert", "{:.2f}x"), of_all("min_load"): ("idlest", "{:.2f}x"),
+    of_all("dropped_share"): ("dropped", "{:.1%}"),
 }
 MOST_IN_FULL = 3  # runs; of more, what concerns one alone is folded
 LEGEND = '<p class="legend"><i class="k0"></i>none <i class="k1"></i>¼ <i class="k3"></i>½ <i class="k6"></i>mean ' \
@@ -160,7 +161,7 @@ def _travel(run: History) -> str:
     table = "".join(
         f"<tr><th>{name}</th><td>{sent:,.0f}</td><td>{received:,.0f}</td><td>{stays:,.0f}</td></tr>"
         for name, sent, received, stays in zip(names, away.sum(1), away.sum(0), rows.diagonal(), strict=True))
-    sent = run.last.get("moe/bytes_sent", 0) / 1e6
+    sent = run.last.get(of_all("bytes_sent"), 0) / 1e6
     return (
         f'<section><h2>Rows between ranks</h2><p>In step {run.step:,}, all layers, on the way to the experts; '
         f'{sent:,.1f} MB between ranks. As much comes back, and backward sends both again.'

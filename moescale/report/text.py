@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moescale.errors import visible
+from moescale.record.figures import of_layer
 from moescale.record.held_out import SHOWN_TOKENS, HeldOutRouting
 from moescale.report.content import CLASSES, content_classes, file_kinds, pair_preference, preference, repetition
 from moescale.report.history import History
@@ -117,6 +118,5 @@ def _repetition(run: History, routing: HeldOutRouting) -> str:
 
 
 def _moved(run: History, layer: int) -> str:
-    values: Sequence[float] = run.curves[key].values.tolist() if (key := f"moe/layer_{layer:02d}/moved") in run.curves \
-        else ()
-    return f"{values[-1]:.1%}" if values else "-"
+    curve = run.curves.get(of_layer("moved", layer))
+    return f"{curve.values[-1]:.1%}" if curve is not None else "-"

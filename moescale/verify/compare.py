@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moescale.comm.collectives import all_reduce_sum
+from moescale.record.figures import parse
 from moescale.verify.observation import Trace
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
@@ -122,8 +123,8 @@ def _compare_counts(
     assert ours.keys() == theirs.keys(), "mixtures of experts are in other layers"
     figures = []
     for name in theirs:
-        layer, quantity = name.removeprefix("moe/layer_").split("/")
-        figures.append(_count(quantity.replace("_", " "), f"of layer {int(layer)}",
+        quantity, layer = parse(name)
+        figures.append(_count(quantity.replace("_", " "), f"of layer {layer}",
                               torch.tensor(ours[name]), torch.tensor(theirs[name])))
     return figures
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import moescale
 from moescale.cli import app
 from moescale.config import memory_asked
+from tests.support.runs import check_figures
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
@@ -77,6 +78,7 @@ def test_train_kill_go_on_generate(here: Path) -> None:
     assert [json.dumps(line) for line in lines[:8]] == before[:8]
     assert lines[-1]["loss"] < lines[0]["loss"]
     for line in lines:
+        check_figures(line)
         assert sum(line["moe/layer_01/tokens_per_expert"]) == 4 * 32 * 2 - line["moe/layer_01/dropped"]
         assert line["tokens"] == line["step"] * 4 * 32
     assert {"load_balance_loss", "router_z_loss", "grad_norm", "lr", "tokens_per_second"} < lines[0].keys()

@@ -21,7 +21,7 @@ from moescale.cli import app
 from moescale.config import Config
 from moescale.config.changes import decides_text, is_harmless
 from moescale.data import batches
-from moescale.record.metrics import MEASURED
+from tests.support.runs import MEASURED
 
 STEPS, BATCH, SEQ = 6, 4, 16
 WORDS = ("ba", "do", "ki", "lu", "me", "no", "pa", "ri", "so", "tu")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moescale.monitor.routing_metrics import WHOLE
-from moescale.record.metrics import MEASURED
+from tests.support.runs import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
 LAYOUTS = [

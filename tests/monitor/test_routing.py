@@ -18,6 +18,7 @@ from moescale.parallel.mesh import start_mesh
 from moescale.parallel.ranks import run_ranks
 from tests.moe.make import KINDS, Kind, make_layer
 from tests.parallel.test_layouts import make_batches, make_config
+from tests.support.runs import check_figures
 
 STEP, EXPERTS = 3, 8
 
@@ -70,6 +71,7 @@ def test_counts_equal_a_recount_of_the_trace(
             for owner in owners:
                 sent[rank][first + owner] += 1
     tokens = sum(token_id >= 0 for token_id in token_of)
+    check_figures(metrics)
     for layer in range(4):
         name = f"moe/layer_{layer:02d}"
         assert metrics[f"{name}/tokens_per_expert"] == [load[layer, expert] for expert in range(EXPERTS)]

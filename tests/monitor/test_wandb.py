@@ -21,6 +21,7 @@ from moescale.moe.statistics import COUNTS, SUMS
 from moescale.monitor.routing_metrics import FACTS, _layer_metrics, _summary
 from moescale.monitor.wandb import Wandb
 from moescale.monitor.wandb_workspaces import make_workspace
+from moescale.record.figures import figure
 from moescale.trainer import train
 
 wandb = pytest.importorskip("wandb")
@@ -63,6 +64,7 @@ def test_an_offline_run_holds_all_that_was_promised(tmp_path: Path, monkeypatch:
     last = rows[-1]
     keys = {key.partition(".")[0] for key in last if not key.startswith("_")}  # wandb adds "._type" and so on
     assert len(keys) <= 200
+    assert all(figure(key) for key in keys)
     assert keys >= {"loss", "moe/max_load", "moe/dropped_share", "moe/entropy", "moe/load_map", "moe/load_history",
                     "moe/load_histogram", "moe/expert_bias_histogram", "moe/layer_00/max_load", "moe/layer_47/entropy"}
     assert last["moe/max_load"] == make_metrics(20)["moe/max_load"]
