@@ -18,6 +18,7 @@ from typing import Any
 MOST_BYTES = 1 << 28  # of a pickle, and of what its instructions copy
 MOST_STEPS = 120_000_000  # instructions: an index takes 107 for each part of a tensor
 DEEPEST = 200  # levels
+OPEN = 0  # the size of a value that is being looked at
 MOST_GROWTH = 20  # how much larger than the pickle its values may be, written out
 LARGEST_KEY, LARGEST_NUMBER = 1 << 63, 1 << 127
 HARMLESS_MODULES = {  # of Python's own: those whose objects are data
@@ -330,11 +331,14 @@ def _inner(value: Any) -> list[Any]:
 
 
 def _bound(root: Any, most: int) -> None:
-    """Refuse values that hold themselves, or that are too deep or too large when shared parts count each time."""
-    sizes: dict[int, int] = {}  # of values that were looked at, 0 while it is done
+    """Refuse values that hold themselves, or that are too deep or too large when shared parts count each time.
+
+    Values are entered before what they hold, and left after it, without recursion, which an enemy could exhaust.
+    """
+    sizes: dict[int, int] = {}  # of values that were left, and OPEN of those that were only entered
     depths: dict[int, int] = {}
-    todo: list[tuple[Any, list[Any] | None]] = [(root, None)]
-    level = 0  # of values that hold the next one
+    todo: list[tuple[Any, list[Any] | None]] = [(root, None)]  # to enter; with what it holds: to leave
+    level = 0  # of values that are entered and not left
     while todo:
         value, inner = todo.pop()
         if inner is not None:
@@ -343,19 +347,24 @@ def _bound(root: Any, most: int) -> None:
             depths[id(value)] = 1 + max([depths.get(id(item), 0) for item in inner])
             if sizes[id(value)] > most or depths[id(value)] > DEEPEST:
                 raise PickleError("holds too many values, or nests them too deeply")
-        elif isinstance(value, (str, bytes)):
+            continue
+        if isinstance(value, (str, bytes)):
             sizes[id(value)] = len(value) + 1
-        elif id(value) not in sizes:
-            inner = _inner(value)
-            sizes[id(value)] = int(not inner)
-            if inner:
-                level += 1
-                if level > DEEPEST:
-                    raise PickleError("holds too many values, or nests them too deeply")
-                todo.append((value, inner))
-                todo.extend([(item, None) for item in inner])
-        elif sizes[id(value)] == 0:
-            raise PickleError("holds a list, a dict or an object that holds itself")
+            continue
+        if id(value) in sizes:
+            if sizes[id(value)] == OPEN:
+                raise PickleError("holds a list, a dict or an object that holds itself")
+            continue
+        inner = _inner(value)
+        if not inner:
+            sizes[id(value)] = 1
+            continue
+        sizes[id(value)] = OPEN
+        level += 1
+        if level > DEEPEST:
+            raise PickleError("holds too many values, or nests them too deeply")
+        todo.append((value, inner))
+        todo.extend([(item, None) for item in inner])
 
 
 PUSHED = {

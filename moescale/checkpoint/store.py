@@ -56,7 +56,7 @@ def save_checkpoint(
     """Write a checkpoint and remove all but the last `keep`; every rank calls.
 
     state: small values for the manifest. files: small ones by name. group: of all ranks, through which they speak,
-    whose time-out is that of the save; None = the default one. -> its folder
+    whose time-out is that of the save; None = the default one. Returns its folder.
     Raises ConfigError on every rank when it could not be written on any, and TrainingError when a tensor holds what is
     no finite number; what existed before stays.
     """
@@ -94,7 +94,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Fill the tensors, plain or cut in any layout, in place; every rank calls.
 
-    prefix: only names that begin with it are expected. group: as in `save_checkpoint`. -> the state, with `step`
+    prefix: only names that begin with it are expected. group: as in `save_checkpoint`. Returns the state, with `step`.
     Raises ConfigError for a folder that is damaged, for a checkpoint of another model, and for values that are no
     finite numbers.
     """
@@ -129,7 +129,7 @@ def read_stored(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """Hold every file to its size and checksum. -> the manifest. Raises ConfigError."""
+    """Hold every file to its size and checksum, and return the manifest. Raises ConfigError."""
     manifest = _read_manifest(folder)
     _verify(folder, manifest["files"])
     return manifest
@@ -143,7 +143,7 @@ def write_manifest(folder: Path, state: dict[str, Any]) -> None:
 
 
 def missing_file(folder: Path) -> str | None:
-    """-> the first file that a checkpoint's manifest lists and that is not there in its size. Raises ConfigError."""
+    """Find the first file that a checkpoint's manifest lists and that is not there in its size. Raises ConfigError."""
     for name, (size, _) in _read_manifest(folder)["files"].items():
         if _unlike(folder / name, size, None) is not None:
             return str(name)
@@ -254,7 +254,7 @@ def _look(partial: Path, listing: dict[str, list[int]], ranks: Ranks) -> None:
 
 
 def _unlike(file: Path, size: int, crc: int | None) -> str | None:
-    """-> how a file differs from what its writer says, if it does. crc: None = not looked at"""
+    """Say how a file differs from what its writer says, if it does. crc: None = not looked at"""
     try:
         found = file.stat().st_size
         if found != size:
@@ -302,7 +302,7 @@ def _remove_old(parent: Path, keep: int) -> None:
 
 
 def _check_sums(folder: Path, pattern: str) -> dict[str, list[int]]:
-    """-> size in bytes and CRC-32 of each file"""
+    """Find the size in bytes and the CRC-32 of each file."""
     sums = {}
     for path in folder.glob(pattern):
         crc = 0
@@ -369,7 +369,7 @@ def _not_finite(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:
 
 
 def _sum(values: Tensor) -> Tensor:
-    """Add up all values, faster than looking at each. -> scalar float64, no finite number if one of them is none"""
+    """Add up all values, faster than looking at each: scalar float64, no finite number if one of them is none."""
     values = values.float() if values.dtype.itemsize == 1 else values  # of float8, which knows no sum
     return values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32).double()
 
@@ -380,19 +380,23 @@ def _compare(
     """Refuse another model's tensors by the first name that differs. names: of all ranks' tensors"""
     there = {name: entry for name, entry in index.items() if name.startswith(prefix)}
     for name in sorted(there.keys() | names):
-        entry, tensor = there.get(name), tensors.get(name)
-        problem = None
-        if entry is None or name not in names:
-            problem = f"{name} is {'not in it' if entry is None else 'not in this model'}"
-        elif tensor is None:
-            continue
-        elif entry.size != tensor.shape:
-            problem = f"{name} has shape {list(entry.size)} there and {list(tensor.shape)} here"
-        elif entry.properties.dtype != tensor.dtype:
-            problem = f"{name} has dtype {entry.properties.dtype} there and {tensor.dtype} here"
-        if problem:
-            raise ConfigError(f"{folder} is a checkpoint of another model: {problem}; "
+        problem = "is not in this model" if name not in names else _difference(there.get(name), tensors.get(name))
+        if problem is not None:
+            raise ConfigError(f"{folder} is a checkpoint of another model: {name} {problem}; "
                               "write another run.dir, or the configuration that it was written with")
+
+
+def _difference(entry: TensorStorageMetadata | None, tensor: Tensor | None) -> str | None:
+    """Say how a stored tensor differs from this rank's, if it does. tensor: None on a rank that has no part of it"""
+    if entry is None:
+        return "is not in it"
+    if tensor is None:
+        return None
+    if entry.size != tensor.shape:
+        return f"has shape {list(entry.size)} there and {list(tensor.shape)} here"
+    if entry.properties.dtype != tensor.dtype:
+        return f"has dtype {entry.properties.dtype} there and {tensor.dtype} here"
+    return None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

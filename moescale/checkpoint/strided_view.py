@@ -41,7 +41,7 @@ class Region:
         return Region(self.offset + begin * self.stride[0], (end - begin, *self.shape[1:]), self.stride)
 
     def runs(self) -> tuple[np.ndarray, int]:
-        """Break it into pieces without gaps. -> where each begins, in elements and in `order`; the length of each"""
+        """Break it into pieces without gaps: where each begins, in elements and in `order`, and the length of all."""
         length, outer = 1, list[int]()
         for dim in reversed(self.order()):
             if self.stride[dim] == length and not outer:
@@ -90,19 +90,14 @@ def stored_whole(path: Path, offset: int, dtype: torch.dtype, shape: Shape) -> S
 
 
 def read_region(stored: Stored, part: Region) -> Tensor:
-    """Read a view. -> a tensor of its shape; transposed views come as views of what was read"""
+    """Read a view as a tensor of its shape. Transposed views come as views of what was read."""
     order = part.order()
     buffer = torch.empty([part.shape[dim] for dim in order], dtype=stored.dtype)
     for path, moves in _transfers(stored, part):
         with path.open("rb", buffering=0) as file:
             data = _bytes(buffer)
             for place, begin, size in moves:
-                rest = data[begin : begin + size]
-                while len(rest):
-                    count = os.preadv(file.fileno(), [rest], place)
-                    if count == 0:
-                        raise OSError(0, "the file ends in the middle of a tensor", str(path))
-                    place, rest = place + count, rest[count:]
+                _read_exactly(file.fileno(), data[begin : begin + size], place, path)
     return buffer.permute([order.index(dim) for dim in range(len(order))])
 
 
@@ -112,26 +107,43 @@ def write_region(stored: Stored, part: Region, values: Tensor) -> None:
     for path, moves in _transfers(stored, part):
         with path.open("r+b", buffering=0) as file:
             for place, begin, size in moves:
-                rest = data[begin : begin + size]
-                while len(rest):
-                    count = os.pwrite(file.fileno(), rest, place)
-                    place, rest = place + count, rest[count:]
+                _write_exactly(file.fileno(), data[begin : begin + size], place)
+
+
+def _read_exactly(descriptor: int, goal: memoryview, place: int, path: Path) -> None:
+    """Fill all of `goal`; the system may take several reads for it. Raises OSError where the file is too short."""
+    while len(goal):
+        count = os.preadv(descriptor, [goal], place)
+        if count == 0:
+            raise OSError(0, "the file ends in the middle of a tensor", str(path))
+        place, goal = place + count, goal[count:]
+
+
+def _write_exactly(descriptor: int, data: memoryview, place: int) -> None:
+    """Write all of `data`; the system may take several writes for it."""
+    while len(data):
+        count = os.pwrite(descriptor, data, place)
+        place, data = place + count, data[count:]
 
 
 def _transfers(stored: Stored, part: Region) -> Iterator[tuple[Path, list[tuple[int, int, int]]]]:
     """List for each file: place in it, place in the view's own order, size, all in bytes."""
     itemsize = stored.dtype.itemsize
+    # the view's runs, sorted by where they lie in the stored tensor
     starts, length = part.runs()
     order = np.argsort(starts, kind="stable")
     first, last = starts[order], starts[order] + length
     for chunk in stored.chunks:
+        # of each of the chunk's runs: the range of the view's runs that overlap it
         there, run = chunk.part.runs()
         low, high = np.searchsorted(last, there, "right"), np.searchsorted(first, there + run, "left")
         count = np.maximum(high - low, 0)
-        theirs = np.repeat(np.arange(len(there)), count)  # [overlaps]: which run of the chunk
+        # of each overlap, [overlaps]: which run of the chunk, which of the view, from which element to which
+        theirs = np.repeat(np.arange(len(there)), count)
         ours = np.arange(len(theirs)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)
         begin = np.maximum(first[ours], there[theirs])
         end = np.minimum(last[ours], there[theirs] + run)
+        # in bytes: where it lies in the file, and where in the view
         place = chunk.offset + (theirs * run + begin - there[theirs]) * itemsize
         goal = (order[ours] * length + begin - first[ours]) * itemsize
         if len(begin):
@@ -139,7 +151,7 @@ def _transfers(stored: Stored, part: Region) -> Iterator[tuple[Path, list[tuple[
 
 
 def covers_once(shape: Shape, parts: Iterable[Region]) -> str | None:
-    """Check that the views hold each element of a tensor exactly once. -> what is wrong, or None"""
+    """Check that the views hold each element of a tensor exactly once: None, or else what is wrong."""
     starts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for part in parts:
         first, length = part.runs()

@@ -94,7 +94,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def create_safetensors(path: Path, sizes: Sizes) -> dict[str, Stored]:
-    """Lay out a file for tensors of these shapes and dtypes. -> where each will lie"""
+    """Lay out a file for tensors of these shapes and dtypes, and return where each will lie."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
@@ -121,7 +121,7 @@ def open_pickle(path: Path) -> Any:
 def create_pickle(path: Path, values: Mapping[str, Any], inside: str, sizes: Sizes) -> dict[str, Stored]:
     """Lay out what `torch.save` would write of the values and, under the key `inside`, of tensors by name.
 
-    -> where each tensor will lie
+    Returns where each tensor will lie.
     """
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
@@ -169,7 +169,7 @@ def create_distributed(folder: Path, files: Mapping[str, Sizes], leading: Mappin
     """Lay out a distributed checkpoint. files: which tensors go into each file.
 
     leading: how many leading dims of a tensor are cut into chunks of one, so that a rank reads what it needs; 0 if not
-    named. -> where each tensor will lie
+    named. Returns where each tensor will lie.
     """
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -195,7 +195,7 @@ def create_distributed(folder: Path, files: Mapping[str, Sizes], leading: Mappin
 
 
 def _reserve(file: Any, shape: Shape, dtype: torch.dtype) -> int:
-    """Append what `torch.save` would, with room for the data. -> where the data will begin"""
+    """Append what `torch.save` would, with room for the data, and return where the data will begin."""
     start = file.tell()
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         torch.save(torch.empty(shape, dtype=dtype), file)

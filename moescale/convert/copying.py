@@ -163,7 +163,7 @@ class _Budget:
 
 @contextmanager
 def _progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar with bytes a second on a terminal. -> takes the bytes that were written since the last call"""
+    """Show a bar with bytes per second on a terminal; what it yields takes the bytes written since the last call."""
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not os.isatty(2)) as bar:
         task = bar.add_task("", total=total_bytes)

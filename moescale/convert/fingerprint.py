@@ -21,7 +21,7 @@ ROWS = (".router.weight", ".router.expert_bias")  # a row an expert
 
 
 def digests(name: str, values: Tensor) -> dict[str, str]:
-    """Hash a native tensor, row by row where each row is an expert's. -> by name, with the row's number behind it"""
+    """Hash a native tensor, row by row where each row is an expert's: by name, with the row's number behind it."""
     if has_rows(name):
         return {f"{name}.{index}": Digest(row.shape).update(row).hex() for index, row in enumerate(values)}
     return {name: Digest(values.shape).update(values).hex()}
@@ -35,7 +35,8 @@ def has_rows(name: str) -> bool:
 def fingerprints(parts: Mapping[str, str]) -> dict[str, str]:
     """Bring digests of a model's weights together.
 
-    -> `model`, `embedding`, `norm`, `head`, `layer 0` (attention, norms, dense parts), `layer 0 expert 3`
+    Returns those of `model`, `embedding`, `norm`, `head`, `layer 0` (attention, norms, dense parts) and
+    `layer 0 expert 3`.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name, digest in parts.items():

@@ -17,7 +17,7 @@ from moescale.errors import visible
 
 
 def describe(opened: Opened) -> dict[str, Any]:
-    """Read all of it. -> format, layout, sizes, dtypes, and the fingerprints of layers and experts"""
+    """Read all of it: format, layout, sizes, dtypes, and the fingerprints of layers and experts."""
     config, parts = opened.config, {}
     for name, values in weights_of(opened, lambda name: not is_moment(name)):
         parts.update(digests(name, values))

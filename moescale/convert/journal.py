@@ -24,12 +24,18 @@ class Journal:
     """`DEST.partial`: `data` becomes the destination; `journal.jsonl` names what in it is done, and its digests."""
 
     def __init__(self, destination: Path, plan: str) -> None:
-        """plan: what the conversion is; another plan starts anew. Raises ConfigError where another is at work."""
+        """Open the folder, or make it. Raises ConfigError where another conversion is at work in it.
+
+        plan: what the conversion is; what another plan left is cleared away.
+        """
         self.destination = destination
         self.folder = destination.with_name(destination.name + ".partial")
         self.data = self.folder / "data"
         self._file = self.folder / "journal.jsonl"
-        self._guard, self._waiting, self._bytes = threading.Lock(), {}, 0  # type: ignore[var-annotated]
+        self._guard = threading.Lock()
+        self._waiting: dict[str, dict[str, str]] = {}  # digests of what was written since the last commit
+        self._bytes = 0  # of it
+        # the folder is ours, and nobody else's
         if not self.folder.exists() and not self.folder.is_symlink():
             with contextlib.suppress(FileExistsError):  # another conversion may have made it just now
                 make_marked(self.folder)
@@ -39,8 +45,9 @@ class Journal:
         self._lock = Lock(self.folder)
         if not self._lock.taken:
             raise ConfigError(f"{self.folder} is being written by another conversion: wait for it")
+        # what is done of the same plan stays
         lines = list(_lines(self._file))
-        self.done: dict[str, dict[str, str]] = {}
+        self.done: dict[str, dict[str, str]] = {}  # digests of what is certain to lie there, by tensor
         if lines and lines[0].get("plan") == plan and self.data.is_dir():
             self.done = {line["weight"]: line["digests"] for line in lines[1:]}
         else:
@@ -70,11 +77,12 @@ class Journal:
                 self._commit()
 
     def commit(self) -> None:
+        """Wait until all that was finished is on the disk, and remember it."""
         with self._guard:
             self._commit()
 
     def _commit(self) -> None:
-        """First the data, then the word that it is there."""
+        """Write first the data, then the word that it is there."""
         sync_tree(self.data)
         self._append({"weight": weight, "digests": digests} for weight, digests in self._waiting.items())
         self.done.update(self._waiting)
@@ -97,6 +105,7 @@ class Journal:
             self.folder.rmdir()
 
     def close(self) -> None:
+        """Let others have the folder."""
         self._lock.close()
 
     def _clear(self) -> None:

@@ -16,7 +16,7 @@ LAST = 100  # logged steps that count
 def read_loads(path: Path, config: Config) -> dict[int, list[int]]:
     """Add up the loads of the last logged steps. path: a run directory, or a checkpoint in one.
 
-    -> rows of each expert, by layer. Raises ConfigError.
+    Returns rows of each expert, by layer. Raises ConfigError.
     """
     places = (place / FILE for place in (path, *path.absolute().parents[:2]))
     file = next((place for place in places if place.is_file()), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def balance(loads: Sequence[int], blocks: int) -> list[list[int]]:
     """Share items out to blocks of equal count: the largest first, each to the lightest block that has room.
 
     Then any two blocks, the heaviest being one of them, exchange an item each for as long as that makes it lighter.
-    A sharing that is no better than the given order leaves that order. -> the items of each block, in order
+    A sharing that is no better than the given order leaves that order. Returns the items of each block, in order.
     """
     size = len(loads) // blocks
     given = [list(range(block * size, (block + 1) * size)) for block in range(blocks)]
@@ -78,17 +79,17 @@ def balance(loads: Sequence[int], blocks: int) -> list[list[int]]:
 
 
 def _exchange(blocks: list[list[int]], loads: Sequence[int]) -> bool:
-    """Make the heaviest block lighter by the best exchange of two items. -> whether there was one"""
+    """Make the heaviest block lighter by the best exchange of two items, and say whether there was one."""
     totals = [sum(loads[item] for item in block) for block in blocks]
     heavy = max(range(len(blocks)), key=totals.__getitem__)
     best, found = totals[heavy], None
-    for other in range(len(blocks)):
-        for ours, mine in enumerate(blocks[heavy]):
-            for theirs, yours in enumerate(blocks[other]):
-                moved = loads[mine] - loads[yours]
-                heavier = max(totals[heavy] - moved, totals[other] + moved)
-                if other != heavy and moved > 0 and heavier < best:
-                    best, found = heavier, (other, ours, theirs)
+    others = [other for other in range(len(blocks)) if other != heavy]
+    for other, ours in itertools.product(others, range(len(blocks[heavy]))):
+        for theirs, item in enumerate(blocks[other]):
+            moved = loads[blocks[heavy][ours]] - loads[item]
+            heavier = max(totals[heavy] - moved, totals[other] + moved)
+            if moved > 0 and heavier < best:
+                best, found = heavier, (other, ours, theirs)
     if found is None:
         return False
     other, ours, theirs = found

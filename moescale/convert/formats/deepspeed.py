@@ -136,13 +136,13 @@ def _acts(value: Any) -> bool:
 
 
 def _expert_tensor(config: Config, tensors: Mapping[str, Stored], tp: int) -> int:
-    """-> tp where the experts' files hold a part of each, 1 where they hold the whole"""
+    """Find etp: tp where the experts' files hold a part of each, 1 where they hold the whole."""
     rows = [stored.shape[0] for key, stored in tensors.items() if key.endswith(".up.weight") and EXPERT_FILE.match(key)]
     return tp if rows and rows[0] < config.moe.d_ff else 1
 
 
 def _gather(folder: Path, values: Mapping[str, Any], zero: Mapping[int, str], ranks: int) -> dict[str, Stored]:
-    """Find each weight in ZeRO's flat float32 partitions. -> tensors as if the model's file held them"""
+    """Find each weight in ZeRO's flat float32 partitions, as if the model's file held them."""
     if ranks > 1:
         raise ConfigError(f"{folder}: ZeRO's partitions beside model parallelism are not gathered")
     states = [open_pickle(inside(folder, zero[rank]))["optimizer_state_dict"] for rank in sorted(zero)]

@@ -155,7 +155,7 @@ def with_copies(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def matches(rows: Iterable[Row], weights: Mapping[str, Shape], config: Config) -> Iterator[tuple[Row, str, int, int]]:
-    """Find the native tensors that each row is about. -> row, native name, layer and expert (0 where it has none)"""
+    """Find the native tensors that each row is about: row, native name, layer and expert (0 where it has none)."""
     for entry in rows:
         layers = range(config.model.num_layers) if "{layer}" in entry.native else range(1)
         experts = range(config.moe.num_experts) if "{expert}" in entry.native else range(1)

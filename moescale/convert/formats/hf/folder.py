@@ -43,7 +43,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Stored], list[str]]:
     """Read the headers of the model's files, which are those that transformers takes.
 
     model.safetensors comes first, then what the index names; without both, all shards that are there.
-    -> where each tensor lies, by name; what was left aside. Raises ConfigError.
+    Returns where each tensor lies, by name, and what was left aside. Raises ConfigError.
     """
     there = sorted(file.name for file in path.glob("*.safetensors"))
     weight_map: dict[str, str] | None = None

@@ -133,13 +133,13 @@ def _distributed_pieces(
 
 
 def _present(key: str, present: Mapping[str, Any]) -> str:
-    """-> the key, or what it is called where a norm is fused with the matrix behind it, whichever is there"""
+    """Choose the key, or what it is called where a norm is fused with the matrix behind it, whichever is there."""
     others = (key.replace(old, new) for old, new in OTHER_NAMES.items())
     return key if key in present else next((other for other in others if other in present), key)
 
 
 def _fused(key: str, config: Config, layer: int) -> str:
-    """-> the name that Transformer Engine's layers give: a dense layer's second norm is fused, a mixture's is not"""
+    """Name a weight as Transformer Engine does: a dense layer's second norm is fused, a mixture's is not."""
     for old, new in OTHER_NAMES.items():
         if old != "pre_mlp_layernorm.weight" or config.model.layers[layer].channel_mixer == "feed_forward":
             key = key.replace(old, new)
@@ -186,7 +186,7 @@ def _style(tensors: Mapping[str, Stored]) -> str:
 
 
 def _place(numbers: tuple[int, ...], layout: Layout, name: str) -> tuple[int, int, int]:
-    """-> ranks of tp, pp and ep that a file's name means: a number that is always 0 is left out of it"""
+    """Read the ranks of tp, pp and ep from a file's name, which leaves out a number that is always 0."""
     rest = list(numbers[1:])
     if len(rest) != (layout.pp > 1) + (layout.ep > 1):
         raise ConfigError(f"{name} does not fit a checkpoint of {layout.pp} stages and {layout.ep} ranks of experts")
@@ -194,7 +194,7 @@ def _place(numbers: tuple[int, ...], layout: Layout, name: str) -> tuple[int, in
 
 
 def _files(layout: Layout) -> dict[str, tuple[int, int, int]]:
-    """Name the file of each rank. -> its ranks of tp, pp and ep"""
+    """Name the file of each rank, with its ranks of tp, pp and ep."""
     files = {}
     for tp in range(layout.tp):
         for pp in range(layout.pp):

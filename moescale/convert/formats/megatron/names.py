@@ -168,7 +168,7 @@ def _mixtures(frequency: int | list[int], layers: int) -> list[bool]:
 
 
 def _pattern(mixtures: list[bool]) -> list[dict[str, str]]:
-    """-> the shortest pattern that, tiled, gives these layers"""
+    """Find the shortest pattern that, tiled, gives these layers."""
     kinds = [{"channel_mixer": "moe" if mixture else "feed_forward"} for mixture in mixtures]
     return next(kinds[:size] for size in range(1, len(kinds) + 1)
                 if all(kind == kinds[index % size] for index, kind in enumerate(kinds)))
