@@ -1,4 +1,4 @@
-"""A layout's step beside the one process's, figure by figure, and what is wrong in a few words."""
+"""Compares a layout's step to that of one process, figure by figure, and says in a few words what is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moescale.comm.collectives import all_reduce_sum
 from moescale.record.figures import parse
-from moescale.verify.observation import Trace
+from moescale.verify.observation import Observation
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
 PARTS = {".experts.": "expert", ".shared.": "shared expert", ".router.": "router", ".mixer.": "attention",
@@ -22,9 +22,9 @@ PARTS = {".experts.": "expert", ".shared.": "shared expert", ".router.": "router
 
 @dataclass(frozen=True)
 class Figure:
-    """One quantity of one case beside its reference.
+    """One quantity of one case compared to its reference.
 
-    error: relative, or of what is counted the share that differs. scale: the ratio of the two norms, values or counts.
+    error: relative; of counts, the share that differs. scale: the ratio of the two norms, values or counts.
     """
 
     quantity: str
@@ -39,22 +39,22 @@ class Figure:
         return self.error <= tolerance  # nan is not
 
 
-def compare(trace: Trace, reference: Trace, group: dist.ProcessGroup | None) -> list[Figure]:
-    """Hold a step to the one process's, in the order in which its parts come about: what is wrong first is the cause.
+def compare(step: Observation, reference: Observation, group: dist.ProcessGroup | None) -> list[Figure]:
+    """Compare a step to that of one process, in the order of computation: what is wrong first is the cause.
 
     reference: whole. group: all ranks, which add up what differs. -> the same on every rank
     """
     losses = {name: _figure(name, "", abs(value - reference.losses[name]), abs(value), abs(reference.losses[name]))
-              for name, value in trace.losses.items()}
+              for name, value in step.losses.items()}
     norm, evaluation = losses.pop("gradient norm"), losses.pop("loss in evaluation")
     return [
-        *_compare_parameters("first weights", trace.first, reference.first, group),
-        *_compare_forward(trace, reference, group),
-        *_compare_counts(trace.counts, reference.counts),
+        *_compare_parameters("first weights", step.first, reference.first, group),
+        *_compare_forward(step, reference, group),
+        *_compare_counts(step.counts, reference.counts),
         *losses.values(),
-        *_compare_parameters("gradient", trace.gradients, reference.gradients, group),
+        *_compare_parameters("gradient", step.gradients, reference.gradients, group),
         norm,
-        *_compare_parameters("updated weights", trace.updated, reference.updated, group),
+        *_compare_parameters("updated weights", step.updated, reference.updated, group),
         evaluation,
     ]
 
@@ -73,47 +73,47 @@ def _compare_parameters(
     assert ours.keys() <= theirs.keys(), "a parameter has a name that one process does not know"
     squares = torch.zeros(len(theirs), 3, dtype=torch.float64)
     for index, (name, whole) in enumerate(theirs.items()):
-        own = ours.get(name)
         if name in ours and whole is not None:
-            squares[index] = _squares(own, whole)
-    difference, own_norm, norm = all_reduce_sum(squares, group).sqrt().T.tolist()
+            squares[index] = _squares(ours.get(name), whole)
+    difference, local_norm, norm = all_reduce_sum(squares, group).sqrt().T.tolist()
     figures = []
     for index, (name, whole) in enumerate(theirs.items()):
         if norm[index] == 0 and whole is not None and whole.any():
             figures.append(Figure(quantity, name, math.inf, 0.0))  # no rank holds it
         else:
-            figures.append(_figure(quantity, name, difference[index], own_norm[index], norm[index]))
+            figures.append(_figure(quantity, name, difference[index], local_norm[index], norm[index]))
     return figures
 
 
-def _squares(own: Tensor | None, whole: Tensor) -> Tensor:
-    """-> [3] float64: squared norms of the difference, of the own part, and of what it should be"""
-    if isinstance(own, DTensor):
-        whole = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None).to_local()
-        own = own.to_local()
-    if own is None:
-        own = torch.zeros_like(whole)
-    own, whole = own.double(), whole.double()
-    return torch.stack([each.square().sum() for each in (own - whole, own, whole)])
+def _squares(local: Tensor | None, whole: Tensor) -> Tensor:
+    """Compute the squared norms of the difference, of this rank's part, and of what it should be. -> [3] float64"""
+    if isinstance(local, DTensor):
+        whole = distribute_tensor(whole, local.device_mesh, local.placements, src_data_rank=None).to_local()
+        local = local.to_local()
+    if local is None:
+        local = torch.zeros_like(whole)
+    local, whole = local.double(), whole.double()
+    return torch.stack([each.square().sum() for each in (local - whole, local, whole)])
 
 
-def _compare_forward(trace: Trace, reference: Trace, group: dist.ProcessGroup | None) -> list[Figure]:
+def _compare_forward(step: Observation, reference: Observation, group: dist.ProcessGroup | None) -> list[Figure]:
     """Compare the features of each token between the sublayers, and each assignment, layer by layer."""
-    met = trace.seen.unsqueeze(-1).double()
-    pairs = (trace.stream - reference.stream * met, trace.stream, reference.stream * met)
+    met = step.seen.unsqueeze(-1).double()
+    pairs = (step.stream - reference.stream * met, step.stream, reference.stream * met)
     squares = torch.stack([each.square().sum((2, 3)) for each in pairs])  # [3, layers, 2]
-    difference, own, norm = all_reduce_sum(squares, group).sqrt().tolist()
-    seen, kept = all_reduce_sum(trace.seen.clone(), group), all_reduce_sum(trace.kept.clone(), group)
+    difference, local_norm, norm = all_reduce_sum(squares, group).sqrt().tolist()
+    seen, kept = all_reduce_sum(step.seen.clone(), group), all_reduce_sum(step.kept.clone(), group)
     figures = []
     for layer in range(len(seen)):
-        for place, sublayer in enumerate(("the mixer", "the channel mixer")):
-            if place == 1:
+        for index, sublayer in enumerate(("the mixer", "the channel mixer")):
+            if index == 1:
                 figures.append(_count("assignments", f"of layer {layer}", kept[layer], reference.kept[layer]))
-            if not reference.seen[layer, place].any():
-                continue  # side by side with the channel mixer, a mixer has no features of its own
+            if not reference.seen[layer, index].any():
+                continue  # a mixer that runs in parallel with the channel mixer has no features after it
             name = f"after {sublayer} of layer {layer}"
-            figures.append(_count("tokens", name, seen[layer, place], reference.seen[layer, place]))
-            figures.append(_figure("features", name, difference[layer][place], own[layer][place], norm[layer][place]))
+            figures.append(_count("tokens", name, seen[layer, index], reference.seen[layer, index]))
+            figures.append(_figure("features", name, difference[layer][index], local_norm[layer][index],
+                                   norm[layer][index]))
     return figures
 
 
@@ -139,13 +139,13 @@ def worst(figures: Sequence[Figure], tolerance: float) -> Figure:
 
 
 def worst_scale(figures: Sequence[Figure]) -> Figure:
-    """The gradient whose norm is furthest from what it should be."""
+    """Find the gradient whose norm is furthest from what it should be."""
     gradients = [figure for figure in figures if figure.quantity == "gradient"]
     return max(gradients, key=lambda figure: abs(figure.scale - 1) if math.isfinite(figure.scale) else math.inf)
 
 
 def diagnose(figures: Sequence[Figure], tolerance: float) -> str:
-    """Name what falls short first, in the order of `compare`, and what follows from it. -> "" when nothing does"""
+    """Name what is wrong first, in the order of `compare`, and what else is. -> "" when nothing is"""
     wrong = [figure for figure in figures if not figure.within(tolerance)]
     if not wrong:
         return ""

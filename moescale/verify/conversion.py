@@ -26,7 +26,7 @@ SEQUENCES, SEQ, BEYOND = 2, 64, 32
 MOST_LOGITS = 1 << 28  # of the sequence that is longer than the window
 TOLERANCE = 1e-5  # of the largest logit, in float32 and two layers; more layers differ more
 CERTAIN = 1e-5  # of a router's probability, between the last expert that is chosen and the first that is not; as above
-NARROW = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def compare_models(source: Opened, written: Opened, found: Mapping[str, str], *, same: bool = True) -> str:
@@ -81,7 +81,7 @@ def _depth(opened: Opened) -> float:
 def _rounded_to(written: Opened) -> torch.dtype | None:
     """Say to what the weights were rounded, if they all were."""
     dtypes = {stored.dtype for key, stored in written.tensors.items() if not key.endswith("expert_bias")}
-    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= set(NARROW) else None
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= set(HALF_DTYPES) else None
 
 
 def logits(

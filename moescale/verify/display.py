@@ -1,4 +1,4 @@
-"""What a person sees of a proof: what it will take, how far it is, a row for each layout; and the same as JSON."""
+"""Displays a proof: an estimate, a progress bar, a table with a row per layout; and writes the same as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from moescale.config import Config
 from moescale.verify.candidates import Layout
 from moescale.verify.compare import TOLERANCES, Figure, worst, worst_scale
-from moescale.verify.run import Row
+from moescale.verify.run import LayoutResult
 
 
 def estimate_seconds(layouts: Iterable[Layout], num_layers: int, cores: int) -> float:
@@ -35,9 +35,9 @@ def describe(config: Config) -> str:
     return f"{', '.join(parts)}; {config.data.global_batch} sequences of {config.data.seq_len} tokens"
 
 
-def follow(rows: Iterator[Row], count: int, seconds: float, console: Console) -> list[Row]:
+def follow(rows: Iterator[LayoutResult], count: int, seconds: float, console: Console) -> list[LayoutResult]:
     """Show a bar while the rows come in, or a line for each where there is no terminal. seconds: the estimate"""
-    done: list[Row] = []
+    done: list[LayoutResult] = []
     progress = Progress(
         MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"),
         console=console, transient=True, disable=not console.is_terminal,
@@ -58,7 +58,7 @@ def follow(rows: Iterator[Row], count: int, seconds: float, console: Console) ->
     return done
 
 
-def print_table(rows: Sequence[Row], console: Console) -> None:
+def print_table(rows: Sequence[LayoutResult], console: Console) -> None:
     """Print a row for each layout, then a line for each that fails."""
     table = Table(header_style="bold", box=None, pad_edge=False)
     for heading in ("layout", "schedule", *TOLERANCES, "worst of", "scale", "counts", "s", ""):
@@ -78,7 +78,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     console.print(f"{len(rows) - failed} of {len(rows)} layouts train as one process does, within {limits}")
 
 
-def write_json(path: Path, rows: Sequence[Row], config: Config, seed: int) -> None:
+def write_json(path: Path, rows: Sequence[LayoutResult], config: Config, seed: int) -> None:
     """Write everything that was measured. config: the shrunk run"""
     path.write_text(json.dumps({
         "seed": seed, "tolerances": TOLERANCES, "config": config.model_dump(mode="json"),
@@ -86,7 +86,7 @@ def write_json(path: Path, rows: Sequence[Row], config: Config, seed: int) -> No
     }, indent=1) + "\n", encoding="utf-8")
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: LayoutResult) -> dict[str, Any]:
     cases = [
         {"micro_batches": passes, "compute": compute, "figures": [
             {"quantity": each.quantity, "of": each.of, "error": _finite(each.error), "scale": _finite(each.scale)}
@@ -103,12 +103,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON knows no infinity
 
 
-def _figures(row: Row, compute: str | None = None) -> list[Figure]:
+def _figures(row: LayoutResult, compute: str | None = None) -> list[Figure]:
     return [each for (_, of), figures in row.figures.items() if compute in (None, of) for each in figures]
 
 
-def _worst(row: Row, compute: str | None = None) -> tuple[str, str]:
-    """-> the largest error, and of what it is"""
+def _worst(row: LayoutResult, compute: str | None = None) -> tuple[str, str]:
+    """Find the largest error. -> the error, and the quantity it belongs to"""
     figures = [(worst(each, TOLERANCES[of]), TOLERANCES[of]) for (_, of), each in row.figures.items()
                if compute in (None, of)]
     if not figures:
@@ -117,14 +117,14 @@ def _worst(row: Row, compute: str | None = None) -> tuple[str, str]:
     return f"{figure.error:.1e}", str(figure)
 
 
-def _scale(row: Row) -> str:
+def _scale(row: LayoutResult) -> str:
     if not row.figures:
         return "-"
     figure = worst_scale(_figures(row))
     return f"{figure.scale:.3f}" + (f" {figure.of}" if abs(figure.scale - 1) >= 5e-4 else "")
 
 
-def _counts(row: Row) -> str:
+def _counts(row: LayoutResult) -> str:
     counts = [each for each in _figures(row) if each.quantity in ("assignments", "tokens per expert", "dropped")]
     if not row.figures:
         return "-"

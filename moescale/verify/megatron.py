@@ -74,9 +74,9 @@ def _shards(args: Namespace, x: Tensor, first: list[Tensor], second: list[Tensor
                         for one, two in zip(first, second, strict=True)]).sum(0)
 
 
-def _dense(args: Namespace, weights: _Weights, layer: int, x: Tensor, room: str = "mlp.") -> Tensor:
-    return _shards(args, x, weights.inner(layer, room + "linear_fc1.weight"),
-                   weights.inner(layer, room + "linear_fc2.weight"))
+def _dense(args: Namespace, weights: _Weights, layer: int, x: Tensor, prefix: str = "mlp.") -> Tensor:
+    return _shards(args, x, weights.inner(layer, prefix + "linear_fc1.weight"),
+                   weights.inner(layer, prefix + "linear_fc2.weight"))
 
 
 def _mixture(args: Namespace, weights: _Weights, layer: int, x: Tensor) -> Tensor:
@@ -120,9 +120,9 @@ class _Weights:
 
     def __init__(self, opened: Opened, args: Namespace, dtype: torch.dtype | None) -> None:
         self.opened, self.dtype = opened, dtype
-        self.of_ranks = opened.layout.style != "torch_dist"
+        self.per_rank = opened.layout.style != "torch_dist"
         self.tp, self.pp, self.ep, self.etp = 1, 1, 1, 1
-        if self.of_ranks:
+        if self.per_rank:
             self.tp = _first(args, "tensor_model_parallel_size", default=1)
             self.pp = _first(args, "pipeline_model_parallel_size", default=1)
             self.ep = _first(args, "expert_model_parallel_size", default=1)
@@ -137,7 +137,7 @@ class _Weights:
         return rounded.float()
 
     def file(self, tp: int, pp: int, ep: int) -> str:
-        if not self.of_ranks:
+        if not self.per_rank:
             return ""
         return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if self.pp > 1 else "") + (f"_{ep:03d}" if self.ep > 1 else "") + ":"
 
@@ -162,24 +162,24 @@ class _Weights:
 
     def expert(self, layer: int, expert: int) -> tuple[list[Tensor], list[Tensor]]:
         """Read the two matrices of an expert, each as its shards."""
-        rank, own = (expert // self.experts, expert % self.experts) if self.experts else (0, 0)
+        rank, local = (expert // self.experts, expert % self.experts) if self.experts else (0, 0)
         shards = [self.file(tp, layer // self.layers, rank) for tp in range(self.etp)]
-        first, second = (tuple(self.matrix(file, layer, expert, own, part) for file in shards)
+        first, second = (tuple(self.matrix(file, layer, expert, local, part) for file in shards)
                          for part in ("linear_fc1", "linear_fc2"))
         return list(first), list(second)
 
-    def matrix(self, file: str, layer: int, expert: int, own: int, part: str) -> Tensor:
-        style, room = self.opened.layout.style, "mlp.experts."
+    def matrix(self, file: str, layer: int, expert: int, local: int, part: str) -> Tensor:
+        style, prefix = self.opened.layout.style, "mlp.experts."
         if style == "sequential":
-            return self.found(file, layer, f"{room}local_experts.{own}.{part}.weight")
+            return self.found(file, layer, f"{prefix}local_experts.{local}.{part}.weight")
         if style == "te_grouped":
-            return self.found(file, layer, f"{room}{part}.weight{own}")
+            return self.found(file, layer, f"{prefix}{part}.weight{local}")
         if style == "grouped":  # one matrix [in, out] after another
-            both = self.found(file, layer, room + ("weight1" if part == "linear_fc1" else "weight2"))
+            both = self.found(file, layer, prefix + ("weight1" if part == "linear_fc1" else "weight2"))
             width = self.args.hidden_size
             return (both.view(self.experts, width, -1) if part == "linear_fc1" else
-                    both.view(self.experts, -1, width))[own].T
-        apart = f"{room}experts.{expert}.{part}.weight"
+                    both.view(self.experts, -1, width))[local].T
+        apart = f"{prefix}experts.{expert}.{part}.weight"
         if any(f"decoder.layers.{layer}.{apart}{end}" in self.opened.tensors for end in ("", "_w")):
             return self.found(file, layer, apart)
-        return self.found(file, layer, f"{room}experts.{part}.weight")[expert]
+        return self.found(file, layer, f"{prefix}experts.{part}.weight")[expert]

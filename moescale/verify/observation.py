@@ -1,4 +1,4 @@
-"""One training step, and all that can be seen of it."""
+"""Observes one training step: losses, counts, gradients, weights, and the features between sublayers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from moescale.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Trace:
+class Observation:
     """What one step shows on one rank.
 
-    losses, counts: of all ranks together, by name. first, gradients, updated: this rank's part of every parameter,
-    before, between and after; a gradient may be None.
-    stream: [layers, 2, tokens, d_model], the features of own tokens after each mixer and after each channel mixer.
-    seen: [layers, 2, tokens] int32, how often each was met. kept: [layers, tokens, experts] int32, the assignments.
+    losses, counts: of all ranks together, by name. first, gradients, updated: this rank's part of every parameter
+    before the step, of its gradient (which may be None), and after the step.
+    stream: [layers, 2, tokens, d_model], the features of this rank's tokens after each mixer and each channel mixer.
+    seen: [layers, 2, tokens] int32, how often each token passed. kept: [layers, tokens, experts] int32, assignments.
     closest: the smallest gap between two logits whose order decides where a token goes, over the largest logit.
     """
 
@@ -43,9 +43,9 @@ class Trace:
 
 
 def make_batches(config: Config, seed: int) -> Batch:
-    """Make up the global batch: documents of unequal length, ignored targets, padding that fills one sequence almost.
+    """Draw a global batch with documents of unequal length, ignored targets, and a sequence that is nearly all padding.
 
-    Each share of it has other numbers of targets and of tokens than the next, so that a mean of means is not the mean.
+    Its parts differ in their numbers of targets and of tokens, so that a mean of means is not the mean.
     """
     batch, seq, vocab = config.data.global_batch, config.data.seq_len, config.model.vocab_size
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def make_batches(config: Config, seed: int) -> Batch:
     positions = torch.arange(seq).repeat(batch, 1)
     token_id = torch.arange(batch * seq).view(batch, seq)
     for row in range(batch):
-        if row % 3:  # every third is one document, so that a window is felt at every distance
+        if row % 3:  # every third sequence is one document, so that a window matters at every distance
             begin = int(torch.randint(1, seq, (), generator=generator))
             positions[row, begin:] -= begin
         if row % 4 == 2 or row == batch - 1:
@@ -66,13 +66,16 @@ def make_batches(config: Config, seed: int) -> Batch:
     return Batch(tokens, targets, positions, token_id)
 
 
-def trace_step(config: Config, mesh: Mesh, batches: Batch) -> Trace:
-    """Take the first training step of a run on this rank's share, then evaluate. config: settled. batches: global."""
+def observe_step(config: Config, mesh: Mesh, batches: Batch) -> Observation:
+    """Take the first training step of a run on this rank's part of the batch, then evaluate.
+
+    config: settled. batches: the global batch.
+    """
     engine = NativeEngine(config, mesh)
     observer = _Observer(engine.model, config)
     first = _copy({name: parameter.data for name, parameter in engine.model.named_parameters()})
-    share = _share(batches, mesh.batch_rank, mesh.batch_size, config.data.micro_batch)
-    losses = engine.forward_backward(share)
+    local = _local_batches(batches, mesh.batch_rank, mesh.batch_size, config.data.micro_batch)
+    losses = engine.forward_backward(local)
     gradients = _copy({name: parameter.grad for name, parameter in engine.model.named_parameters()})
     metrics = routing_metrics(
         engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)
@@ -81,13 +84,13 @@ def trace_step(config: Config, mesh: Mesh, batches: Batch) -> Trace:
     updated = _copy({name: parameter.data for name, parameter in engine.model.named_parameters()})
     figures: dict[str, float | Tensor] = {
         "loss": losses.cross_entropy, "load-balance loss": losses.load_balance, "router z-loss": losses.router_z,
-        "gradient norm": norm, "loss in evaluation": engine.evaluate(share),
+        "gradient norm": norm, "loss in evaluation": engine.evaluate(local),
     }
-    return Trace({name: float(value) for name, value in figures.items()}, counts, first, gradients, updated,
+    return Observation({name: float(value) for name, value in figures.items()}, counts, first, gradients, updated,
                  observer.stream, observer.seen, observer.kept, observer.closest)
 
 
-def _share(batches: Batch, rank: int, num_ranks: int, micro_batch: int | None) -> Sequence[Batch]:
+def _local_batches(batches: Batch, rank: int, num_ranks: int, micro_batch: int | None) -> Sequence[Batch]:
     parts = [part.chunk(num_ranks)[rank].split(micro_batch or len(part)) for part in vars(batches).values()]
     return [Batch(*part) for part in zip(*parts, strict=True)]
 
@@ -97,7 +100,7 @@ def _copy(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
 
 
 class _Observer:
-    """Writes down what passes between the sublayers, token by token, while the model trains."""
+    """Records the features between sublayers, token by token, while the model trains."""
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         layers, tokens = config.model.num_layers, config.data.global_batch * config.data.seq_len
@@ -150,9 +153,9 @@ class _Observer:
         return choose(logits, probs)
 
     @torch.no_grad()
-    def _write(self, module: nn.Module, index: int, place: int, x: Tensor) -> None:
-        """x: [batch, seq/cp/tp, d_model]."""
+    def _write(self, module: nn.Module, index: int, sublayer: int, x: Tensor) -> None:
+        """Record features by token id. sublayer: 0 = mixer, 1 = channel mixer. x: [batch, seq/cp/tp, d_model]"""
         if module.training and self.token_id is not None:
             valid = self.token_id >= 0
-            self.stream[index, place, self.token_id[valid]] = x.flatten(0, 1)[valid].double()
-            self.seen[index, place, self.token_id[valid]] += 1
+            self.stream[index, sublayer, self.token_id[valid]] = x.flatten(0, 1)[valid].double()
+            self.seen[index, sublayer, self.token_id[valid]] += 1

@@ -1,4 +1,4 @@
-"""Run a training step in many layouts on this machine, and hold each to one process."""
+"""Runs a training step in many layouts on this machine, and compares each to one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import RanksError, run_ranks
 from moescale.verify.candidates import Layout
 from moescale.verify.compare import TOLERANCES, Figure, compare, diagnose
-from moescale.verify.observation import Trace, make_batches, trace_step
+from moescale.verify.observation import Observation, make_batches, observe_step
 from moescale.verify.shrink import MICRO_BATCHES
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zero_bubble", "gpipe")
@@ -32,10 +32,10 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What came of one layout. schedules: of the pipeline, those that were run. figures: by passes, compute.
+class LayoutResult:
+    """The result of one layout. schedules: the pipeline schedules that were run. figures: by passes and compute.
 
-    diagnosis: empty when everything is as on one process. error: the traceback of a rank that raised.
+    diagnosis: empty when everything agrees with one process. error: the traceback of a rank that raised.
     """
 
     layout: Layout
@@ -48,18 +48,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Proof:
-    """All that is needed to try layouts. config: shrunk. references: one process's step, by compute."""
+    """All that is needed to try layouts. config: shrunk. references: the step of one process, by compute."""
 
     config: Config
     batches: Batch
-    references: dict[str, Trace]
+    references: dict[str, Observation]
 
 
 def prepare(config: Config, seed: int) -> Proof:
     """Take the step of a shrunk run on one process, in both precisions.
 
-    Where two experts are all but equal for some token, rounding decides between them, in float32 and in each layout
-    anew, which proves nothing: then other batches are drawn, a few times, and those with the widest gap are taken.
+    When two experts are nearly equal for some token, rounding decides between them, differently in each layout, which
+    proves nothing: then other batches are drawn, a few times, and those with the largest gap are taken.
     """
     passes = _numbers_of_passes(config, Layout())[0]
     proofs: list[Proof] = []
@@ -75,8 +75,8 @@ def prepare(config: Config, seed: int) -> Proof:
     return max(proofs, key=lambda proof: proof.references["float32"].closest)
 
 
-def try_layouts(proof: Proof, layouts: Sequence[Layout], timeout_seconds: float) -> Iterator[Row]:
-    """Run layout after layout. timeout_seconds: for each"""
+def try_layouts(proof: Proof, layouts: Sequence[Layout], timeout_seconds: float) -> Iterator[LayoutResult]:
+    """Run one layout after another. timeout_seconds: of each"""
     turn = 0
     for layout in layouts:
         cases = make_cases(proof.config, layout, turn)
@@ -85,7 +85,7 @@ def try_layouts(proof: Proof, layouts: Sequence[Layout], timeout_seconds: float)
 
 
 def make_cases(config: Config, layout: Layout, turn: int) -> list[Case]:
-    """Lay out the runs of one layout: every number of passes, every precision. turn: which schedule comes first"""
+    """List the runs of one layout: every number of passes, every precision. turn: which schedule comes first"""
     order = SCHEDULES[turn % 3 :] + SCHEDULES[: turn % 3]
     cases = []
     for passes in _numbers_of_passes(config, layout):
@@ -96,7 +96,7 @@ def make_cases(config: Config, layout: Layout, turn: int) -> list[Case]:
 
 
 def _numbers_of_passes(config: Config, layout: Layout) -> tuple[int, ...]:
-    """Any, unless the balance loss is taken over a micro-batch: then those with which it has the same sequences."""
+    """List the numbers of passes to try; a balance loss per micro-batch allows only the one with the same sequences."""
     if config.moe.balance_over != "micro_batch":
         return MICRO_BATCHES
     assert config.data.micro_batch is not None
@@ -120,7 +120,7 @@ def _case(config: Config, layout: Layout, passes: int, compute: str, schedule: s
     return Case(passes, compute, settled.model_copy(update={"precision": precision}))
 
 
-def _try(proof: Proof, layout: Layout, cases: list[Case], timeout_seconds: float) -> Row:
+def _try(proof: Proof, layout: Layout, cases: list[Case], timeout_seconds: float) -> LayoutResult:
     begin = time.monotonic()
     figures, diagnosis, error = {}, "", ""
     try:
@@ -132,20 +132,20 @@ def _try(proof: Proof, layout: Layout, cases: list[Case], timeout_seconds: float
                 diagnosis = f"{wrong} ({case.compute}, micro-batches {case.passes})"
     except RanksError as raised:
         error = str(raised).strip()
-        diagnosis = _place(error)
+        diagnosis = _last_line(error)
     schedules = tuple(dict.fromkeys(case.config.parallel.pp_schedule for case in cases)) if layout.pp > 1 else ()
-    return Row(layout, schedules, time.monotonic() - begin, figures, diagnosis, error)
+    return LayoutResult(layout, schedules, time.monotonic() - begin, figures, diagnosis, error)
 
 
-def _place(error: str) -> str:
-    """Say what a rank raised, and which line of ours raised it."""
+def _last_line(error: str) -> str:
+    """Say what a rank raised, and in which line of MoEScale."""
     lines = error.splitlines()
     ours = re.findall(r'File ".*?(moescale/[a-z_/]+\.py)", line (\d+)', error)
     return f"{lines[-1]} ({':'.join(ours[-1])})" if ours else lines[-1]
 
 
-def _reference(config: Config, batches: Batch) -> Trace:
-    return trace_step(config, start_mesh(config), batches)
+def _reference(config: Config, batches: Batch) -> Observation:
+    return observe_step(config, start_mesh(config), batches)
 
 
 def _compare_cases(cases: Sequence[Case], proof: Proof) -> list[list[Figure]]:
@@ -155,7 +155,7 @@ def _compare_cases(cases: Sequence[Case], proof: Proof) -> list[list[Figure]]:
     results = []
     for case in cases:
         mesh = replace(mesh, parallel=case.config.parallel)  # the schedule alone is another
-        trace = trace_step(case.config, mesh, proof.batches)
-        results.append(compare(trace, proof.references[case.compute], mesh.world_group))
+        step = observe_step(case.config, mesh, proof.batches)
+        results.append(compare(step, proof.references[case.compute], mesh.world_group))
     stop_mesh()
     return results

@@ -24,7 +24,7 @@ from moescale.parallel import fsdp
 from moescale.parallel.context import ContextAttention
 from moescale.verify.candidates import Layout, every_layout, layouts_of, parse_layouts, sample_layouts
 from moescale.verify.main import verify
-from moescale.verify.run import Proof, Row, make_cases, prepare, try_layouts
+from moescale.verify.run import LayoutResult, Proof, make_cases, prepare, try_layouts
 from moescale.verify.shrink import shrink
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -41,7 +41,7 @@ def proof() -> Proof:
     return prepare(shrink(RUN, [Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(dp_shard=2, ep=2)]), SEED)
 
 
-def try_one(proof: Proof, layout: Layout) -> Row:
+def try_one(proof: Proof, layout: Layout) -> LayoutResult:
     return next(try_layouts(proof, [layout], 100))
 
 

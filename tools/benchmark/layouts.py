@@ -17,7 +17,7 @@ from typing import Any
 
 from moescale.config import load_config
 from moescale.verify.candidates import Layout, every_layout
-from moescale.verify.run import Row, prepare, try_layouts
+from moescale.verify.run import LayoutResult, prepare, try_layouts
 from moescale.verify.shrink import shrink
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,7 +26,7 @@ FAMILIES = ("mixtral_8x7b", "switch_base", "palm_8b", "quickstart")  # sparse; w
 TOGETHER = 5  # layouts that share one shrunk model and one process's step
 
 
-def summarize(row: Row, family: str) -> dict[str, Any]:
+def summarize(row: LayoutResult, family: str) -> dict[str, Any]:
     """One line: the worst relative error in each precision, of losses in float64, and the worst scale ratio."""
     line: dict[str, Any] = {"family": family, "layout": str(row.layout), "schedules": list(row.schedules)}
     for (_, compute), figures in row.figures.items():
