@@ -22,6 +22,7 @@ from moescale.config.changes import (
 )
 from moescale.config.read import read_overrides
 from moescale.convert.formats.native import native_weights
+from moescale.convert.mapping.table import NativeName
 from moescale.data.batches import START, Position, num_windows
 from moescale.data.token_file import TokenCorpus
 from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
@@ -135,7 +136,8 @@ def _begin(
 
 def _refuse(checkpoint: Path, old: Config, config: Config, changed: Sequence[Difference]) -> None:
     refused = [change for change in changed if not is_allowed(change.key, config.run.allow_changes)]
-    weights, old_weights = native_weights(config), native_weights(old)
+    weights, old_weights = ({name: weight.shape for name, weight in native_weights(each).items()}
+                            for each in (config, old))
     if weights != old_weights:
         name = next(name for name in (*old_weights, *weights) if old_weights.get(name) != weights.get(name))
         keys = ", ".join(change.as_it_was for change in changed if decides_function(change.key))
@@ -149,7 +151,7 @@ def _refuse(checkpoint: Path, old: Config, config: Config, changed: Sequence[Dif
                           f"run.allow_changes=[{names}] to go on all the same, or another run.dir to start anew")
 
 
-def _shape(weights: Mapping[str, Sequence[int]], name: str) -> str:
+def _shape(weights: Mapping[NativeName, Sequence[int]], name: NativeName) -> str:
     return str(list(weights[name])) if name in weights else "absent"
 
 

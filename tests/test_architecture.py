@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
     "model": {"comm", "config", "layers", "mixers", "moe", "ops"},
     "parallel": {"cluster", "comm", "config", "layers", "mixers", "moe", "model", "ops", "planner"},
     "checkpoint": {"config", "files"}, "cluster": {"checkpoint", "config", "files"},
-    "convert": {"checkpoint", "config", "data", "files", "optim", "record"},
+    "convert": {"checkpoint", "config", "data", "files", "optim", "record", "spec"},
     "planner": {"config"}, "record": {"files"}, "report": {"config", "files", "planner", "record"},
     "monitor": {"config", "files", "moe", "planner", "record", "report"},
     "verify": {"checkpoint", "comm", "config", "convert", "data", "engine", "files", "model", "moe", "monitor", "ops",

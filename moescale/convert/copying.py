@@ -20,7 +20,7 @@ from moescale.config import ConfigError
 from moescale.convert.fingerprint import Digest, digests, has_rows
 from moescale.convert.journal import Journal
 from moescale.convert.mapping.mapped import Opened, read_weight
-from moescale.convert.mapping.table import Piece
+from moescale.convert.mapping.table import NativeName, Piece, Weights
 
 THREADS = 4
 BLOCK = 1 << 20  # elements looked at at a time
@@ -31,7 +31,7 @@ ROWS_BYTES = 1 << 22  # of a matrix that goes across row by row, at a time
 class Recipe:
     """How a native tensor of the destination comes from those of the source, one by one in their order."""
 
-    sources: tuple[str, ...]
+    sources: tuple[NativeName, ...]
     combine: Callable[[Iterator[Tensor]], Tensor] = next
 
 
@@ -39,27 +39,28 @@ class Recipe:
 class Copier:
     """Copies native tensors by name.
 
-    recipes: how each comes about. origins: where the source's lie. goals: where each is to lie, in the tensors that
-    `places` finds by key.
+    recipes: how each comes about. weights: their descriptions. origins: where the source's lie. goals: where each is
+    to lie, in the tensors that `places` finds by key.
     """
 
     source: Opened
-    recipes: Mapping[str, Recipe]
-    origins: Mapping[str, Sequence[Piece]]
-    goals: Mapping[str, Sequence[Piece]]
+    recipes: Mapping[NativeName, Recipe]
+    weights: Weights
+    origins: Mapping[NativeName, Sequence[Piece]]
+    goals: Mapping[NativeName, Sequence[Piece]]
     places: Mapping[str, Stored]
 
     def copy_all(self, journal: Journal) -> None:
         """Copy what is not done yet, within twice the memory of the largest matrix."""
-        todo = [name for name in self.recipes if name not in journal.done]
+        todo = [name for name in self.recipes if str(name) not in journal.done]
         sizes, needs = {name: self._size_bytes(name) for name in todo}, {name: self._need_bytes(name) for name in todo}
         budget = _Budget(max(needs.values(), default=0))
         stop = threading.Event()
 
-        def copy(name: str) -> None:
+        def copy(name: NativeName) -> None:
             with budget.of(needs[name]):
                 if not stop.is_set():
-                    journal.finished(name, self._copy(name), sizes[name])
+                    journal.finished(str(name), self._copy(name), sizes[name])
 
         with _progress(sum(sizes.values())) as advance, ThreadPoolExecutor(THREADS) as pool:
             futures = {name: pool.submit(copy, name) for name in todo}
@@ -74,11 +75,11 @@ class Copier:
                 raise
         journal.commit()
 
-    def _size_bytes(self, name: str) -> int:
+    def _size_bytes(self, name: NativeName) -> int:
         """Count the bytes that are written of a tensor."""
         return sum(goal.part.size * self.places[goal.key].dtype.itemsize for goal in self.goals[name])
 
-    def _need_bytes(self, name: str) -> int:
+    def _need_bytes(self, name: NativeName) -> int:
         """Count the bytes of memory that a tensor takes at most: as it was read, and as it is written."""
         read = written = 0
         for part in self.recipes[name].sources:
@@ -89,11 +90,11 @@ class Copier:
             written = max(written, goal.part.size * self.places[goal.key].dtype.itemsize)
         return read + written + ROWS_BYTES
 
-    def _copy(self, name: str) -> dict[str, str]:
+    def _copy(self, name: NativeName) -> list[str]:
         """Copy one tensor, and return its digests."""
         recipe, goals = self.recipes[name], self.goals[name]
         if self._streams(name):
-            return self._copy_rows(name)
+            return [self._copy_rows(name)]
         values = recipe.combine(read_weight(self.source, self.origins[part], part) for part in recipe.sources)
         _refuse_nan(values, name, self.source.path)
         values = values.to(self.places[goals[0].key].dtype).contiguous()
@@ -101,12 +102,12 @@ class Copier:
             begin = values.storage_offset() + goal.part.offset
             part = values.as_strided(goal.part.shape, goal.part.stride, begin)
             write_region(self.places[goal.key], goal.place, part)
-        return digests(name, values)
+        return digests(self.weights[name], values)
 
-    def _streams(self, name: str) -> bool:
+    def _streams(self, name: NativeName) -> bool:
         """Say whether a tensor can go across a few rows at a time: it is as it was, and lies in rows on both sides."""
         recipe = self.recipes[name]
-        if recipe.combine is not next or has_rows(name):
+        if recipe.combine is not next or has_rows(self.weights[name]):
             return False
         theirs = self.origins[recipe.sources[0]]
         whole = theirs[0].part
@@ -114,7 +115,7 @@ class Copier:
             piece.part == whole and piece.place.shape == whole.shape and piece.place.order() == whole.order()
             for piece in (*theirs, *self.goals[name]))
 
-    def _copy_rows(self, name: str) -> dict[str, str]:
+    def _copy_rows(self, name: NativeName) -> str:
         """Copy a matrix a few rows at a time, which stay in the processor's caches on their way."""
         (theirs,), goals = self.origins[self.recipes[name].sources[0]], self.goals[name]
         stored, dtype, shape = self.source.tensors[theirs.key], self.places[goals[0].key].dtype, theirs.place.shape
@@ -128,10 +129,10 @@ class Copier:
             digest.update(values)
             for goal in goals:
                 write_region(self.places[goal.key], goal.place.rows(begin, end), values)
-        return {name: digest.hex()}
+        return digest.hex()
 
 
-def _refuse_nan(values: Tensor, name: str, path: Path) -> None:
+def _refuse_nan(values: Tensor, name: NativeName, path: Path) -> None:
     flat = values.reshape(-1)
     for begin in range(0, len(flat), BLOCK):
         block = flat[begin : begin + BLOCK]

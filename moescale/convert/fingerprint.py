@@ -7,53 +7,48 @@ of the router, so that experts that change places take their fingerprints with t
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moescale.convert.mapping.table import NativeName, Weights
+from moescale.spec.weights import Weight
+
 BLOCK = 1 << 20  # elements taken at a time
-PLACE = re.compile(r"blocks\.(\d+)\.(.+?)(?:\.(\d+))?")
-ROWS = (".router.weight", ".router.expert_bias")  # a row an expert
 
 
-def digests(name: str, values: Tensor) -> dict[str, str]:
-    """Hash a native tensor, row by row where each row is an expert's: by name, with the row's number behind it."""
-    if has_rows(name):
-        return {f"{name}.{index}": Digest(row.shape).update(row).hex() for index, row in enumerate(values)}
-    return {name: Digest(values.shape).update(values).hex()}
+def digests(weight: Weight, values: Tensor) -> list[str]:
+    """Hash a native tensor. Returns one digest, or one of each row where each row is an expert's."""
+    parts = values if has_rows(weight) else [values]
+    return [Digest(part.shape).update(part).hex() for part in parts]
 
 
-def has_rows(name: str) -> bool:
+def has_rows(weight: Weight) -> bool:
     """Say whether each row of a native tensor belongs to another expert."""
-    return name.endswith(ROWS)
+    return weight.dims[0] == "experts"
 
 
-def fingerprints(parts: Mapping[str, str]) -> dict[str, str]:
+def fingerprints(weights: Weights, found: Mapping[NativeName, Sequence[str]]) -> dict[str, str]:
     """Bring digests of a model's weights together.
 
-    Returns those of `model`, `embedding`, `norm`, `head`, `layer 0` (attention, norms, dense parts) and
-    `layer 0 expert 3`.
+    weights: their descriptions. found: of each weight, as `digests` gives them. Returns them under `model`,
+    `embedding`, `norm`, `head`, `layer 0` (attention, norms, dense parts) and `layer 0 expert 3`.
     """
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name, digest in parts.items():
-        place = PLACE.fullmatch(name)
-        if place is None:
-            groups[name.split(".")[0]].append(digest)
-        elif place[3] is None:
-            groups[f"layer {place[1]}"].append(f"{place[2]} {digest}")
-        else:
-            groups[f"layer {place[1]} expert {place[3]}"].append(f"{place[2]} {digest}")
-    found = {group: _hex("\n".join(sorted(groups[group]))) for group in sorted(groups, key=_in_order)}
-    return {"model": _hex("\n".join(sorted(f"{group} {digest}" for group, digest in found.items()))), **found}
-
-
-def _in_order(group: str) -> tuple[bool, list[int], str]:
-    """What is not in a layer first, then layers and experts by their numbers: 10 comes after 2."""
-    return group.startswith("layer"), [int(word) for word in group.split() if word.isdigit()], group
+    groups: dict[tuple[int, int, str], list[str]] = defaultdict(list)  # in order: what is in no layer has none below 0
+    for native, parts in found.items():
+        if native.layer is None:
+            groups[-1, -1, native.weight[0]] += parts
+            continue
+        place = ".".join(native.weight[2:])
+        for row, digest in enumerate(parts):
+            expert = row if has_rows(weights[native]) else native.expert
+            name = f"layer {native.layer}" + ("" if expert is None else f" expert {expert}")
+            groups[native.layer, -1 if expert is None else expert, name].append(f"{place} {digest}")
+    named = {name: _hex("\n".join(sorted(groups[order, expert, name]))) for order, expert, name in sorted(groups)}
+    return {"model": _hex("\n".join(sorted(f"{name} {digest}" for name, digest in named.items()))), **named}
 
 
 def _hex(text: str) -> str:

@@ -11,16 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from moescale.convert.fingerprint import digests, fingerprints
-from moescale.convert.formats.native import is_moment
 from moescale.convert.mapping.mapped import Opened, weights_of
 from moescale.errors import visible
 
 
 def describe(opened: Opened) -> dict[str, Any]:
     """Read all of it: format, layout, sizes, dtypes, and the fingerprints of layers and experts."""
-    config, parts = opened.config, {}
-    for name, values in weights_of(opened, lambda name: not is_moment(name)):
-        parts.update(digests(name, values))
+    config = opened.config
+    found = {name: digests(opened.weights[name], values) for name, values in weights_of(opened)}
     dtypes = Counter(str(stored.dtype).removeprefix("torch.") for stored in opened.tensors.values())
     mixtures = config.num_moe_layers
     return {
@@ -31,8 +29,8 @@ def describe(opened: Opened) -> dict[str, Any]:
         "d_model": config.model.d_model, "vocab_size": config.model.vocab_size,
         "tensors": len(opened.tensors), "dtypes": dict(dtypes),
         "bytes": sum(stored.size_bytes for stored in opened.tensors.values()),
-        "optimizer_state": any(map(is_moment, opened.weights)),
-        "left_out": dict(opened.left_out), "fingerprints": fingerprints(parts),
+        "optimizer_state": any(name.moment is not None for name in opened.weights),
+        "left_out": dict(opened.left_out), "fingerprints": fingerprints(opened.weights, found),
     }
 
 

@@ -33,7 +33,7 @@ class Journal:
         self.data = self.folder / "data"
         self._file = self.folder / "journal.jsonl"
         self._guard = threading.Lock()
-        self._waiting: dict[str, dict[str, str]] = {}  # digests of what was written since the last commit
+        self._waiting: dict[str, list[str]] = {}  # digests of what was written since the last commit
         self._bytes = 0  # of it
         # the folder is ours, and nobody else's
         if not self.folder.exists() and not self.folder.is_symlink():
@@ -47,7 +47,7 @@ class Journal:
             raise ConfigError(f"{self.folder} is being written by another conversion: wait for it")
         # what is done of the same plan stays
         lines = list(_lines(self._file))
-        self.done: dict[str, dict[str, str]] = {}  # digests of what is certain to lie there, by tensor
+        self.done: dict[str, list[str]] = {}  # digests of what is certain to lie there, by tensor
         if lines and lines[0].get("plan") == plan and self.data.is_dir():
             self.done = {line["weight"]: line["digests"] for line in lines[1:]}
         else:
@@ -68,7 +68,7 @@ class Journal:
         else:
             fresh.rename(self.data)
 
-    def finished(self, weight: str, digests: dict[str, str], size_bytes: int) -> None:
+    def finished(self, weight: str, digests: list[str], size_bytes: int) -> None:
         """Remember that a tensor is written; any thread may call."""
         with self._guard:
             self._waiting[weight] = digests

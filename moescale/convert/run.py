@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from moescale.checkpoint.strided_view import Chunk, Shape, Stored
+from moescale.checkpoint.strided_view import Chunk, Stored
 from moescale.config import Config, ConfigError
 from moescale.convert.companions import with_companions, write_companions
 from moescale.convert.containers import Sizes
@@ -31,7 +31,7 @@ from moescale.convert.formats.hf.folder import why_no_model
 from moescale.convert.formats.megatron import files as megatron_files
 from moescale.convert.journal import Journal
 from moescale.convert.mapping.mapped import Layout, Opened, by_weight, check_pieces
-from moescale.convert.mapping.table import Piece
+from moescale.convert.mapping.table import NativeName, Piece, Weights
 from moescale.files.reading import explain
 
 
@@ -43,13 +43,14 @@ class Format(Protocol):
     def detect(self, path: Path) -> bool: ...
     def open_checkpoint(self, path: Path) -> Opened: ...
     def refuse(self, config: Config, layout: Layout, dtype: torch.dtype | None) -> None: ...
-    def plan(self, config: Config, layout: Layout, weights: Mapping[str, Shape]) -> list[Piece]: ...
+    def plan(self, config: Config, layout: Layout, weights: Weights) -> list[Piece]: ...
     def create(
         self, folder: Path, config: Config, layout: Layout, pieces: list[Piece], sizes: Sizes, opened: Opened
     ) -> dict[str, Stored]: ...
     def finish(self, folder: Path, opened: Opened) -> None: ...
 
 
+JOURNAL = 2  # of what it says of a tensor; one that says it otherwise begins anew
 FORMATS: dict[str, Format] = {module.NAME: module for module in (native, hf, megatron_files, deepspeed)}
 
 
@@ -66,7 +67,7 @@ class Change:
     """
 
     config: Config
-    recipes: Mapping[str, Recipe]
+    recipes: Mapping[NativeName, Recipe]
     name: str
     keeps_logits: bool
     files: Mapping[str, str] = field(default_factory=dict)
@@ -129,11 +130,11 @@ def convert(
     # the model that is written, and how each of its native tensors comes about
     config, recipes = (source.config, _unchanged(source)) if change is None else (change.config, change.recipes)
     if to != native.NAME:  # no other format takes the optimizer's state
-        recipes = {name: recipe for name, recipe in recipes.items() if not native.is_moment(name)}
+        recipes = {name: recipe for name, recipe in recipes.items() if name.moment is None}
     target.refuse(config, layout, dtype)
     config = native.settled(config, destination, source.files)
     weights = native.native_weights(config)
-    if any(map(native.is_moment, recipes)):
+    if any(name.moment is not None for name in recipes):
         weights = native.with_moments(weights, config)
     if recipes.keys() != weights.keys():
         raise AssertionError("a recipe for each native tensor, and none else")
@@ -142,7 +143,7 @@ def convert(
     pieces = target.plan(config, layout, weights)
     shapes = {piece.key: piece.shape for piece in pieces}
     check_pieces(weights, shapes, pieces, f"{to} checkpoint of this model")
-    written = _dtypes(source, recipes, dtype, to, config)
+    written = _dtypes(source, recipes, weights, dtype, to, config)
     sizes = {piece.key: (piece.shape, written[piece.native]) for piece in pieces}
     _check_room(destination, sizes)
 
@@ -159,17 +160,16 @@ def convert(
         journal.adopt(fresh)
 
         # the numbers, unless an earlier call copied them
-        Copier(source, recipes, source.by_weight(), by_weight(pieces), places).copy_all(journal)
+        Copier(source, recipes, weights, source.by_weight(), by_weight(pieces), places).copy_all(journal)
         target.finish(journal.data, source)
 
         # a last look, and the whole appears in one step
-        found = fingerprints({name: digest for parts in journal.done.values() for name, digest in parts.items()
-                              if not native.is_moment(name)})
+        found = fingerprints(weights, {name: journal.done[str(name)] for name in weights if name.moment is None})
         if check is not None:
             check(source, target.open_checkpoint(journal.data), found)
         journal.publish()
     used = {name for recipe in recipes.values() for name in recipe.sources}
-    unused = {name: "not part of the destination" for name in source.weights if name not in used}
+    unused = {str(name): "not part of the destination" for name in source.weights if name not in used}
     return Result(source, found, {**source.left_out, **unused}, sum(stored.size_bytes for stored in places.values()))
 
 
@@ -190,20 +190,21 @@ def _kept_or_discarded(journal: Journal, source: Opened, destination: Path) -> I
         journal.close()
 
 
-def _unchanged(source: Opened) -> dict[str, Recipe]:
+def _unchanged(source: Opened) -> dict[NativeName, Recipe]:
     return {name: Recipe((name,)) for name in source.weights}
 
 
 def _dtypes(
-    source: Opened, recipes: Mapping[str, Recipe], dtype: torch.dtype | None, to: str, config: Config
-) -> dict[str, torch.dtype]:
+    source: Opened, recipes: Mapping[NativeName, Recipe], weights: Weights, dtype: torch.dtype | None, to: str,
+    config: Config,
+) -> dict[NativeName, torch.dtype]:
     """Choose what each native tensor is written as."""
     wide = torch.float64 if config.precision.compute == "float64" else torch.float32
     stored = {piece.native: source.tensors[piece.key].dtype for piece in source.pieces}
     chosen = {}
     for name, recipe in recipes.items():
         kept = [stored[part] for part in recipe.sources]
-        chosen[name] = wide if to == native.NAME or name.endswith("expert_bias") or not kept else dtype or kept[0]
+        chosen[name] = wide if to == native.NAME or not weights[name].learns or not kept else dtype or kept[0]
     return chosen
 
 
@@ -224,7 +225,8 @@ def _plan(
     """Say in a few letters what is converted to what: only the same conversion goes on where one was cut off."""
     files = sorted({chunk.path for stored in source.tensors.values() for chunk in stored.chunks})
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    what = [stats, config.model_dump(mode="json"), to, vars(layout), [(key, str(size)) for key, size in sizes.items()],
+    what = [JOURNAL, stats, config.model_dump(mode="json"), to, vars(layout),
+            [(key, str(size)) for key, size in sizes.items()],
             None if change is None else [change.name, *map(str, change.files.values())]]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 

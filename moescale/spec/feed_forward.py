@@ -41,8 +41,7 @@ class FeedForwardConfig(Group):
 def feed_forward_weights(
     d_model: int, d_ff: int, activation: str, init: str, view: View = "dense"
 ) -> tuple[Weight, ...]:
-    """Describe a feed-forward; experts have the same matrices, and no ranks of `tp` where they are shared."""
-    cut = None if view == "shared" else "d_ff"
+    """Describe a feed-forward; experts have the same matrices, one by one or, where all tokens use them, as one."""
     names = ("gate", "up") if activation in GATED else ("up",)
-    inner = [matrix(name, (d_ff, d_model), ("d_ff", "d_model"), cut, init, view) for name in names]
-    return (*inner, matrix("down", (d_model, d_ff), ("d_model", "d_ff"), cut, init, view))
+    inner = [matrix(name, (d_ff, d_model), ("d_ff", "d_model"), "d_ff", init, view) for name in names]
+    return (*inner, matrix("down", (d_model, d_ff), ("d_model", "d_ff"), "d_ff", init, view))

@@ -26,9 +26,10 @@ class Weight:
     """One tensor of a model, or of a part of it, whole as on one process.
 
     name: the path of modules to it and its own name; joined with dots where files and torch need a text.
-    dims: a word for each dim of the shape. cut: the dim that tensor parallelism cuts, or expert-tensor parallelism
-    where the weight belongs to experts; None where ranks of both have all of it. view: which ranks meet other tokens
-    with it, and so add up its gradient: those of the mesh's dense, shared or sparse view. decays: whether weight decay
+    dims: a word for each dim of the shape. cut: the dim over which ranks may share the weight, by tensor parallelism,
+    or by expert-tensor parallelism where it belongs to experts; None where each has all of it. view: which ranks meet
+    other tokens with it, and so add up its gradient: those of the mesh's dense, shared or sparse view. What is shared
+    stays whole in a run; only files of other programs cut it. decays: whether weight decay
     pulls at it. learns: whether it has a gradient; a buffer, such as an expert's bias, has none.
     """
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moescale.config import Config, ConfigError
 from moescale.convert.fingerprint import digests, fingerprints
-from moescale.convert.formats.native import is_moment
 from moescale.convert.mapping.mapped import Opened, weights_of
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
@@ -35,10 +34,8 @@ def compare_models(source: Opened, written: Opened, found: Mapping[str, str], *,
     found: fingerprints of what was meant to be written. same: whether the logits must agree.
     -> a line with the largest difference. Raises ConfigError.
     """
-    parts: dict[str, str] = {}
-    for name, values in weights_of(written, lambda name: not is_moment(name)):
-        parts.update(digests(name, values))
-    wrong = [name for name, digest in fingerprints(parts).items() if found.get(name) != digest]
+    parts = {name: digests(written.weights[name], values) for name, values in weights_of(written)}
+    wrong = [name for name, digest in fingerprints(written.weights, parts).items() if found.get(name) != digest]
     if wrong:
         raise ConfigError(f"--verify: {wrong[-1]} of the {written.format} checkpoint is not what was converted; "
                           "nothing was written")
@@ -80,7 +77,7 @@ def _depth(opened: Opened) -> float:
 
 def _rounded_to(written: Opened) -> torch.dtype | None:
     """Say to what the weights were rounded, if they all were."""
-    dtypes = {stored.dtype for key, stored in written.tensors.items() if not key.endswith("expert_bias")}
+    dtypes = {written.tensors[piece.key].dtype for piece in written.pieces if written.weights[piece.native].learns}
     return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= set(HALF_DTYPES) else None
 
 
@@ -101,12 +98,11 @@ def logits(
         return [(run(opened, tokens, dtype), torch.ones_like(tokens, dtype=torch.bool)) for tokens in batches]
     precision = opened.config.precision.model_copy(update={"compute": "float32"})
     model = build_model(opened.config.model_copy(update={"precision": precision}), "cpu")
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if "statistics" not in name}
-    for name, values in weights_of(opened, lambda name: not is_moment(name)):
-        head, _, expert = name.rpartition(".")
-        values = values if dtype is None or name.endswith("expert_bias") else values.to(dtype)
-        (tensors[head][int(expert)] if expert.isdigit() else tensors[name]).copy_(values)
-    model.load_state_dict(tensors, strict=False)
+    tensors = model.state_dict()  # the model's own, to be filled
+    for name, values in weights_of(opened):
+        values = values.to(dtype) if dtype is not None and opened.weights[name].learns else values
+        tensor = tensors[".".join(name.weight)]
+        (tensor if name.expert is None else tensor[name.expert]).copy_(values)
     return [_run(model, tokens, CERTAIN * _depth(opened)) for tokens in batches]
 
 

@@ -20,6 +20,7 @@ from moescale.cli import app
 from moescale.config import Config
 from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, weights_of
+from moescale.convert.mapping.table import NativeName
 from moescale.convert.run import convert, open_source
 from moescale.verify import megatron
 from tests.convert.models import DENSE, MIXED, make_config, make_tensors, write_run
@@ -39,8 +40,8 @@ def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return dict(weights_of(open_source(path)))
+def weights(path: Path) -> dict[NativeName, torch.Tensor]:
+    return dict(weights_of(open_source(path), moments=True))
 
 
 def same(path: Path, config: Config) -> None:
@@ -48,9 +49,8 @@ def same(path: Path, config: Config) -> None:
     native, found = make_tensors(config), weights(path)
     assert found.keys() == native_weights(config).keys()
     for name, tensor in found.items():
-        head, _, expert = name.rpartition(".")
-        whole = native[f"model.{head}"][int(expert)] if expert.isdigit() else native[f"model.{name}"]
-        assert torch.equal(tensor, whole), name
+        whole = native[".".join(("model", *name.weight))]
+        assert torch.equal(tensor, whole if name.expert is None else whole[name.expert]), name
 
 
 def essence(config: Config) -> dict[str, Any]:
@@ -185,7 +185,8 @@ def test_bfloat16_is_its_own_fingerprint_and_widens_back(tmp_path: Path) -> None
     back = convert(open_source(tmp_path / "narrow"), tmp_path / "back", "moescale", Layout())
     assert wide.fingerprints != narrow.fingerprints == back.fingerprints
     tensors = make_tensors(make_config())
-    assert torch.equal(weights(tmp_path / "back")["norm.weight"], tensors["model.norm.weight"].bfloat16().float())
+    norm = weights(tmp_path / "back")[NativeName(("norm", "weight"))]
+    assert torch.equal(norm, tensors["model.norm.weight"].bfloat16().float())
 
 
 def test_a_native_checkpoint_keeps_its_optimizer(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from moescale.convert import copying
 from moescale.convert.formats.hf import mixtral
 from moescale.convert.formats.hf.folder import INDEX
 from moescale.convert.mapping.mapped import Layout, weights_of
-from moescale.convert.mapping.table import Row
+from moescale.convert.mapping.table import NativeName, Row
 from moescale.convert.run import convert, open_source
 from moescale.verify.conversion import compare_models
 from tests.convert.models import DENSE, make_config, write_run
@@ -209,7 +209,8 @@ def test_a_folder_beside_the_destination_stays(source: Path) -> None:
 
 
 def exchanged(rows: tuple[Row, ...], one: str, two: str) -> tuple[Row, ...]:
-    names = {one: two, two: one}
+    first, second = (tuple(name.split(".")) for name in (one, two))
+    names = {first: second, second: first}
     found = {row.native: row for row in rows}
     return tuple(Row(row.native, found[names[row.native]].foreign, row.transforms) if row.native in names else row
                  for row in rows)
@@ -228,7 +229,7 @@ def test_a_wrong_mapping_does_not_land(tmp_path: Path, monkeypatch: pytest.Monke
     opened = open_source(write_run(tmp_path / "run", make_config({"num_layers": 1, "window": None})))
     table, experts = mixtral.EXPERTS["published"], mixtral.MIXTURE + "experts."
     if fault == "gate and up":
-        rows = exchanged(table, experts + "gate.{expert}", experts + "up.{expert}")
+        rows = exchanged(table, experts + "gate", experts + "up")
         monkeypatch.setitem(mixtral.EXPERTS, "published", rows)
     elif fault == "two experts":
         rows = tuple(Row(row.native, Swapped(row.foreign), row.transforms) for row in table)
@@ -287,21 +288,21 @@ def test_a_kill_at_ten_moments_leaves_nothing_or_the_whole(
 def test_what_was_done_is_not_done_again(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = convert(open_source(published), tmp_path / "whole", "moescale", Layout())
     real, left = copying.read_weight, iter(range(3, -1, -1))
-    done: list[str] = []
+    done: list[NativeName] = []
 
-    def stops(opened: Any, pieces: Any, name: str) -> torch.Tensor:
+    def stops(opened: Any, pieces: Any, name: NativeName) -> torch.Tensor:
         if next(left, 0) == 0:
             raise KeyboardInterrupt
         done.append(name)
         return real(opened, pieces, name)
 
-    monkeypatch.setattr(copying, "has_rows", lambda name: True)  # none goes across row by row
+    monkeypatch.setattr(copying, "has_rows", lambda weight: True)  # none goes across row by row
     monkeypatch.setattr(copying, "THREADS", 1)
     monkeypatch.setattr(copying, "read_weight", stops)
     with pytest.raises(KeyboardInterrupt):
         convert(open_source(published), tmp_path / "there", "moescale", Layout())
     assert not (tmp_path / "there").exists()
-    again: list[str] = []
+    again: list[NativeName] = []
     monkeypatch.setattr(copying, "read_weight", lambda opened, pieces, name: (again.append(name),
                                                                                real(opened, pieces, name))[1])
     result = convert(open_source(published), tmp_path / "there", "moescale", Layout())

@@ -85,7 +85,7 @@ def test_a_row_of_the_vocabulary_is_looked_at(tmp_path: Path, monkeypatch: pytes
         real(stored, place, values)
 
     monkeypatch.setattr(copying, "write_region", wrong)
-    monkeypatch.setattr("moescale.verify.conversion.fingerprints", lambda parts: {})
+    monkeypatch.setattr("moescale.verify.conversion.fingerprints", lambda weights, found: {})
     with pytest.raises(ConfigError, match="--verify"):
         convert(open_source(run), tmp_path / "there", "hf", Layout(), check=compare_models)
 

@@ -36,7 +36,8 @@ MOE = {"num_experts": 8, "top_k": 2, "d_ff": 14336}
 
 def make_checkpoint(folder: Path, size_bytes: float, dtype: torch.dtype) -> Config:
     """Write Mixtral 8x7B with as many layers as fit, every tensor of its own random numbers."""
-    one, two = (sum(map(math.prod, native_weights(_config(layers)).values())) for layers in (1, 2))
+    one, two = (sum(math.prod(weight.shape) for weight in native_weights(_config(layers)).values())
+                for layers in (1, 2))
     layers = max(1, round((size_bytes / dtype.itemsize - one) / (two - one)) + 1)
     config = _config(layers)
     pieces = plan(config, Layout(), native_weights(config))

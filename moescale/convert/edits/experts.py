@@ -11,9 +11,12 @@ from torch import Tensor
 
 from moescale.config import Config, ConfigError, parse_config
 from moescale.convert.copying import Recipe
-from moescale.convert.formats.native import native_weights, weight_of
+from moescale.convert.fingerprint import has_rows
+from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Opened, read_weight
+from moescale.convert.mapping.table import NativeName
 from moescale.convert.run import Change
+from moescale.spec.weights import Weight
 
 ROUTER_STD = 0.02  # of the routers that an upcycled model begins with
 
@@ -28,22 +31,21 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
     top_k = 2 * parts if top_k is None else top_k
     if config.num_moe_layers:
         raise ConfigError("--upcycle takes a dense model; this one has experts: write --experts N for more of them")
-    for name, number in (("--upcycle", num_experts), ("--top-k", top_k), ("model.d_ff", config.model.d_ff)):
+    for key, number in (("--upcycle", num_experts), ("--top-k", top_k), ("model.d_ff", config.model.d_ff)):
         if number % parts:
-            raise ConfigError(f"--granularity {parts} must divide {name} {number}")
+            raise ConfigError(f"--granularity {parts} must divide {key} {number}")
     changed = _with(config, model={"pattern": [{"channel_mixer": "moe"}]}, moe={
         "num_experts": num_experts, "top_k": top_k, "d_ff": config.model.d_ff // parts, "router": "mixtral",
         "activation": config.model.activation,
     })
-    recipes: dict[str, Recipe] = {}
-    for name, shape in native_weights(changed).items():
-        head, _, expert = name.rpartition(".")
-        if expert.isdigit():
-            dense = f"{head.replace('.experts.', '.')}.weight"
-            take = _part(int(expert) % parts, parts, columns=head.endswith("down"))
-            recipes[name] = Recipe((dense,), _noisy(take, noise, name))
-        elif name.endswith("router.weight"):
-            recipes[name] = Recipe((), _random_rows(shape, parts, name))
+    recipes: dict[NativeName, Recipe] = {}
+    for name, weight in native_weights(changed).items():
+        if name.expert is not None:
+            *mixer, _, part = name.weight  # of the mixture's experts
+            take = _part(name.expert % parts, parts, columns=_reads_hidden(weight))
+            recipes[name] = Recipe((NativeName((*mixer, part, "weight")),), _noisy(take, noise, name))
+        elif has_rows(weight):
+            recipes[name] = Recipe((), _random_rows(weight.shape, parts, name))
         else:
             recipes[name] = Recipe((name,))
     return Change(changed, recipes, f"upcycle {num_experts} {top_k} {parts} {noise}", noise == 0)
@@ -56,6 +58,11 @@ def _with(config: Config, **groups: Mapping[str, Any]) -> Config:
     return parse_config(values, "the new model")
 
 
+def _reads_hidden(weight: Weight) -> bool:
+    """Say whether a matrix of a feed-forward is the one that its hidden features meet."""
+    return weight.dims[-1] == "d_ff"
+
+
 def _part(index: int, count: int, columns: bool) -> Callable[[Iterator[Tensor]], Tensor]:
     """Take one part of a matrix along d_ff. Weights of a copy's parts are 1/count each, which `down` makes good for."""
     if columns:
@@ -63,7 +70,9 @@ def _part(index: int, count: int, columns: bool) -> Callable[[Iterator[Tensor]],
     return lambda tensors: next(tensors).chunk(count)[index]
 
 
-def _noisy(take: Callable[[Iterator[Tensor]], Tensor], noise: float, name: str) -> Callable[[Iterator[Tensor]], Tensor]:
+def _noisy(
+    take: Callable[[Iterator[Tensor]], Tensor], noise: float, name: NativeName
+) -> Callable[[Iterator[Tensor]], Tensor]:
     if not noise:
         return take
 
@@ -75,7 +84,7 @@ def _noisy(take: Callable[[Iterator[Tensor]], Tensor], noise: float, name: str) 
     return add
 
 
-def _random_rows(shape: Sequence[int], parts: int, name: str) -> Callable[[Iterator[Tensor]], Tensor]:
+def _random_rows(shape: Sequence[int], parts: int, name: NativeName) -> Callable[[Iterator[Tensor]], Tensor]:
     def draw(tensors: Iterator[Tensor]) -> Tensor:
         rows = torch.randn(shape[0] // parts, shape[1], generator=_generator(name))
         return (ROUTER_STD * rows).repeat_interleave(parts, 0)
@@ -83,8 +92,8 @@ def _random_rows(shape: Sequence[int], parts: int, name: str) -> Callable[[Itera
     return draw
 
 
-def _generator(name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
+def _generator(name: NativeName) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:7], "big"))
 
 
 def replicate(opened: Opened, num_experts: int, noise: float) -> Change:
@@ -106,13 +115,13 @@ def replicate(opened: Opened, num_experts: int, noise: float) -> Change:
         "num_experts": num_experts, "top_k": moe.top_k * (1 if one else copies),
         "capacity_factor": moe.capacity_factor and moe.capacity_factor * (1 if one else copies),
     })
-    recipes: dict[str, Recipe] = {}
-    for name in native_weights(changed):
-        head, _, expert = name.rpartition(".")
-        if expert.isdigit():
-            scale = copies if one and head.endswith("down") else 1
-            recipes[name] = Recipe((f"{head}.{int(expert) // copies}",), _noisy(_scaled(scale), noise, name))
-        elif head.endswith(".router"):
+    recipes: dict[NativeName, Recipe] = {}
+    for name, weight in native_weights(changed).items():
+        if name.expert is not None:
+            scale = copies if one and _reads_hidden(weight) else 1
+            original = name._replace(expert=name.expert // copies)
+            recipes[name] = Recipe((original,), _noisy(_scaled(scale), noise, name))
+        elif has_rows(weight):
             recipes[name] = Recipe((name,), lambda tensors: next(tensors).repeat_interleave(copies, 0))
         else:
             recipes[name] = Recipe((name,))
@@ -143,15 +152,14 @@ def reduce(opened: Opened, loads: Mapping[int, Sequence[int]], number: int, *, m
                           f"{config.moe.num_expert_groups}")
     changed = _with(config, moe={"num_experts": left})
     sources = {layer: _sources(opened, layer, counts, left, merge) for layer, counts in loads.items()}
-    recipes: dict[str, Recipe] = {}
-    for name in native_weights(changed):
-        head, _, expert = name.rpartition(".")
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
-        if expert.isdigit():
-            own = sources[layer][int(expert)]
+    recipes: dict[NativeName, Recipe] = {}
+    for name, weight in native_weights(changed).items():
+        layer = name.layer or 0
+        if name.expert is not None:
+            own = sources[layer][name.expert]
             mean = _mean([loads[layer][index] for index in own])
-            recipes[name] = Recipe(tuple(f"{head}.{index}" for index in own), mean)
-        elif head.endswith(".router"):
+            recipes[name] = Recipe(tuple(name._replace(expert=index) for index in own), mean)
+        elif has_rows(weight):
             recipes[name] = Recipe((name,), _rows(sources[layer], loads[layer]))
         else:
             recipes[name] = Recipe((name,))
@@ -164,7 +172,7 @@ def _sources(opened: Opened, layer: int, counts: Sequence[int], left: int, merge
     kept = sorted(busiest[:left])
     made = {expert: [expert] for expert in kept}
     if merge:
-        name = f"blocks.{layer}.channel_mixer.router.weight"
+        name = NativeName(("blocks", str(layer), "channel_mixer", "router", "weight"))
         rows = torch.nn.functional.normalize(read_weight(opened, opened.by_weight()[name], name).float(), dim=-1)
         for expert in busiest[left:]:
             made[kept[int((rows[kept] @ rows[expert]).argmax())]].append(expert)
@@ -196,15 +204,12 @@ def _rows(sources: Sequence[Sequence[int]], counts: Sequence[int]) -> Callable[[
 
 def permute(opened: Opened, orders: Mapping[int, Sequence[int]], files: Mapping[str, str]) -> Change:
     """Renumber experts: weights, router rows, biases and optimizer state alike. orders: old number of each new one"""
-    recipes: dict[str, Recipe] = {}
-    for name in opened.weights:
-        head, _, expert = name.rpartition(".")
-        block, number, *_ = weight_of(name).split(".")
-        layer = int(number) if block == "blocks" else -1
-        if expert.isdigit():
-            recipes[name] = Recipe((f"{head}.{orders[layer][int(expert)]}",))
-        elif head.endswith(".router"):
-            recipes[name] = Recipe((name,), _picked(orders[layer]))
+    recipes: dict[NativeName, Recipe] = {}
+    for name, weight in opened.weights.items():
+        if name.expert is not None:
+            recipes[name] = Recipe((name._replace(expert=orders[name.layer or 0][name.expert]),))
+        elif has_rows(weight):
+            recipes[name] = Recipe((name,), _picked(orders[name.layer or 0]))
         else:
             recipes[name] = Recipe((name,))
     return Change(opened.config, recipes, f"place {dict(orders)}", keeps_logits=True, files=files)

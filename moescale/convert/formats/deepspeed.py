@@ -22,7 +22,7 @@ from moescale.convert.containers import Sizes, create_pickle, inside, open_pickl
 from moescale.convert.formats.megatron.arguments import refuse_changes, words
 from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, Opened
-from moescale.convert.mapping.table import At, Cut, Piece, matches, piece, row, with_copies
+from moescale.convert.mapping.table import At, Cut, Piece, Weights, matches, piece, row, with_copies
 from moescale.files.reading import read_text
 
 NAME = "deepspeed"
@@ -33,12 +33,8 @@ EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MIXER = "blocks.{layer}.channel_mixer."
 MOE = MIXER + "deepspeed_moe."
-CUTS = {  # what tensor parallelism cuts, by the end of the name
-    **dict.fromkeys(("embedding.weight", "head.weight", "q.weight", "k.weight", "v.weight"), 0),
-    **dict.fromkeys(("gate.weight", "up.weight"), 0), **dict.fromkeys(("o.weight", "down.weight"), 1),
-}
 TABLE = (
-    *(row(name, name, cut=CUTS.get(".".join(name.split(".")[-2:]))) for name in (
+    *(row(name, name) for name in (
         "embedding.weight", "blocks.{layer}.mixer_norm.weight",
         *(f"blocks.{{layer}}.mixer.{part}.weight" for part in "qkvo"), "blocks.{layer}.channel_norm.weight",
         *(f"{MIXER}{part}.weight" for part in ("gate", "up", "down")),
@@ -46,8 +42,8 @@ TABLE = (
     )),
     row(MIXER + "router.weight", MOE + "gate.wg.weight"),
 )
-EXPERTS = tuple(row(f"{MIXER}experts.{part}.{{expert}}", MOE + f"experts.deepspeed_experts.{{expert}}.{part}.weight",
-                    cut=1 if part == "down" else 0) for part in ("gate", "up", "down"))
+EXPERTS = tuple(row(f"{MIXER}experts.{part}", MOE + f"experts.deepspeed_experts.{{expert}}.{part}.weight")
+                for part in ("gate", "up", "down"))
 ROUTERS = ("mixtral", "switch", "gshard")  # what its gate can do
 HARMLESS = words("""
     train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
@@ -225,20 +221,20 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
             raise ConfigError(f"--{key} {getattr(layout, key)} must divide {name}={size}")
 
 
-def plan(config: Config, layout: Layout, weights: Mapping[str, Shape]) -> list[Piece]:
+def plan(config: Config, layout: Layout, weights: Weights) -> list[Piece]:
     return _pieces(config, weights, layout)
 
 
-def _pieces(config: Config, weights: Mapping[str, Shape], layout: Layout) -> list[Piece]:
+def _pieces(config: Config, weights: Weights, layout: Layout) -> list[Piece]:
     mixtures = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
     found = []
     for rank in range(layout.tp):
-        for entry, native, layer, expert in matches((*TABLE, *EXPERTS), weights, config):
-            of_expert = "{expert}" in entry.native
-            file = f"layer_{mixtures.index(layer)}_expert_{expert}_" if of_expert else ""
+        for entry, native in matches((*TABLE, *EXPERTS), weights, config):
+            layer, expert = native.layer or 0, native.expert
+            file = "" if expert is None else f"layer_{mixtures.index(layer)}_expert_{expert}_"
             key = f"{file}mp_rank_{rank:02d}_model_states.pt:{entry.foreign.format(layer=layer, expert=expert)}"
-            cut = Cut(rank % layout.etp, layout.etp) if of_expert else Cut(rank, layout.tp)
-            found.append(piece(entry, weights[native], native, key, At(config, layer, expert), cut))
+            cut = Cut(rank, layout.tp) if expert is None else Cut(rank % layout.etp, layout.etp)
+            found.append(piece(entry, native, weights[native], key, At(config, layer), cut))
     return with_copies(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moescale.checkpoint.strided_view import Region, Shape, Stored, covers_once, read_region, region
 from moescale.config import Config, ConfigError
-from moescale.convert.mapping.table import Piece
+from moescale.convert.mapping.table import NativeName, Piece, Weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Layout:
 class Opened:
     """A checkpoint that lies on the disk, every tensor of which is accounted for.
 
-    weights: shapes of native tensors, the optimizer's moments among them, each expert's apart. tensors, by key.
+    weights: the native tensors, the optimizer's moments among them, each expert's apart. tensors, by key.
     left_out: tensors that are not read, and why.
     files: to take along, by name. state: small values that a run goes on from. notes: what the user should hear.
     hold: keeps it from being removed.
@@ -41,7 +41,7 @@ class Opened:
     path: Path
     config: Config
     layout: Layout
-    weights: Mapping[str, Shape]
+    weights: Weights
     tensors: Mapping[str, Stored]
     pieces: Sequence[Piece]
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -54,12 +54,12 @@ class Opened:
         check_pieces(self.weights, {key: stored.shape for key, stored in self.tensors.items()}, self.pieces,
                      str(self.path), self.left_out)
 
-    def by_weight(self) -> dict[str, list[Piece]]:
+    def by_weight(self) -> dict[NativeName, list[Piece]]:
         """List the pieces of each native tensor."""
         return by_weight(self.pieces)
 
 
-def by_weight(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+def by_weight(pieces: Iterable[Piece]) -> dict[NativeName, list[Piece]]:
     """List the pieces of each native tensor."""
     found = defaultdict(list)
     for piece in pieces:
@@ -68,14 +68,14 @@ def by_weight(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
 
 
 def check_pieces(
-    weights: Mapping[str, Shape], shapes: Mapping[str, Shape], pieces: Iterable[Piece], name: str,
+    weights: Weights, shapes: Mapping[str, Shape], pieces: Iterable[Piece], name: str,
     left_out: Iterable[str] = (),
 ) -> None:
     """Refuse a mapping that does not use every element of every tensor once, on both of its sides.
 
     weights: native tensors. shapes: of the stored ones, by key. name: of the checkpoint, for errors.
     """
-    ours: dict[str, list[Region]] = {weight: [] for weight in weights}
+    ours: dict[NativeName, list[Region]] = {native: [] for native in weights}
     theirs: dict[str, list[Region]] = {key: [] for key in shapes if key not in set(left_out)}
     for piece in pieces:
         if piece.key not in shapes:
@@ -86,19 +86,19 @@ def check_pieces(
         theirs[piece.key].append(piece.place)
         if not piece.copy:
             ours[piece.native].append(piece.part)
-    for weight, parts in ours.items():
-        problem = covers_once(weights[weight], parts)
+    for native, parts in ours.items():
+        problem = covers_once(weights[native].shape, parts)
         if problem:
-            raise ConfigError(f"{name} does not hold the whole of {weight} once: it {problem}")
+            raise ConfigError(f"{name} does not hold the whole of {native} once: it {problem}")
     for key, parts in theirs.items():
         problem = covers_once(shapes[key], parts)
         if problem:
             raise ConfigError(f"{name}: {_named(key)} {problem}; no model that MoEScale can express has it")
 
 
-def read_weight(opened: Opened, pieces: Sequence[Piece], name: str) -> Tensor:
+def read_weight(opened: Opened, pieces: Sequence[Piece], name: NativeName) -> Tensor:
     """Put a native tensor together from its parts. Raises ConfigError where two copies of a part differ."""
-    whole = region(opened.weights[name])
+    whole = region(opened.weights[name].shape)
     first = pieces[0]
     if first.part == whole:
         values = read_region(opened.tensors[first.key], first.place).reshape(whole.shape).contiguous()
@@ -115,10 +115,10 @@ def read_weight(opened: Opened, pieces: Sequence[Piece], name: str) -> Tensor:
     return values
 
 
-def weights_of(opened: Opened, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
-    """Read native tensors, one after another."""
+def weights_of(opened: Opened, *, moments: bool = False) -> Iterator[tuple[NativeName, Tensor]]:
+    """Read the weights of the model, one after another. moments: the optimizer's too"""
     for name, pieces in opened.by_weight().items():
-        if wanted(name):
+        if moments or name.moment is None:
             yield name, read_weight(opened, pieces, name)
 
 

@@ -1,19 +1,50 @@
 """How a table of names and transforms is read, in both directions.
 
 A row says which native tensor lies in which foreign one, and as which view of it. Native tensors here are those of a
-checkpoint, but an expert is one of its own: `blocks.3.channel_mixer.experts.gate.11` is row 11 of a native tensor.
+checkpoint, but each matrix of an expert is one of its own, and so is what an optimizer keeps beside it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
 from moescale.checkpoint.strided_view import Region, Shape, View, region
 from moescale.config import Config
+from moescale.spec.weights import Weight
+
+LAYER = "{layer}"  # in the native name of a row: any layer's number
+
+
+class NativeName(NamedTuple):
+    """Addresses a native tensor.
+
+    weight: the name of the weight, `("blocks", "3", "channel_mixer", "experts", "gate")`. expert: which of the matrices
+    that are stacked in it; None where none are. moment: what the optimizer keeps beside it; None for the weight itself.
+    """
+
+    weight: tuple[str, ...]
+    expert: int | None = None
+    moment: str | None = None
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the layer that has it, if one does."""
+        block, *rest = self.weight
+        return int(rest[0]) if block == "blocks" else None
+
+    def __str__(self) -> str:
+        moment = () if self.moment is None else ("optim", self.moment)
+        return ".".join((*moment, *self.weight, *(() if self.expert is None else (str(self.expert),))))
+
+
+Weights = Mapping[NativeName, Weight]
+"""The native tensors of a checkpoint; an expert's description is of its own matrix, without the dim of experts."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +122,16 @@ def _ratio(at: At) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """native, foreign: names, with {layer} and {expert}. cut: the native dim that tensor parallelism cuts, if any."""
+    """Says where a native tensor lies. native: the weight's name, with LAYER. foreign: with {layer} and {expert}."""
 
-    native: str
+    native: tuple[str, ...]
     foreign: str
     transforms: tuple[Transform, ...] = ()
-    cut: int | None = None
 
 
-def row(native: str, foreign: str, *transforms: Transform, cut: int | None = None) -> Row:
-    """Write a row. transforms: from the native tensor outward."""
-    return Row(native, foreign, transforms, cut)
+def row(native: str, foreign: str, *transforms: Transform) -> Row:
+    """Write a row. native: the parts of the name joined with dots. transforms: from the native tensor outward."""
+    return Row(tuple(native.split(".")), foreign, transforms)
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,7 @@ class Piece:
     key: of the stored tensor, `file:name`. shape: of the whole stored tensor.
     """
 
-    native: str
+    native: NativeName
     part: Region
     key: str
     shape: Shape
@@ -130,13 +160,16 @@ class Cut:
 WHOLE = Cut()
 
 
-def piece(row: Row, shape: Shape, native: str, key: str, at: At, cut: Cut = WHOLE) -> Piece:
-    """Work out one row for one file. shape: of the native tensor"""
-    whole, dim = shape, row.cut
+def piece(row: Row, native: NativeName, weight: Weight, key: str, at: At, cut: Cut = WHOLE) -> Piece:
+    """Work out one row for one file, which holds a part along the dim that the weight's description names.
+
+    native, weight: the native tensor, and its description. key: of the stored tensor. cut: this file's part.
+    """
     parts: list[View] = []
-    if dim is not None and cut.count > 1:
+    if weight.cut is not None and cut.count > 1:
+        dim = weight.dims.index(weight.cut)
         parts = [lambda tensor: tensor.chunk(cut.count, dim)[cut.index]]
-    part = region(whole, *parts)
+    part = region(weight.shape, *parts)
     shape = part.shape
     for transform in row.transforms:
         shape = transform.shape(shape, at)
@@ -146,7 +179,7 @@ def piece(row: Row, shape: Shape, native: str, key: str, at: At, cut: Cut = WHOL
 
 def with_copies(pieces: Iterable[Piece]) -> list[Piece]:
     """Say which pieces hold what an earlier one holds too."""
-    seen: set[tuple[str, Region]] = set()
+    seen: set[tuple[NativeName, Region]] = set()
     marked = []
     for found in pieces:
         marked.append(replace(found, copy=(found.native, found.part) in seen))
@@ -154,13 +187,12 @@ def with_copies(pieces: Iterable[Piece]) -> list[Piece]:
     return marked
 
 
-def matches(rows: Iterable[Row], weights: Mapping[str, Shape], config: Config) -> Iterator[tuple[Row, str, int, int]]:
-    """Find the native tensors that each row is about: row, native name, layer and expert (0 where it has none)."""
+def matches(rows: Iterable[Row], weights: Weights, config: Config) -> Iterator[tuple[Row, NativeName]]:
+    """Find the native tensors that each row is about, layer by layer and expert by expert."""
+    named: dict[tuple[str, ...], list[NativeName]] = defaultdict(list)
+    for native in weights:
+        named[native.weight].append(native)
     for entry in rows:
-        layers = range(config.model.num_layers) if "{layer}" in entry.native else range(1)
-        experts = range(config.moe.num_experts) if "{expert}" in entry.native else range(1)
-        for layer in layers:
-            for expert in experts:
-                name = entry.native.format(layer=layer, expert=expert)
-                if name in weights:
-                    yield entry, name, layer, expert
+        for layer in range(config.model.num_layers if LAYER in entry.native else 1):
+            for native in named.get(tuple(str(layer) if part == LAYER else part for part in entry.native), ()):
+                yield entry, native

@@ -26,15 +26,15 @@ MIXTURE, PUBLISHED, FUSED = "blocks.{layer}.channel_mixer.", LAYER + "block_spar
 EXPERTS = {
     "published": (
         row(MIXTURE + "router.weight", PUBLISHED + "gate.weight"),
-        row(MIXTURE + "experts.gate.{expert}", PUBLISHED + "experts.{expert}.w1.weight"),
-        row(MIXTURE + "experts.up.{expert}", PUBLISHED + "experts.{expert}.w3.weight"),
-        row(MIXTURE + "experts.down.{expert}", PUBLISHED + "experts.{expert}.w2.weight"),
+        row(MIXTURE + "experts.gate", PUBLISHED + "experts.{expert}.w1.weight"),
+        row(MIXTURE + "experts.up", PUBLISHED + "experts.{expert}.w3.weight"),
+        row(MIXTURE + "experts.down", PUBLISHED + "experts.{expert}.w2.weight"),
     ),
     "fused": (
         row(MIXTURE + "router.weight", FUSED + "gate.weight"),
-        row(MIXTURE + "experts.gate.{expert}", FUSED + "experts.gate_up_proj", half(0), stacked_experts()),
-        row(MIXTURE + "experts.up.{expert}", FUSED + "experts.gate_up_proj", half(1), stacked_experts()),
-        row(MIXTURE + "experts.down.{expert}", FUSED + "experts.down_proj", stacked_experts()),
+        row(MIXTURE + "experts.gate", FUSED + "experts.gate_up_proj", half(0), stacked_experts()),
+        row(MIXTURE + "experts.up", FUSED + "experts.gate_up_proj", half(1), stacked_experts()),
+        row(MIXTURE + "experts.down", FUSED + "experts.down_proj", stacked_experts()),
     ),
 }
 FAMILY = Family(

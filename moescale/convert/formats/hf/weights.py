@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from moescale.convert.formats.hf.families import FAMILIES, family_of
 from moescale.convert.formats.hf.folder import CONFIG, INDEX, SINGLE, detect, open_tensors, read_object
 from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, Opened
-from moescale.convert.mapping.table import At, Piece, Row, matches, piece
+from moescale.convert.mapping.table import At, Piece, Row, Weights, matches, piece
 
 NAME = "hf"
 __all__ = ["NAME", "create", "detect", "finish", "open_checkpoint", "plan", "refuse"]
@@ -43,28 +43,29 @@ def open_checkpoint(path: Path) -> Opened:
     style = _style(family, config, weights, tensors)
     pieces = _pieces(config, weights, family.table(style))
     if config.model.tied_embeddings and "lm_head.weight" in tensors:
-        tied = next(found for found in pieces if found.native == "embedding.weight")
+        tied = next(found for found in pieces if found.native.weight == ("embedding", "weight"))
         pieces.append(Piece(tied.native, tied.part, "lm_head.weight", tied.shape, tied.place, copy=True))
     return Opened(NAME, path, config, Layout(style=style), weights, tensors, pieces, left_out,
                   notes=[*notes, *read_notes(values)])
 
 
-def _style(family: Family, config: Config, weights: Mapping[str, Shape], names: Container[str]) -> str:
+def _style(family: Family, config: Config, weights: Weights, names: Container[str]) -> str:
     """Find the style of which most tensors are there. names: of the tensors"""
 
     def count(style: str) -> int:
-        return sum(entry.foreign.format(layer=layer, expert=expert) in names
-                   for entry, _, layer, expert in matches(family.table(style), weights, config))
+        return sum(entry.foreign.format(layer=native.layer, expert=native.expert) in names
+                   for entry, native in matches(family.table(style), weights, config))
 
     return max(STYLES, key=count)
 
 
-def _pieces(config: Config, weights: Mapping[str, Shape], rows: Sequence[Row]) -> list[Piece]:
+def _pieces(config: Config, weights: Weights, rows: Sequence[Row]) -> list[Piece]:
     found = []
-    for entry, native, layer, expert in matches(rows, weights, config):
+    for entry, native in matches(rows, weights, config):
+        layer, expert = native.layer or 0, native.expert or 0
         key = entry.foreign.format(layer=layer, expert=expert)
         at = At(config, layer, expert, config.moe.num_experts, config.model.num_layers)
-        found.append(piece(entry, weights[native], native, key, at))
+        found.append(piece(entry, native, weights[native], key, at))
     return found
 
 
@@ -77,7 +78,7 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
         raise ConfigError("a Hugging Face checkpoint is not cut by a layout: leave out --ep, --tp, --pp and --etp")
 
 
-def plan(config: Config, layout: Layout, weights: Mapping[str, Shape]) -> list[Piece]:
+def plan(config: Config, layout: Layout, weights: Weights) -> list[Piece]:
     return _pieces(config, weights, family_of(config).table(layout.style))
 
 

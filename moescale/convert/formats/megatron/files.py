@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from moescale.checkpoint.index import read_metadata, read_object
 from moescale.checkpoint.plain_pickle import Record
-from moescale.checkpoint.strided_view import Shape, Stored
+from moescale.checkpoint.strided_view import Stored
 from moescale.config import Config, ConfigError
 from moescale.convert.containers import (
     Sizes,
@@ -35,7 +35,7 @@ from moescale.convert.formats.megatron.names import (
 )
 from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, Opened
-from moescale.convert.mapping.table import At, Cut, Piece, Row, matches, piece, row, with_copies
+from moescale.convert.mapping.table import At, Cut, NativeName, Piece, Row, Weights, matches, piece, row, with_copies
 from moescale.files.reading import read_text
 
 NAME = "megatron"
@@ -121,14 +121,15 @@ def _gated(config: Config, rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def _distributed_pieces(
-    config: Config, weights: Mapping[str, Shape], kind: str, present: Mapping[str, Any] | None = None
+    config: Config, weights: Weights, kind: str, present: Mapping[str, Any] | None = None
 ) -> list[Piece]:
     found = []
-    for entry, native, layer, expert in matches(_gated(config, DISTRIBUTED[kind]), weights, config):
+    for entry, native in matches(_gated(config, DISTRIBUTED[kind]), weights, config):
+        layer, expert = native.layer or 0, native.expert or 0
         key = entry.foreign.format(layer=layer, expert=expert)
         key = _present(key, present) if present is not None else _fused(key, config, layer)
         at = At(config, layer, expert, config.moe.num_experts, config.model.num_layers)
-        found.append(piece(entry, weights[native], native, key, at))
+        found.append(piece(entry, native, weights[native], key, at))
     return with_copies(found)
 
 
@@ -205,38 +206,40 @@ def _files(layout: Layout) -> dict[str, tuple[int, int, int]]:
 
 
 def _rank_pieces(
-    config: Config, weights: Mapping[str, Shape], layout: Layout, files: Mapping[str, tuple[int, int, int]],
+    config: Config, weights: Weights, layout: Layout, files: Mapping[str, tuple[int, int, int]],
     present: Mapping[str, Any] | None = None,
 ) -> list[Piece]:
     """Say what each rank's file holds: layers and experts have the numbers that they have on that rank."""
     found = []
     rows = [*_gated(config, RANK_NAMES), *_gated(config, OF_RANKS[layout.style or "sequential"])]
     if config.model.tied_embeddings and layout.pp > 1:
-        rows.append(row("embedding.weight", "output_layer.weight", cut=0))  # the last stage's copy
+        rows.append(row("embedding.weight", "output_layer.weight"))  # the last stage's copy
     layers, experts = config.model.num_layers // layout.pp, config.moe.num_experts // layout.ep
     for file, (tp, pp, ep) in files.items():
-        for entry, native, layer, expert in _held(rows, weights, config, layout, pp, ep):
+        for entry, native in _held(rows, weights, config, layout, pp, ep):
+            layer, expert = native.layer or 0, native.expert or 0
             key = entry.foreign.format(layer=layer % layers, expert=expert % experts)
             if layout.style == "te_grouped":
                 key = _fused(key, config, layer)
             if present is not None:
                 key = _present(f"{file}:{key}", present).partition(":")[2]
-            cut = Cut(tp % layout.etp, layout.etp) if "{expert}" in entry.native else Cut(tp, layout.tp)
+            cut = Cut(tp, layout.tp) if native.expert is None else Cut(tp % layout.etp, layout.etp)
             at = At(config, layer, expert % experts, experts)
-            found.append(piece(entry, weights[native], native, f"{file}:{key}", at, cut))
+            found.append(piece(entry, native, weights[native], f"{file}:{key}", at, cut))
     return with_copies(found)
 
 
 def _held(
-    rows: Sequence[Row], weights: Mapping[str, Shape], config: Config, layout: Layout, pp: int, ep: int
-) -> Iterator[tuple[Row, str, int, int]]:
+    rows: Sequence[Row], weights: Weights, config: Config, layout: Layout, pp: int, ep: int
+) -> Iterator[tuple[Row, NativeName]]:
     layers, experts = config.model.num_layers // layout.pp, config.moe.num_experts // layout.ep
-    for entry, native, layer, expert in matches(rows, weights, config):
-        stage = layer // layers
-        if "{layer}" not in entry.native:
+    for entry, native in matches(rows, weights, config):
+        if native.layer is None:
             stage = 0 if entry.foreign.startswith("embedding") else layout.pp - 1
-        if stage == pp and ("{expert}" not in entry.native or expert // experts == ep):
-            yield entry, native, layer, expert
+        else:
+            stage = native.layer // layers
+        if stage == pp and (native.expert is None or native.expert // experts == ep):
+            yield entry, native
 
 
 def settled(layout: Layout) -> Layout:
@@ -245,7 +248,7 @@ def settled(layout: Layout) -> Layout:
     return Layout(layout.ep, layout.tp, layout.pp, layout.etp, style)
 
 
-def plan(config: Config, layout: Layout, weights: Mapping[str, Shape]) -> list[Piece]:
+def plan(config: Config, layout: Layout, weights: Weights) -> list[Piece]:
     layout = settled(layout)
     if layout.style != "torch_dist":
         return _rank_pieces(config, weights, layout, _files(layout))

@@ -36,18 +36,18 @@ def _names(prefix: str, norm: str, channel_norm: str, *outer: Transform, apart: 
     """
     shared, attention = "mlp.shared_experts.", prefix + "self_attention."
     return (
-        row("embedding.weight", "embedding.word_embeddings.weight", cut=0),
+        row("embedding.weight", "embedding.word_embeddings.weight"),
         row(BLOCK + "mixer_norm.weight", prefix + norm, *outer),
-        *(row(f"{BLOCK}mixer.{part}.weight", attention + "linear_qkv.weight", query_groups(part), *outer, cut=0)
+        *(row(f"{BLOCK}mixer.{part}.weight", attention + "linear_qkv.weight", query_groups(part), *outer)
           for part in ("q", "k", "v")),
-        row(BLOCK + "mixer.o.weight", attention + "linear_proj.weight", *outer, cut=1),
+        row(BLOCK + "mixer.o.weight", attention + "linear_proj.weight", *outer),
         row(BLOCK + "channel_norm.weight", prefix + channel_norm, *outer),
         row(MIXER + "router.weight", prefix + "mlp.router.weight", *outer),
         row(MIXER + "router.expert_bias", prefix + "mlp.router.expert_bias", *outer),
-        row(MIXER + "down.weight", prefix + "mlp.linear_fc2.weight", *outer, cut=1),
-        row(MIXER + "shared.down.weight", prefix + shared + "linear_fc2.weight", *outer, cut=1),
+        row(MIXER + "down.weight", prefix + "mlp.linear_fc2.weight", *outer),
+        row(MIXER + "shared.down.weight", prefix + shared + "linear_fc2.weight", *outer),
         row("norm.weight", "decoder.final_layernorm.weight"),
-        row("head.weight", "output_layer.weight", cut=0),
+        row("head.weight", "output_layer.weight"),
         *_first(MIXER + "{part}.weight", prefix + "mlp.linear_fc1.weight", *outer, apart=apart),
         *_first(MIXER + "shared.{part}.weight", prefix + shared + "linear_fc1.weight", *outer, apart=apart),
     )
@@ -56,16 +56,16 @@ def _names(prefix: str, norm: str, channel_norm: str, *outer: Transform, apart: 
 def _first(native: str, foreign: str, *outer: Transform, apart: bool = False) -> tuple[Row, ...]:
     """Write the rows of a feed-forward's first matrix, which holds gate and up, or of two matrices. native: {part}"""
     return tuple(
-        row(native.replace("{part}", part), foreign + suffix, *outer, cut=0) if apart else
-        row(native.replace("{part}", part), foreign, half(index), *outer, cut=0)
+        row(native.replace("{part}", part), foreign + suffix, *outer) if apart else
+        row(native.replace("{part}", part), foreign, half(index), *outer)
         for index, (part, suffix) in enumerate(zip(GATED, ("_w", "_v"), strict=True)))
 
 
 def _experts(first: str, second: str, *outer: Transform, apart: bool = False) -> tuple[Row, ...]:
     """Write the rows of experts in layers of their own. first, second: names of the two matrices; outer: around them"""
     return (
-        *_first(MIXER + "experts.{part}.{expert}", first, *outer, apart=apart),
-        row(MIXER + "experts.down.{expert}", second, *outer, cut=1),
+        *_first(MIXER + "experts.{part}", first, *outer, apart=apart),
+        row(MIXER + "experts.down", second, *outer),
     )
 
 
@@ -95,8 +95,8 @@ OF_RANKS = {
     "te_grouped": _experts(LAYER + "mlp.experts.linear_fc1.weight{expert}",
                            LAYER + "mlp.experts.linear_fc2.weight{expert}"),
     "grouped": (
-        *_first(MIXER + "experts.{part}.{expert}", LAYER + "mlp.experts.weight1", transposed(), grouped_columns()),
-        row(MIXER + "experts.down.{expert}", LAYER + "mlp.experts.weight2", transposed(), grouped_rows(), cut=1),
+        *_first(MIXER + "experts.{part}", LAYER + "mlp.experts.weight1", transposed(), grouped_columns()),
+        row(MIXER + "experts.down", LAYER + "mlp.experts.weight2", transposed(), grouped_rows()),
     ),
 }
 RANK_NAMES = _names(LAYER, PLAIN_NORM, MOE_NORM)
@@ -110,10 +110,8 @@ POLICIES = {"position": "position", "probability": "probs"}  # ours: theirs
 
 def ungated(rows: Sequence[Row]) -> tuple[Row, ...]:
     """The same table for a model whose feed-forwards have one first matrix: it is not half of one."""
-    halves = {id(found): found for found in rows if ".gate" in found.native}
-    kept = [found for found in rows if id(found) not in halves]
-    return tuple(Row(found.native, found.foreign.removesuffix("_v"), found.transforms[1:], found.cut)
-                 if ".up" in found.native else found for found in kept)
+    return tuple(Row(found.native, found.foreign.removesuffix("_v"), found.transforms[1:])
+                 if "up" in found.native else found for found in rows if "gate" not in found.native)
 
 
 def read_arguments(args: Namespace, source: str) -> Config:
