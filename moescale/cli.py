@@ -187,7 +187,7 @@ def evaluate(
 def verify(
     config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. moe.router=gshard model.window=64.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. moe.router=gshard moe.top_k=2.")
     ] = None,
     layouts: Annotated[
         str | None, typer.Option(help='Which to try, with commas between, e.g. "tp2 ep4, pp2 dp2 ep2".')

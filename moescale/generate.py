@@ -110,8 +110,8 @@ def usual_context(config: Config) -> int | None:
 
     Linear biases and windows that training has filled hold beyond its sequences; None = without a bound.
     """
-    model, seq_len = config.model, config.data.seq_len
-    goes_on = model.positions == "alibi" or (model.window is not None and model.window <= seq_len)
+    attention, seq_len = config.attention, config.data.seq_len
+    goes_on = attention.positions == "alibi" or (attention.window is not None and attention.window <= seq_len)
     return None if goes_on else seq_len
 
 

@@ -16,14 +16,14 @@ MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
     "errors": set(), "files": set(), "spec": set(), "config": {"files", "spec"}, "comm": set(), "ops": {"comm"},
     "data": {"config", "files"}, "optim": {"comm", "config"}, "layers": {"comm", "ops"},
     "mixers": {"comm", "layers", "ops"}, "moe": {"comm", "layers", "ops"},
-    "model": {"comm", "config", "layers", "mixers", "moe", "ops"},
+    "model": {"comm", "config", "layers", "mixers", "moe", "ops", "spec"},
     "parallel": {"cluster", "comm", "config", "layers", "mixers", "moe", "model", "ops", "planner"},
     "checkpoint": {"config", "files"}, "cluster": {"checkpoint", "config", "files"},
     "convert": {"checkpoint", "config", "data", "files", "optim", "record", "spec"},
     "planner": {"config"}, "record": {"files"}, "report": {"config", "files", "planner", "record"},
     "monitor": {"config", "files", "moe", "planner", "record", "report"},
     "verify": {"checkpoint", "comm", "config", "convert", "data", "engine", "files", "model", "moe", "monitor", "ops",
-               "optim", "parallel", "record"},
+               "optim", "parallel", "record", "spec"},
     "engine": {"checkpoint", "comm", "config", "data", "model", "optim", "parallel"},
 }
 FREE = {"cli", "trainer", "evaluate", "generate", "scoring", "resume", "__init__", "__main__"}

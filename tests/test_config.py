@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from moescale.config import Config, ConfigError, LayerConfig, parse_config
+from tests.support.groups import in_groups
 
 
 def settle(ranks: int, **parallel: Any) -> Config:
     groups: dict[str, dict[str, Any]] = {
-        "model": {"num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "vocab_size": 264, "d_model": 64},
+        **in_groups({"num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "vocab_size": 264, "d_model": 64}),
         "moe": {"d_ff": 24}, "data": {"seq_len": 48, "global_batch": 16}, "run": {}, "monitor": {},
     }
     groups = {name: {**group, **parallel.pop(name, {})} for name, group in groups.items()}
@@ -22,9 +23,9 @@ def settle(ranks: int, **parallel: Any) -> Config:
     (6, {"tp": 4}, "parallel.tp=4 is 4 ranks, which must divide the 6 that were started: use 1, 2, 3 or 6"),
     (8, {"tp": 2, "dp_shard": 2}, "parallel.tp=2 x parallel.dp_shard=2 is 4 ranks, but 8 were started: "
                                   "write parallel.dp_shard=4 or -1"),
-    (16, {"tp": 16}, "parallel.tp=16 must divide model.num_heads=8: use 1, 2, 4 or 8"),
-    (4, {"tp": 4, "model": {"num_heads": 12, "num_kv_heads": 6}},
-     "parallel.tp=4 must divide model.num_kv_heads=6 or be a multiple of it: use 1, 2 or 3"),
+    (16, {"tp": 16}, "parallel.tp=16 must divide attention.num_heads=8: use 1, 2, 4 or 8"),
+    (4, {"tp": 4, **in_groups({"num_heads": 12, "num_kv_heads": 6})},
+     "parallel.tp=4 must divide attention.num_kv_heads=6 or be a multiple of it: use 1, 2 or 3"),
     (4, {"ep": 3}, "parallel.ep=3 must divide moe.num_experts=8: use 1, 2 or 4"),
     (6, {"ep": 2, "etp": 2}, "parallel.etp=2"),
     (4, {"ep": 4, "etp": 2}, "parallel.ep=4 x parallel.etp=2 must divide dp_shard x cp x tp=4"),

@@ -38,9 +38,9 @@ def test_a_hostile_file_is_one_line_soon(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("override", [
-    "model.num_heads=1e9", "model.num_layers=1000000000", "moe.num_experts=1e9", "data.global_batch=999999999989",
+    "attention.num_heads=1e9", "model.num_layers=1000000000", "moe.num_experts=1e9", "data.global_batch=999999999989",
     "data.seq_len=1e9", "data.micro_batch=1e11", "parallel.dp_shard=1e9", "parallel.tp=1e9", "parallel.ep=1e9",
-    "model.num_heads=999999999989", "moe.num_expert_groups=1e12", "model.vocab_size=1e18", "run.steps=1e17",
+    "attention.num_heads=999999999989", "moe.num_expert_groups=1e12", "model.vocab_size=1e18", "run.steps=1e17",
 ])
 def test_large_numbers_are_settled_or_refused_at_once(tmp_path: Path, override: str) -> None:
     path, begin = tmp_path / "config.yaml", time.process_time()

@@ -33,7 +33,7 @@ def read(key: str, text: str) -> Any:
     ("run.dir", "1e5", "1e5"), ("run.dir", "007", "007"), ("run.dir", "1:30", "1:30"), ("run.dir", "no", "no"),
     ("run.dir", "2024-01-01", "2024-01-01"), ("run.dir", "a #b: c", "a #b: c"), ("run.dir", "'null'", "null"),
     ("monitor.wandb_project", "0x10", "0x10"), ("monitor.wandb", "off", "off"), ("parallel.recompute", "none", "none"),
-    ("parallel.compile", "yes", True), ("parallel.compile", "Off", False), ("model.window", "null", None),
+    ("parallel.compile", "yes", True), ("parallel.compile", "Off", False), ("attention.window", "null", None),
     ("optim.clip_norm", "~", None), ("data.files", "a.txt", ("a.txt",)), ("data.files", "*.md, 007", ("*.md", "007")),
     ("data.files", '"a,b.txt"', ("a,b.txt",)), ("data.files", "[a.txt, 1e3]", ("a.txt", "1e3")),
     ("data.files", "[]", ()),
@@ -55,7 +55,7 @@ def test_a_value_is_read_by_the_type_of_its_key(tmp_path: Path, key: str, text: 
     ("run.steps=1e99", "whole"), ("run.steps=1:30", "whole"), ("run.steps=\uff11\uff12", "0 to 9"),
     ("run.steps=", "whole"),
     ("run.dir=null", "quotes"), ("run.dir=", "text"), ("run.dir=[a]", "quotes"), ("data.files=null", "[]"),
-    ("data.files=", "list"), ("data.files=a,,b", "[a, b]"), ("model.window=none", "null"), ("optim.lr=0,1", "0.1"),
+    ("data.files=", "list"), ("data.files=a,,b", "[a, b]"), ("attention.window=none", "null"), ("optim.lr=0,1", "0.1"),
     ("optim.lr=5%", "0.05"), ("optim.lr=nan", "number"), ("optim.betas=0.9", "2 numbers"),
     ("optim.betas=(0.9,0.99)", "[ ]"),
     ("parallel.compile=1", "true"),
@@ -150,3 +150,19 @@ def test_the_version_names_what_a_report_of_a_fault_needs() -> None:
     code, output = moescale("--version")
     assert code == 0
     assert all(word in output for word in ("moescale", "torch", "Python"))
+
+
+def test_keys_of_earlier_versions_are_refused_by_their_new_names_but_read_from_checkpoints(tmp_path: Path) -> None:
+    old = tmp_path / "config.yaml"
+    old.write_text("model: {d_model: 64, num_heads: 4, num_kv_heads: 1, window: 9, d_ff: 72, activation: relu}\n"
+                   "moe: {d_ff: 80}\n")
+    with pytest.raises(ConfigError, match=r"model\.num_heads is attention\.num_heads now"):
+        load_config(old)
+    with pytest.raises(ConfigError, match=r"model\.window is attention\.window now"):
+        load_config(QUICKSTART, ["model.window=3"])
+    config = load_config(old, whole=True)
+    assert (config.model.d_model, config.attention.num_heads, config.attention.num_kv_heads) == (64, 4, 1)
+    assert (config.attention.window, config.attention.head_dim) == (9, 32)
+    assert (config.feed_forward.d_ff, config.feed_forward.activation, config.moe.d_ff) == (72, "relu", 80)
+    old.write_text(config.to_yaml())
+    assert load_config(old) == load_config(old, whole=True) == config

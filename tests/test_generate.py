@@ -20,6 +20,7 @@ from moescale.config import ConfigError
 from moescale.data.tokenizer import load_tokenizer
 from moescale.generate import usual_context
 from moescale.scoring import Scorer
+from tests.support.groups import in_groups
 from tests.tokenizers import write_metaspace
 
 WORDS = ("hello a", "a hello a", "hello hello")  # documents so short that their ends are learnt
@@ -37,8 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run": {"dir": str(folder / "run"), "steps": 40},
         "data": {"files": [str(folder / "text.jsonl")], "tokenizer": str(path), "cache_dir": str(folder / "cache"),
                  "seq_len": 24, "global_batch": 8, "held_out": 0.2},
-        "model": {"vocab_size": rows, "d_model": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1,
-                  "head_dim": 16, "init": "fan_in"},
+        **in_groups({"vocab_size": rows, "d_model": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1,
+                  "head_dim": 16, "init": "fan_in"}),
         "moe": {"num_experts": 3, "top_k": 2, "d_ff": 32}, "optim": {"lr": 0.02},
         "monitor": {"every": 20, "moved_every": None, "eval_sequences": 3}}))
     result = CliRunner().invoke(app, ["train", str(folder / "tiny.yaml")])
@@ -151,7 +152,7 @@ def test_how_far_a_model_looks_back(run: Path) -> None:
     assert usual_context(config) == 24, "rotary positions, no window: as far as in training"
     for change, bound in (({"window": 24}, None), ({"window": 25}, 24), ({"positions": "alibi"}, None),
                           ({"positions": "none"}, 24), ({"positions": "none", "window": 3}, None)):
-        other = config.model_copy(update={"model": config.model.model_copy(update=change)})
+        other = config.model_copy(update={"attention": config.attention.model_copy(update=change)})
         assert usual_context(other) == bound
     long = ("--prompt", "a hello " * 20, "--temperature", 0, "--tokens", 5)
     assert generate(run, *long)[0] == 0

@@ -265,8 +265,8 @@ def step_part() -> list[Row]:
     """The whole training step of a Mixtral-style model of about 1B active parameters, in bfloat16."""
     batch, seq = 4, 4096  # of a micro-batch
     config = parse_config({
-        "model": {"vocab_size": 32000, "d_model": 2048, "num_layers": 16, "num_heads": 16, "num_kv_heads": 4,
-                  "head_dim": 128, "rope_theta": 1e6},
+        "model": {"vocab_size": 32000, "d_model": 2048, "num_layers": 16},
+        "attention": {"num_heads": 16, "num_kv_heads": 4, "head_dim": 128, "rope_theta": 1e6},
         "moe": {"num_experts": 8, "top_k": 2, "d_ff": 3584}, "precision": {"compute": "bfloat16"},
         "data": {"seq_len": seq, "global_batch": batch}, "optim": {"lr": 1e-4},
     }, "gpu_check").for_world(1)

@@ -25,7 +25,7 @@ HARMLESS = frozenset({
         "pp_schedule", "recompute", "compile")),
 })
 HARMLESS_GROUPS = frozenset({"checkpoint", "monitor"})
-OF_TRAINING = frozenset({  # of the groups model and moe: acts on how weights are trained, not on what they compute
+OF_TRAINING = frozenset({  # of a model's groups: acts on how weights are trained, not on what they compute
     "model.init", "model.z_loss_coefficient", "moe.load_balance_coefficient", "moe.router_z_coefficient",
     "moe.balance_over", "moe.jitter", "moe.expert_dropout", "moe.bias_update_rate",
 })
@@ -74,7 +74,7 @@ def decides_text(key: str) -> bool:
 
 def decides_function(key: str) -> bool:
     """Say whether what a model computes from its weights depends on the key."""
-    return key.startswith(("model.", "moe.")) and key not in OF_TRAINING
+    return key.startswith(("model.", "attention.", "feed_forward.", "moe.")) and key not in OF_TRAINING
 
 
 def is_allowed(key: str, allow: Iterable[str]) -> bool:
@@ -86,9 +86,9 @@ def _acts(key: str, config: Config) -> bool:
     """Say whether the key means anything to this model."""
     if key.startswith("moe."):
         return config.num_moe_layers > 0
-    if key in ("model.d_ff", "model.activation"):
+    if key.startswith("feed_forward."):
         return config.num_moe_layers < config.model.num_layers
-    return key != "model.rope_theta" or config.model.positions == "rope"
+    return key != "attention.rope_theta" or config.attention.positions == "rope"
 
 
 def _written(value: Any) -> str:

@@ -35,7 +35,7 @@ class RunConfig(Group):
     time_limit_minutes: float | None = Field(None, gt=0, le=LONGEST_SECONDS / 60)
     """Minutes after its start at which the run finishes its step, saves and leaves with exit status 75."""
     allow_changes: tuple[str, ...] = ()
-    """Keys or groups that may differ from the checkpoint's when a run goes on, this once, e.g. [model.window]."""
+    """Keys or groups that may differ from the checkpoint's when a run goes on, this once, e.g. [attention.window]."""
 
 
 class DataConfig(Group):

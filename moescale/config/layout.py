@@ -86,18 +86,18 @@ def _settle_nodes(parallel: ParallelConfig, started: int) -> ParallelConfig:
 
 
 def _check_tensor(config: Config, parallel: ParallelConfig) -> None:
-    model, tp = config.model, parallel.tp
+    model, attention, tp = config.model, config.attention, parallel.tp
     if tp == 1:
         return
-    shared = {"model.num_heads": model.num_heads, "model.vocab_size": model.vocab_size}
+    shared = {"attention.num_heads": attention.num_heads, "model.vocab_size": model.vocab_size}
     if config.num_moe_layers < model.num_layers:
-        shared["model.d_ff"] = model.d_ff
+        shared["feed_forward.d_ff"] = config.feed_forward.d_ff
     for name, size in shared.items():
         refuse(size % tp != 0, f"parallel.tp={tp} must divide {name}={size}: "
                 f"use {divisors(math.gcd(*shared.values()))}")
-    refuse(model.num_kv_heads % tp != 0 and tp % model.num_kv_heads != 0,
-            f"parallel.tp={tp} must divide model.num_kv_heads={model.num_kv_heads} or be a multiple of it: "
-            f"use {any_of([n for n in range(1, tp) if model.num_kv_heads % n == 0])}")
+    refuse(attention.num_kv_heads % tp != 0 and tp % attention.num_kv_heads != 0,
+            f"parallel.tp={tp} must divide attention.num_kv_heads={attention.num_kv_heads} or be a multiple of it: "
+            f"use {any_of([n for n in range(1, tp) if attention.num_kv_heads % n == 0])}")
     fsdp = parallel.dp_shard * parallel.cp
     refuse(model.d_model % fsdp != 0,
             f"with parallel.tp={tp}, dp_shard x cp={fsdp} must divide model.d_model={model.d_model}: "
@@ -105,7 +105,7 @@ def _check_tensor(config: Config, parallel: ParallelConfig) -> None:
 
 
 def _check_context(config: Config, parallel: ParallelConfig) -> None:
-    pieces = sequence_pieces(parallel.cp, config.model.window) * parallel.tp
+    pieces = sequence_pieces(parallel.cp, config.attention.window) * parallel.tp
     seq = config.data.seq_len
     refuse(seq % pieces != 0,
             f"data.seq_len={seq} must be a multiple of {pieces} for parallel.cp={parallel.cp} and "

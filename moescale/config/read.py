@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from moescale.config.nodes import LARGEST, compose
-from moescale.config.run import Config
+from moescale.config.run import MOVED, Config
 from moescale.config.values import check_key, group, homes, pairs, read_node, words
 from moescale.errors import ConfigError, any_of, refuse
 from moescale.files.reading import explain, read_text
@@ -26,7 +26,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, whole: bool 
     """
     refuse("=" in str(path) and not Path(path).exists(),
            f"{path}: the configuration comes first: write e.g. configs/quickstart.yaml {path}")
-    base, values = _read_yaml(Path(path))
+    base, values = _read_yaml(Path(path), old=whole)
     refuse(whole and base is not None, f"{path} has a base: line, which the configuration of a checkpoint or a run "
                                        "never has: it was not loaded")
     if base is not None:
@@ -97,8 +97,11 @@ def _split_override(text: str, following: Sequence[str]) -> tuple[str, str, str]
     raise ConfigError(f"{cannot} group.key=value, e.g. parallel.ep=2")
 
 
-def _read_yaml(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """Read one file, its values by the types of their keys. -> its base, and its groups"""
+def _read_yaml(path: Path, old: bool = False) -> tuple[str | None, dict[str, Any]]:
+    """Read one file, its values by the types of their keys. Returns its base, and its groups.
+
+    old: an earlier version may have written it, with keys where they no longer are.
+    """
     try:
         root = compose(read_text(path, LARGEST))
     except FileNotFoundError:
@@ -117,6 +120,8 @@ def _read_yaml(path: Path) -> tuple[str | None, dict[str, Any]]:
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: expected groups such as `model:` at the top")
     try:
+        if old:
+            _move_keys(root)
         return _read_groups(root)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -135,6 +140,22 @@ def _read_groups(root: yaml.MappingNode) -> tuple[str | None, dict[str, Any]]:
         else:
             _refuse_value(home)
     return base, values
+
+
+def _move_keys(root: yaml.MappingNode) -> None:
+    """Put the keys of earlier versions into the groups that have them now."""
+    groups = {key.value: value for key, value in root.value}
+    model = groups.get("model")
+    if not isinstance(model, yaml.MappingNode):
+        return
+    for pair in list(model.value):
+        home = MOVED.get(f"model.{pair[0].value}", "").partition(".")[0]
+        if home and home not in groups:
+            groups[home] = yaml.MappingNode("tag:yaml.org,2002:map", [], model.start_mark, model.end_mark)
+            root.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", home, model.start_mark), groups[home]))
+        if home and isinstance(groups[home], yaml.MappingNode):
+            groups[home].value.append(pair)
+            model.value.remove(pair)
 
 
 def _refuse_value(home: str) -> NoReturn:

@@ -26,12 +26,19 @@ from moescale.spec.model import Layer, ModelConfig
 from moescale.spec.moe import MoEConfig
 
 MOST_EXPERTS = 1_000_000  # of all layers
+MOVED = {  # keys of earlier versions: where they are now
+    **{f"model.{name}": f"attention.{name}" for name in (
+        "num_heads", "num_kv_heads", "head_dim", "window", "positions", "rope_theta")},
+    **{f"model.{name}": f"feed_forward.{name}" for name in ("d_ff", "activation")},
+}
 
 
 class Config(Group):
     run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
+    attention: AttentionConfig = Field(default_factory=AttentionConfig)
+    feed_forward: FeedForwardConfig = Field(default_factory=FeedForwardConfig)
     moe: MoEConfig = Field(default_factory=MoEConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -42,12 +49,9 @@ class Config(Group):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers of the model, each with the keys of its own kinds."""
-        model = self.model
-        attention = AttentionConfig(
-            num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, window=model.window,
-            positions=model.positions, rope_theta=model.rope_theta)
-        dense = FeedForwardConfig(d_ff=model.d_ff, activation=model.activation)
-        return tuple(Layer(attention, self.moe if layer.channel_mixer == "moe" else dense) for layer in model.layers)
+        channel_mixers: dict[str, FeedForwardConfig | MoEConfig] = {
+            "feed_forward": self.feed_forward, "moe": self.moe}
+        return tuple(Layer(self.attention, channel_mixers[layer.channel_mixer]) for layer in self.model.layers)
 
     @property
     def num_moe_layers(self) -> int:
@@ -87,6 +91,7 @@ class Config(Group):
         groups = {name: field.annotation for name, field in type(self).model_fields.items()}
         known = [*groups, *(f"{name}.{key}" for name, group in groups.items() for key in group.model_fields)]  # type: ignore[union-attr]
         for name in self.run.allow_changes:
+            refuse(name in MOVED, f"run.allow_changes names {name}, which is {MOVED.get(name)} now: write that")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             refuse(name not in known, f"run.allow_changes names {name}, which is no key: "
-                   + (f"did you mean {near[0]}?" if near else "write e.g. [model.window], or a group, e.g. [model]"))
+                   + (f"did you mean {near[0]}?" if near else "write e.g. [attention.window], or a group: [model]"))

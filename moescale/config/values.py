@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from moescale.config.run import Config
+from moescale.config.run import MOVED, Config
 from moescale.errors import ConfigError, any_of, refuse
 
 NULLS = ("null", "Null", "NULL", "~", "")
@@ -69,6 +69,7 @@ def check_key(name: str, model: type[BaseModel], where: str) -> None:
     if name in model.model_fields:
         return
     path, known = (f"{where}.{name}" if where else name), list(model.model_fields)
+    refuse(path in MOVED, f"{path} is {MOVED.get(path)} now: write that")
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hints = homes(name) or [f"{where}.{each}" if where else each for each in near]
     raise ConfigError(f"unknown key {path}; " + (f"did you mean {any_of(hints)}?" if hints else

@@ -17,6 +17,7 @@ from moescale.model.language_model import LanguageModel
 from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS, Capacity
+from moescale.spec.feed_forward import FeedForwardConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -41,13 +42,13 @@ def build_model(config: Config, device: torch.device | str = "meta") -> Language
 
 
 def _block(config: Config, index: int) -> Block:
-    model = config.model
+    model, attention = config.model, config.layers[index].mixer
     return Block(
         NORMS[model.norm](model.d_model, model.norm_eps),
         Attention(
-            model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, window=model.window,
-            rope_theta=model.rope_theta if model.positions == "rope" else None, alibi=model.positions == "alibi",
-            init=model.init,
+            model.d_model, attention.num_heads, attention.num_kv_heads, attention.head_dim, window=attention.window,
+            rope_theta=attention.rope_theta if attention.positions == "rope" else None,
+            alibi=attention.positions == "alibi", init=model.init,
         ),
         None if model.block == "parallel" else NORMS[model.norm](model.d_model, model.norm_eps),
         _channel_mixer(config, index),
@@ -55,9 +56,9 @@ def _block(config: Config, index: int) -> Block:
 
 
 def _channel_mixer(config: Config, index: int) -> nn.Module:
-    model, moe = config.model, config.moe
-    if model.layers[index].channel_mixer == "feed_forward":
-        return FeedForward(model.d_model, model.d_ff, model.activation, model.init)
+    model, moe = config.model, config.layers[index].channel_mixer
+    if isinstance(moe, FeedForwardConfig):
+        return FeedForward(model.d_model, moe.d_ff, moe.activation, model.init)
     own: dict[str, Any] = {}  # arguments of one router alone
     if moe.router == "sigmoid_bias":
         own = {key: getattr(moe, key) for key in SIGMOID_BIAS_KEYS}

@@ -7,9 +7,9 @@ from typing import Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
-from moescale.errors import check_width, divisors, refuse
+from moescale.errors import check_width, refuse
 from moescale.spec.attention import AttentionConfig
-from moescale.spec.feed_forward import Activation, FeedForwardConfig
+from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.group import Group
 from moescale.spec.moe import MoEConfig
 from moescale.spec.weights import Init, Weight, below, initial, norm
@@ -31,22 +31,6 @@ class ModelConfig(Group):
     """Features of a position between the layers."""
     num_layers: int = Field(4, ge=1, le=10_000)
     """Layers, each with one mixer and one channel mixer."""
-    num_heads: int = Field(8, ge=1)
-    """Query heads of attention."""
-    num_kv_heads: int = Field(2, ge=1)
-    """Key and value heads of attention, each shared by as many query heads."""
-    head_dim: int = Field(32, ge=2)
-    """Features of one head."""
-    d_ff: int = Field(1024, ge=8)
-    """Hidden features of a dense feed-forward."""
-    activation: Activation = "swiglu"
-    """The nonlinearity of a dense feed-forward; swiglu and geglu have a gate."""
-    window: int | None = Field(None)
-    """Positions that a query sees, itself included; null is all before it."""
-    positions: Literal["rope", "alibi", "none"] = "rope"
-    """How attention knows the order: rotated queries and keys, biases by distance, or not at all."""
-    rope_theta: float = Field(10000.0, gt=1)
-    """Base of the wavelengths of rope: larger for longer contexts."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """How features are normalized before each mixer."""
     norm_eps: float = Field(1e-5, gt=0)
@@ -71,16 +55,7 @@ class ModelConfig(Group):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        refuse(self.num_heads % self.num_kv_heads != 0,
-                f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}: "
-                f"use {divisors(self.num_heads)}")
-        refuse(self.window is not None and self.window < 1,
-                f"model.window={self.window} must be at least 1 (a query sees itself): "
-                "write null for attention to all positions before it")
-        refuse(self.positions == "rope" and self.head_dim % 2 != 0,
-                f"model.head_dim={self.head_dim} must be even for rope: use {self.head_dim + 1}")
-        for key in ("d_model", "d_ff"):
-            check_width(f"model.{key}", getattr(self, key))
+        check_width("model.d_model", self.d_model)
         refuse(not self.pattern, "model.pattern is empty: write at least one layer, e.g. [{channel_mixer: moe}]")
         return self
 

@@ -34,7 +34,7 @@ def logits(opened: Opened, tokens: Tensor, dtype: torch.dtype | None = None) -> 
         if mixture:
             channel_mixed = _mixture(opened, weights, prefix, y, number)
         else:
-            channel_mixed = _dense(weights, prefix, y, model.activation)
+            channel_mixed = _dense(weights, prefix, y, opened.config.feed_forward.activation)
         x = x + channel_mixed if model.block == "serial" else x + mixed + channel_mixed
     x = _norm(opened, x, weights.shards("norm.weight")[0])
     head = embedding if model.tied_embeddings else torch.cat(weights.shards("head.weight"))
@@ -49,13 +49,13 @@ def _norm(opened: Opened, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _attention(opened: Opened, weights: _Weights, prefix: str, x: Tensor) -> Tensor:
-    model = opened.config.model
+    attention = opened.config.attention
     q, k, v = (torch.cat([x @ part.T for part in weights.shards(f"{prefix}{name}.weight")], -1)
-               .unflatten(-1, (-1, model.head_dim)) for name in "qkv")
-    if model.positions == "rope":
-        q, k = rotate(q, model.rope_theta), rotate(k, model.rope_theta)
-    before = None if model.window is None else model.window - 1
-    mixed = attend(q, k, v, before, slopes(model.num_heads) if model.positions == "alibi" else None)
+               .unflatten(-1, (-1, attention.head_dim)) for name in "qkv")
+    if attention.positions == "rope":
+        q, k = rotate(q, attention.rope_theta), rotate(k, attention.rope_theta)
+    before = None if attention.window is None else attention.window - 1
+    mixed = attend(q, k, v, before, slopes(attention.num_heads) if attention.positions == "alibi" else None)
     return mixed @ torch.cat(weights.shards(prefix + "o.weight"), 1).T
 
 

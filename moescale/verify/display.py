@@ -27,11 +27,11 @@ def describe(config: Config) -> str:
     """Say in a line what the shrunk run is."""
     model, moe = config.model, config.moe
     parts = [f"{model.num_layers} layers", f"d_model {model.d_model}",
-             f"{model.num_heads} heads on {model.num_kv_heads} key heads"]
+             f"{config.attention.num_heads} heads on {config.attention.num_kv_heads} key heads"]
     if config.num_moe_layers:
         parts.append(f"{moe.num_experts} experts, {moe.router} top-{moe.top_k}")
-    if model.window is not None:
-        parts.append(f"window {model.window}")
+    if config.attention.window is not None:
+        parts.append(f"window {config.attention.window}")
     return f"{', '.join(parts)}; {config.data.global_batch} sequences of {config.data.seq_len} tokens"
 
 

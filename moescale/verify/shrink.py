@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from moescale.config import Config, ModelConfig, MoEConfig, sequence_pieces
 from moescale.optim.base import OPTIMIZERS
+from moescale.spec.attention import AttentionConfig
 from moescale.verify.candidates import Layout
 
 MICRO_BATCHES = (1, 3)  # a rank's passes in one step that every layout is tried with
@@ -20,9 +21,12 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
     """
     micro_batch = 2 if config.moe.balance_over == "micro_batch" else None  # else any number of passes is the same
     share = max(MICRO_BATCHES) * (micro_batch or 1)
-    seq_len = _multiple(24, (sequence_pieces(layout.cp, config.model.window) * layout.tp for layout in layouts))
+    seq_len = _multiple(24, (sequence_pieces(layout.cp, config.attention.window) * layout.tp for layout in layouts))
     update = {
-        "model": _shrink_model(config, layouts, seq_len), "moe": _shrink_moe(config.moe, layouts),
+        "model": _shrink_model(config.model, layouts), "moe": _shrink_moe(config.moe, layouts),
+        "attention": _shrink_attention(config.attention, layouts, config.data.seq_len, seq_len),
+        "feed_forward": config.feed_forward.model_copy(update={
+            "d_ff": _multiple(32, (8, *(layout.tp for layout in layouts)))}),
         "data": config.data.model_copy(update={
             "seq_len": seq_len, "micro_batch": micro_batch, "tokenizer": "none.json",  # batches are made up
             "global_batch": _multiple(24, (share * each.dp_replicate * each.dp_shard for each in layouts)),
@@ -36,26 +40,31 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
     return config.model_copy(update=update)
 
 
-def _shrink_model(config: Config, layouts: Sequence[Layout], seq_len: int) -> ModelConfig:
-    model = config.model
-    tps = [layout.tp for layout in layouts]
-    group = model.num_heads // model.num_kv_heads
-    num_kv_heads = _smallest_divisor(model.num_kv_heads, min(2, model.num_kv_heads), lambda heads: all(
-        _path(heads, tp) == _path(model.num_kv_heads, tp) and heads * group % tp == 0 for tp in tps))
-    group = _smallest_divisor(group, min(2, group), lambda each: all(num_kv_heads * each % tp == 0 for tp in tps))
+def _shrink_model(model: ModelConfig, layouts: Sequence[Layout]) -> ModelConfig:
     cuts = [n for each in layouts for n in (
         each.dp_shard * each.cp, each.dp_shard * each.cp * each.tp // (each.ep * each.etp))]
     longest = max(layout.pp for layout in layouts)
     stages = 2 * longest if longest <= 4 else longest  # two each, so that schedules that interleave run too
-    window = model.window
-    if window is not None:
-        scaled = round(seq_len * window / config.data.seq_len)
-        window = seq_len if window >= config.data.seq_len else min(max(scaled, 3), seq_len - 1)
     return model.model_copy(update={
-        "vocab_size": _multiple(64, tps), "d_model": _multiple(32, (8, *cuts)), "head_dim": 8,
-        "d_ff": _multiple(32, (8, *tps)), "num_heads": num_kv_heads * group, "num_kv_heads": num_kv_heads,
-        "num_layers": _multiple(max(2, stages), [len(model.pattern)]), "window": window,
+        "vocab_size": _multiple(64, (layout.tp for layout in layouts)), "d_model": _multiple(32, (8, *cuts)),
+        "num_layers": _multiple(max(2, stages), [len(model.pattern)]),
     })
+
+
+def _shrink_attention(
+    attention: AttentionConfig, layouts: Sequence[Layout], seq_len: int, new_seq_len: int
+) -> AttentionConfig:
+    tps = [layout.tp for layout in layouts]
+    group, kv_heads = attention.num_heads // attention.num_kv_heads, attention.num_kv_heads
+    num_kv_heads = _smallest_divisor(kv_heads, min(2, kv_heads), lambda heads: all(
+        _path(heads, tp) == _path(kv_heads, tp) and heads * group % tp == 0 for tp in tps))
+    group = _smallest_divisor(group, min(2, group), lambda each: all(num_kv_heads * each % tp == 0 for tp in tps))
+    window = attention.window
+    if window is not None:
+        scaled = round(new_seq_len * window / seq_len)
+        window = new_seq_len if window >= seq_len else min(max(scaled, 3), new_seq_len - 1)
+    return attention.model_copy(update={
+        "head_dim": 8, "num_heads": num_kv_heads * group, "num_kv_heads": num_kv_heads, "window": window})
 
 
 def _shrink_moe(moe: MoEConfig, layouts: Iterable[Layout]) -> MoEConfig:

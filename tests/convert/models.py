@@ -11,6 +11,7 @@ from torch import Tensor
 from moescale.checkpoint.store import save_checkpoint
 from moescale.config import Config, parse_config
 from moescale.model.build import build_model
+from tests.support.groups import in_groups
 
 MODEL = {
     "vocab_size": 264, "d_model": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 32,
@@ -24,7 +25,7 @@ MIXED = {"pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}
 def make_config(
     model: dict[str, Any] | None = None, moe: dict[str, Any] | None = None, **data: Any
 ) -> Config:
-    return parse_config({"model": {**MODEL, **(model or {})}, "moe": {**MOE, **(moe or {})},
+    return parse_config({**in_groups({**MODEL, **(model or {})}), "moe": {**MOE, **(moe or {})},
                          "data": {"seq_len": 64, **data}}, "test")
 
 

@@ -173,8 +173,8 @@ def test_copies_that_differ(published: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("model", "moe", "words"), [
     ({"block": "parallel"}, {}, "model.block=parallel"), ({"norm": "layernorm"}, {}, "model.norm=layernorm"),
-    ({"positions": "alibi"}, {}, "model.positions=alibi"),
-    ({**DENSE, "activation": "relu"}, {}, "model.activation=relu"),
+    ({"positions": "alibi"}, {}, "attention.positions=alibi"),
+    ({**DENSE, "activation": "relu"}, {}, "feed_forward.activation=relu"),
     ({"pattern": [{"channel_mixer": "feed_forward"}, {}]}, {}, "model.pattern with dense and moe layers"),
     ({}, {"router": "switch", "top_k": 1}, "moe.router=switch"),
     ({}, {"num_shared_experts": 1}, "moe.num_shared_experts=1"),

@@ -45,11 +45,12 @@ def test_a_key_that_is_absent_has_the_default_of_its_class(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_an_empty_configuration_is_the_class(kind: str) -> None:
-    model, theirs = read_config({"model_type": kind}, "config.json", None).model, CLASSES[kind]()
-    assert (model.d_model, model.num_heads, model.num_layers) == (4096, 32, 32)
-    assert (model.num_kv_heads, model.head_dim) == (theirs.num_key_value_heads, 128)
-    assert (model.rope_theta, model.norm_eps) == (theirs.rope_parameters["rope_theta"], theirs.rms_norm_eps)
-    assert model.window == getattr(theirs, "sliding_window", None)
+    config, theirs = read_config({"model_type": kind}, "config.json", None), CLASSES[kind]()
+    model = config.model
+    assert (model.d_model, config.attention.num_heads, model.num_layers) == (4096, 32, 32)
+    assert (config.attention.num_kv_heads, config.attention.head_dim) == (theirs.num_key_value_heads, 128)
+    assert (config.attention.rope_theta, model.norm_eps) == (theirs.rope_parameters["rope_theta"], theirs.rms_norm_eps)
+    assert config.attention.window == getattr(theirs, "sliding_window", None)
 
 
 @pytest.mark.parametrize(("kind", "changes", "key"), [
@@ -99,7 +100,7 @@ def test_what_says_nothing_of_the_model_is_taken(kind: str, changes: dict[str, A
 def test_theta_lies_where_each_version_of_transformers_puts_it() -> None:
     for place in ({"rope_theta": 5e3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}},
                   {"rope_scaling": {"rope_type": "default", "rope_theta": 5e3}}):
-        assert read("llama", **place).model.rope_theta == 5e3
+        assert read("llama", **place).attention.rope_theta == 5e3
 
 
 @pytest.mark.parametrize(("layers", "top_k"), list(itertools.product((2, 4), (1, 2))))

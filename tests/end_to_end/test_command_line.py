@@ -18,14 +18,15 @@ from typer.testing import CliRunner
 import moescale
 from moescale.cli import app
 from moescale.config import memory_asked
+from tests.support.groups import in_groups
 from tests.support.runs import check_figures
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = {
     "run": {"steps": 40},
     "data": {"files": ["text/*.txt"], "cache_dir": "cache", "seq_len": 32, "global_batch": 4, "micro_batch": 2},
-    "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
-              "init": "fan_in"},
+    **in_groups({"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+              "init": "fan_in"}),
     "moe": {"num_experts": 4, "top_k": 2, "d_ff": 32},
     "optim": {"lr": 5e-3, "warmup_steps": 3},
     "checkpoint": {"every": 5, "keep": 3}, "monitor": {"every": 1, "eval_sequences": 4},
@@ -121,8 +122,8 @@ def mistake(*arguments: str, config: str = "tiny.yaml") -> str:
     ("data.seq_len=many", "data.seq_len=many must be a whole number"),
     ("model.d_model=36", "use 32"),
     ("model.d_model", "write model.d_model=VALUE"),
-    ("model.window=0", "model.window=0 must be at least 1"),
-    ("model.num_kv_heads=3", "use 1 or 2"),
+    ("attention.window=0", "attention.window=0 must be at least 1"),
+    ("attention.num_kv_heads=3", "use 1 or 2"),
     ("moe.top_k=5", "at most moe.num_experts=4"),
     ("moe.router=switch", "write moe.top_k=1"),
     ("parallel.ep=3", "parallel.ep=3 must divide moe.num_experts=4: use 1"),
@@ -224,7 +225,7 @@ def test_no_memory_is_one_line_with_what_to_change(here: Path) -> None:
         (line,) = (line for line in output.splitlines() if line.startswith("moescale: "))
         return line
 
-    line = complaint("model.d_ff=100000000000", "model.pattern={channel_mixer: feed_forward}", "run.dir=wide")
+    line = complaint("feed_forward.d_ff=100000000000", "model.pattern={channel_mixer: feed_forward}", "run.dir=wide")
     assert "iB" in line
     assert "parallel.recompute=full" in line
     assert "data.seq_len" in line

@@ -21,6 +21,7 @@ from moescale.cli import app
 from moescale.config import Config
 from moescale.config.changes import decides_text, is_harmless
 from moescale.data import batches
+from tests.support.groups import in_groups
 from tests.support.runs import MEASURED
 
 STEPS, BATCH, SEQ = 6, 4, 16
@@ -84,7 +85,8 @@ def begin(folder: Path, **groups: dict) -> Started:
     values = {
         "run": {"dir": "run", "steps": STEPS},
         "data": {"files": ["text/*.txt"], "cache_dir": "cache", "seq_len": SEQ, "global_batch": BATCH, "held_out": 0.1},
-        "model": {"vocab_size": 264, "d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+        **in_groups({"vocab_size": 264, "d_model": 16, "num_layers": 2,
+                     "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}),
         "moe": {"num_experts": 4, "top_k": 2, "d_ff": 16}, "optim": {"lr": 0.01},
         "checkpoint": {"every": 3}, "monitor": {"every": 1, "moved_every": None, "eval_sequences": 2},
     }
@@ -154,7 +156,7 @@ def test_another_global_batch_goes_on_with_the_first_sequence_not_seen(run: Star
 
 
 REFUSED = {  # a change: what the keys are then said to have been
-    "model.rope_theta=500.0": ["10000.0"], "model.norm_eps=0.1": ["1e-05"], "model.window=4": ["null"],
+    "attention.rope_theta=500.0": ["10000.0"], "model.norm_eps=0.1": ["1e-05"], "attention.window=4": ["null"],
     "moe.top_k=1": ["2"], "moe.activation=geglu": ["swiglu"], "moe.load_balance_coefficient=0.5": ["0.01"],
     "data.seq_len=8": ["16"], "data.held_out=0.4": ["0.1"], "run.seed=7": ["0"],
     "precision.compute=bfloat16": ["float32"], "optim.betas=[0.5, 0.5]": ["[0.9, 0.95]"],
@@ -197,21 +199,22 @@ def test_what_is_harmless_is_said(run: Started) -> None:
 
 
 def test_a_key_that_means_nothing_to_the_model_may_change(run: Started) -> None:
-    assert "model.d_ff=64 (was 1024)" in run.train("run.steps=8", "model.d_ff=64")[1]
+    assert "feed_forward.d_ff=64 (was 1024)" in run.train("run.steps=8", "feed_forward.d_ff=64")[1]
 
 
 def test_of_each_key_outside_the_model_it_is_decided_whether_it_may_change() -> None:
     plain = Config()
     keys = {f"{group}.{key}" for group, values in plain.model_dump().items() for key in values}
     assert {key for key in keys if not is_harmless(key, plain, plain) and not decides_text(key)
-            and not key.startswith(("model.", "moe."))} == {
+            and not key.startswith(("model.", "attention.", "feed_forward.", "moe."))} == {
         "run.seed", "data.seq_len", "optim.name", "optim.betas", "optim.eps", "precision.compute",
         "parallel.over_budget"}
 
 
 def test_allowing_what_is_no_key_is_refused_and_what_did_not_change_is_said(run: Started) -> None:
-    assert "model.window" in run.refused("run.allow_changes=[model.windw]")
-    assert "model.window, which is as it was" in run.train("run.steps=8", "run.allow_changes=[model.window]")[1]
+    assert "attention.window" in run.refused("run.allow_changes=[attention.windw]")
+    assert "attention.window" in run.refused("run.allow_changes=[model.window]"), "where it was in earlier versions"
+    assert "attention.window, which is as it was" in run.train("run.steps=8", "run.allow_changes=[attention.window]")[1]
 
 
 def test_other_text_is_refused_wherever_it_lies(run: Started, numbers: list[int]) -> None:
@@ -339,8 +342,8 @@ def test_converted_weights_begin_anew_in_their_own_folder(run: Started, numbers:
     assert status == 2
     assert "random" in said, "not a new model in another folder"
     assert not Path("tuned/checkpoints").exists()
-    said = run.train("model.rope_theta=500", config="made/config.yaml")[1]
-    assert "run.allow_changes=[model.rope_theta]" in said
+    said = run.train("attention.rope_theta=500", config="made/config.yaml")[1]
+    assert "run.allow_changes=[attention.rope_theta]" in said
     new = ["data.seq_len=8", "run.seed=5", "moe.load_balance_coefficient=0.1", "run.steps=3", "optim.lr=1e-30",
            "optim.betas=[0.5,0.5]", "checkpoint.every=2"]
     status, said = run.train(*new, config="made/config.yaml")

@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from moescale.cli import app
+from tests.support.groups import in_groups
 
 SEQ, BATCH, STEPS = 8, 4, 3
 
@@ -22,7 +23,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     values = {
         "run": {"dir": "run", "steps": STEPS},
         "data": {"cache_dir": "cache", "seq_len": SEQ, "global_batch": BATCH},
-        "model": {"vocab_size": 264, "d_model": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4},
+        **in_groups({"vocab_size": 264, "d_model": 8, "num_layers": 1,
+                     "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}),
         "moe": {"num_experts": 2, "top_k": 1, "d_ff": 8}, "monitor": {"every": 1, "moved_every": None},
     }
     Path("tiny.yaml").write_text(yaml.safe_dump(values))

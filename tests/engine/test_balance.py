@@ -14,12 +14,13 @@ from moescale.engine.native import NativeEngine
 from moescale.moe.routers import Router
 from moescale.parallel.expert import moe_layers
 from moescale.parallel.mesh import start_mesh
+from tests.support.groups import in_groups
 
 
 def make_engine(balance_over: str, recompute: str = "none") -> NativeEngine:
     config = parse_config({
-        "model": {"vocab_size": 64, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-                  "init": "fan_in"},
+        **in_groups({"vocab_size": 64, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+                  "init": "fan_in"}),
         "moe": {"num_experts": 8, "top_k": 2, "router": "gshard", "capacity_factor": 0.8, "d_ff": 16,
                 "balance_over": balance_over, "drop_by": "probability", "jitter": 0.01},
         "data": {"seq_len": 24, "global_batch": 6, "micro_batch": 2, "tokenizer": "none.json"},

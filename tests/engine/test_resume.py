@@ -16,6 +16,7 @@ from moescale.engine.native import NativeEngine
 from moescale.generate import load_model
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
+from tests.support.groups import in_groups
 
 STEPS = 6
 
@@ -25,8 +26,9 @@ def make_config(folder: Path, parallel: dict[str, int]) -> Config:
         "run": {"dir": str(folder), "steps": STEPS, "seed": 3},
         "data": {"files": [str(folder / "text/*.txt")], "cache_dir": str(folder / "cache"),
                  "seq_len": 32, "global_batch": 8, "micro_batch": 2},
-        "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-                  "init": "fan_in", "window": 16, "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+        **in_groups({"vocab_size": 264, "d_model": 32, "num_layers": 2,
+                     "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+                  "init": "fan_in", "window": 16, "pattern": [{"channel_mixer": "feed_forward"}, {}]}),
         "moe": {"num_experts": 12, "top_k": 2, "d_ff": 16, "router": "sigmoid_bias", "bias_update_rate": 0.01},
         "parallel": parallel, "optim": {"lr": 3e-3, "warmup_steps": 3}, "checkpoint": {"keep": 9},
     }, "test").for_world(world_size())

@@ -17,6 +17,7 @@ from moescale.model.build import build_model
 from moescale.model.generation import Row, Sampling, draw, for_decoding
 from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
+from tests.support.groups import in_groups
 
 VOCAB = 260
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -28,8 +29,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
 
 def build(compute: str = "float32", router: str = "mixtral", **model: Any) -> LanguageModel:
     config = parse_config({
-        "model": {"vocab_size": VOCAB, "d_model": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-                  "d_ff": 24, "init": "fan_in", **model},
+        **in_groups({"vocab_size": VOCAB, "d_model": 16, "num_layers": 2, "init": "fan_in", "num_heads": 4,
+                     "num_kv_heads": 2, "head_dim": 8, "d_ff": 24, **model}),
         "moe": {"num_experts": 4, "top_k": 2, "d_ff": 24, "router": router, **ROUTERS[router]},
         "precision": {"compute": compute}, "data": {"seq_len": 32}}, "test").for_world(1)
     built = build_model(config, "cpu")

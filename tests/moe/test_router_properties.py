@@ -12,6 +12,7 @@ from moescale.layers.feed_forward import FeedForward
 from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from tests.moe.make import KINDS, Kind, make_layer, make_router
+from tests.support.groups import in_groups
 
 SCOPES = ("sequence", "micro_batch", "global_batch")
 
@@ -173,8 +174,8 @@ def test_evaluation_may_drop_and_decoding_never_does() -> None:
         moe = {"router": "switch", "top_k": 1, "num_experts": 4, "d_ff": 16, "capacity_factor": 1.0,
                "eval_capacity_factor": eval_factor}
         model = build_model(parse_config({
-            "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "head_dim": 8,
-                      "init": "fan_in"}, "moe": moe}, "test"), "cpu")
+            **in_groups({"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "head_dim": 8,
+                      "init": "fan_in"}), "moe": moe}, "test"), "cpu")
         initialize(model, 3)
         return model.eval()
 

@@ -21,6 +21,7 @@ from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 from moescale.record.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting
 from moescale.report.content import content_classes, file_kinds
+from tests.support.groups import in_groups
 from tests.tokenizers import write_metaspace
 
 SEQ, EXPERTS = 32, 12
@@ -32,8 +33,9 @@ def make_config(folder: Path, parallel: dict[str, Any]) -> Config:
         "run": {"dir": str(folder), "steps": 20, "seed": 3},
         "data": {"files": [str(folder / "text/*.*")], "cache_dir": str(folder / "cache"), "held_out": 0.3,
                  "seq_len": SEQ, "global_batch": 8, "micro_batch": 4},
-        "model": {"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-                  "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+        **in_groups({"vocab_size": 264, "d_model": 32, "num_layers": 2,
+                     "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+                  "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]}),
         "moe": {"num_experts": EXPERTS, "top_k": 2, "d_ff": 16, "router": "sigmoid_bias"},
         "parallel": parallel, "monitor": {"eval_sequences": 1000},
     }, "test").for_world(world_size())

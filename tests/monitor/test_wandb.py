@@ -23,6 +23,7 @@ from moescale.monitor.wandb import Wandb
 from moescale.monitor.wandb_workspaces import make_workspace
 from moescale.record.figures import figure
 from moescale.trainer import train
+from tests.support.groups import in_groups
 
 wandb = pytest.importorskip("wandb")
 LAYERS, EXPERTS = 48, 128
@@ -103,6 +104,7 @@ FAILING = """
 import os, signal, subprocess, sys, time
 import moescale.monitor.wandb as ours
 from pathlib import Path
+from tests.support.groups import in_groups
 how, folder = sys.argv[1:]
 ours.SECONDS_TO_OPEN, ours.SECONDS_TO_CLOSE = 3, 2
 started = time.monotonic()
@@ -191,7 +193,8 @@ def test_the_dashboard_shows_what_a_run_writes(tmp_path: Path, monkeypatch: pyte
         "run": {"dir": str(tmp_path), "steps": 2}, "optim": {"warmup_steps": 0},
         "data": {"files": [str(Path(__file__).parent / "*.py")], "cache_dir": str(tmp_path / "cache"), "seq_len": 32,
                  "global_batch": 2},
-        "model": {"vocab_size": 264, "d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+        **in_groups({"vocab_size": 264, "d_model": 16, "num_layers": 2,
+                     "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}),
         "moe": {"num_experts": 4, "d_ff": 16},
         "monitor": {"every": 1, "moved_every": 1, "wandb": "offline", "wandb_artifacts": True},
     }, "test"))

@@ -13,33 +13,34 @@ from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
 from moescale.ops.token_random import uniform
 from tests.papers import formulas
+from tests.support.groups import in_groups
 
 MODEL = {"vocab_size": 40, "d_model": 16, "num_layers": 2, "num_heads": 4, "head_dim": 8, "d_ff": 24,
          "norm_eps": 1e-2}  # an eps that shows
-PALM = {"model": {**MODEL, "num_kv_heads": 1, "block": "parallel", "norm": "layernorm", "tied_embeddings": True,
-                  "scale_logits": True, "z_loss_coefficient": 0.3, "pattern": [{"channel_mixer": "feed_forward"}]}}
+PALM = {**in_groups({**MODEL, "num_kv_heads": 1, "block": "parallel", "norm": "layernorm", "tied_embeddings": True,
+                  "scale_logits": True, "z_loss_coefficient": 0.3, "pattern": [{"channel_mixer": "feed_forward"}]})}
 SERIAL = {**MODEL, "num_kv_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "palm": PALM,
-    "dense relu alibi": {"model": {**SERIAL, "activation": "relu", "positions": "alibi", "norm": "layernorm",
-                                   "pattern": [{"channel_mixer": "feed_forward"}]}},
-    "dense gelu no positions": {"model": {**SERIAL, "activation": "gelu", "positions": "none", "rope_theta": 500.0,
-                                          "pattern": [{"channel_mixer": "feed_forward"}]}},
-    "mixtral": {"model": {**SERIAL, "window": 5, "rope_theta": 1e6},
+    "dense relu alibi": {**in_groups({**SERIAL, "activation": "relu", "positions": "alibi", "norm": "layernorm",
+                                   "pattern": [{"channel_mixer": "feed_forward"}]})},
+    "dense gelu no positions": {**in_groups({**SERIAL, "activation": "gelu", "positions": "none", "rope_theta": 500.0,
+                                          "pattern": [{"channel_mixer": "feed_forward"}]})},
+    "mixtral": {**in_groups({**SERIAL, "window": 5, "rope_theta": 1e6}),
                 "moe": {"num_experts": 6, "top_k": 2, "d_ff": 8, "router_z_coefficient": 0.2}},
-    "switch": {"model": {**SERIAL, "activation": "geglu", "tied_embeddings": True, "scale_logits": True,
-                         "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]},
+    "switch": {**in_groups({**SERIAL, "activation": "geglu", "tied_embeddings": True, "scale_logits": True,
+                         "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]}),
                "moe": {"router": "switch", "num_experts": 3, "top_k": 1, "capacity_factor": 0.9, "d_ff": 8,
                        "activation": "geglu"}},
-    "gshard": {"model": {**SERIAL, "norm": "layernorm", "activation": "relu"},
+    "gshard": {**in_groups({**SERIAL, "norm": "layernorm", "activation": "relu"}),
                "moe": {"router": "gshard", "num_experts": 4, "top_k": 2, "capacity_factor": 0.8, "d_ff": 8,
                        "activation": "relu"}},
-    "sigmoid_bias": {"model": SERIAL, "moe": {"router": "sigmoid_bias", "num_experts": 6, "top_k": 3, "d_ff": 8}},
-    "sigmoid_bias, three of a group": {"model": SERIAL, "moe": {
+    "sigmoid_bias": {**in_groups(SERIAL), "moe": {"router": "sigmoid_bias", "num_experts": 6, "top_k": 3, "d_ff": 8}},
+    "sigmoid_bias, three of a group": {**in_groups(SERIAL), "moe": {
         "router": "sigmoid_bias", "num_experts": 16, "top_k": 6, "num_expert_groups": 4, "top_k_groups": 2, "d_ff": 8}},
-    "sigmoid_bias, one of a group": {"model": SERIAL, "moe": {
+    "sigmoid_bias, one of a group": {**in_groups(SERIAL), "moe": {
         "router": "sigmoid_bias", "num_experts": 12, "top_k": 2, "num_expert_groups": 4, "top_k_groups": 2, "d_ff": 8}},
-    "expert_choice": {"model": SERIAL, "moe": {"router": "expert_choice", "num_experts": 4, "top_k": 2,
+    "expert_choice": {**in_groups(SERIAL), "moe": {"router": "expert_choice", "num_experts": 4, "top_k": 2,
                                                "capacity_factor": 1.7, "d_ff": 8}},
 }
 
@@ -84,7 +85,7 @@ def _total(sums: Any, config: Config) -> Tensor:
 
 def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id: Tensor) -> list[Tensor]:
     """The four sums of one sequence. tokens: [seq + 1]"""
-    model = config.model
+    model, attention = config.model, config.attention
     norm = formulas.layer_norm if model.norm == "layernorm" else formulas.rms_norm
     x = weights["embedding.weight"][tokens[:-1]]
     losses = [torch.zeros((), dtype=x.dtype), torch.zeros((), dtype=x.dtype)]
@@ -93,16 +94,16 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id:
         own = {name.removeprefix(of): weight for name, weight in weights.items() if name.startswith(of)}
         h = norm(x, own["mixer_norm.weight"], model.norm_eps)
         mixed = formulas.attention(
-            h, {part: own[f"mixer.{part}.weight"] for part in "qkvo"}, model.num_heads, model.num_kv_heads,
-            theta=model.rope_theta if model.positions == "rope" else None, window=model.window,
-            alibi=model.positions == "alibi")
+            h, {part: own[f"mixer.{part}.weight"] for part in "qkvo"}, attention.num_heads, attention.num_kv_heads,
+            theta=attention.rope_theta if attention.positions == "rope" else None, window=attention.window,
+            alibi=attention.positions == "alibi")
         if model.block == "parallel":  # y = x + MLP(norm(x)) + Attention(norm(x)) (PaLM, section 2)
-            x = x + mixed + formulas.feed_forward(h, _dense(own), model.activation)
+            x = x + mixed + formulas.feed_forward(h, _dense(own), config.feed_forward.activation)
             continue
         x = x + mixed
         h = norm(x, own["channel_norm.weight"], model.norm_eps)
         if layer.channel_mixer == "feed_forward":
-            x = x + formulas.feed_forward(h, _dense(own), model.activation)
+            x = x + formulas.feed_forward(h, _dense(own), config.feed_forward.activation)
             continue
         router = own["channel_mixer.router.weight"]
         experts = [{part: own[f"channel_mixer.experts.{part}"][expert] for part in ("gate", "up", "down")

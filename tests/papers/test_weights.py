@@ -15,6 +15,7 @@ from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from moescale.optim.optimizer import build_optimizer
 from moescale.optim.schedule import learning_rate
+from tests.support.groups import in_groups
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FEATURES, HIDDEN, EXPERT = 96, 160, 128
@@ -27,8 +28,9 @@ FEATURES, HIDDEN, EXPERT = 96, 160, 128
 ])
 def test_weights_start_as_the_papers_say(init: str, deviation: Any, embedding: float) -> None:
     model = build_model(parse_config({
-        "model": {"init": init, "d_model": FEATURES, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16,
-                  "d_ff": HIDDEN, "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]},
+        **in_groups({"init": init, "d_model": FEATURES, "num_layers": 2,
+                     "num_heads": 4, "num_kv_heads": 4, "head_dim": 16,
+                  "d_ff": HIDDEN, "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]}),
         "moe": {"d_ff": EXPERT, "num_experts": 4}}, "test"), "cpu")
     initialize(model, seed=1)
     for name, weight in model.named_parameters():
@@ -57,8 +59,9 @@ def _fan_in(name: str) -> int:
 def test_a_step_is_adamw_with_decay_on_matrices_alone() -> None:
     """Three steps of algorithm 2 of Decoupled Weight Decay Regularization, with its schedule multiplier as lr."""
     config = parse_config({
-        "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 16,
-                  "vocab_size": 264, "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]},
+        **in_groups({"d_model": 16, "num_layers": 2,
+                     "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 16,
+                  "vocab_size": 264, "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]}),
         "moe": {"num_experts": 3, "d_ff": 8},
         "optim": {"lr": 0.01, "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.5}}, "test")
     model = build_model(config, "cpu").double()

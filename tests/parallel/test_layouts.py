@@ -17,37 +17,38 @@ from moescale.engine.native import NativeEngine
 from moescale.monitor.routing_metrics import WHOLE, routing_metrics
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
+from tests.support.groups import in_groups
 
 SEQ, GLOBAL_BATCH, VOCAB = 24, 8, 64
 MODEL = {"vocab_size": VOCAB, "d_model": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 FAMILIES = {
-    "mixtral": {"model": {**MODEL, "window": 7, "init": "fan_in"},
+    "mixtral": {**in_groups({**MODEL, "window": 7, "init": "fan_in"}),
                 "moe": {"num_experts": 8, "top_k": 2, "d_ff": 16, "router_z_coefficient": 1e-3}},
-    "switch": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+    "switch": {**in_groups({**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]}),
                "moe": {"num_experts": 4, "top_k": 1, "router": "switch", "capacity_factor": 1.0, "d_ff": 16,
                        "jitter": 0.01, "activation": "relu"}},
-    "gshard": {"model": {**MODEL, "init": "fan_in", "norm": "layernorm", "positions": "alibi"},
+    "gshard": {**in_groups({**MODEL, "init": "fan_in", "norm": "layernorm", "positions": "alibi"}),
                "moe": {"num_experts": 8, "top_k": 2, "router": "gshard", "capacity_factor": 1.0, "d_ff": 16}},
-    "deepseek": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+    "deepseek": {**in_groups({**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]}),
                  "moe": {"num_experts": 8, "top_k": 3, "d_ff": 8, "num_shared_experts": 2, "router": "sigmoid_bias",
                          "num_expert_groups": 4, "top_k_groups": 2, "bias_update_rate": 0.05}},
-    "expert_choice": {"model": {**MODEL, "init": "fan_in"},
+    "expert_choice": {**in_groups({**MODEL, "init": "fan_in"}),
                       "moe": {"num_experts": 8, "top_k": 2, "router": "expert_choice", "capacity_factor": 1.8,
                               "d_ff": 16, "router_z_coefficient": 1e-3}},
-    "surest": {"model": {**MODEL, "init": "fan_in"},
+    "surest": {**in_groups({**MODEL, "init": "fan_in"}),
                "moe": {"num_experts": 8, "top_k": 2, "router": "gshard", "capacity_factor": 0.8, "d_ff": 16,
                        "drop_by": "probability", "min_capacity": 2, "eval_capacity_factor": 1.0,
                        "balance_over": "global_batch"}},
-    "left_behind": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+    "left_behind": {**in_groups({**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]}),
                     "moe": {"num_experts": 4, "top_k": 1, "router": "switch", "capacity_factor": 0.9, "d_ff": 16,
                             "jitter": 0.01, "left_behind_choices": 3, "balance_over": "micro_batch",
                             "expert_dropout": 0.2}},
-    "sinkhorn": {"model": {**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]},
+    "sinkhorn": {**in_groups({**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]}),
                  "moe": {"num_experts": 8, "top_k": 3, "router": "sinkhorn", "capacity_factor": 1.0, "d_ff": 16,
                          "drop_by": "probability", "balance_over": "global_batch"}},
-    "palm": {"model": {**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
+    "palm": {**in_groups({**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
                        "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
-                       "pattern": [{"channel_mixer": "feed_forward"}]}},
+                       "pattern": [{"channel_mixer": "feed_forward"}]})},
 }
 LAYOUTS = [  # ranks, parallel degrees
     (2, {"ep": 2}), (2, {"tp": 2}), (2, {"cp": 2}), (2, {"pp": 2}),

@@ -9,14 +9,15 @@ import pytest
 from moescale.config import parse_config
 from moescale.planner.count import layer_flops_per_token
 from moescale.planner.stages import cut_into_stages
+from tests.support.groups import in_groups
 
 
 @pytest.mark.parametrize("pp", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("vocab_size", [264, 60000])
 def test_no_other_cut_is_better(pp: int, vocab_size: int) -> None:
     config = parse_config({
-        "model": {"num_layers": 7, "vocab_size": vocab_size, "d_model": 64, "d_ff": 2048,
-                  "pattern": [{"channel_mixer": "feed_forward"}, {}, {}]},
+        **in_groups({"num_layers": 7, "vocab_size": vocab_size, "d_model": 64, "d_ff": 2048,
+                  "pattern": [{"channel_mixer": "feed_forward"}, {}, {}]}),
         "moe": {"d_ff": 64}, "parallel": {"pp": pp},
     }, "test")
     layers, head = layer_flops_per_token(config)

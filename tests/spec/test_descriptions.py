@@ -16,20 +16,21 @@ from moescale.model.build import build_model
 from moescale.optim.optimizer import build_optimizer
 from moescale.spec.model import describe
 from moescale.spec.weights import Weight
+from tests.support.groups import in_groups
 
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
 SMALL = {"vocab_size": 40, "d_model": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 24}
 MIXED = [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]
 KINDS: dict[str, dict[str, Any]] = {
     f"{block}, {norm}, {activation}, {init}{', tied' if tied else ''}": {
-        "model": {**SMALL, "block": block, "norm": norm, "activation": activation, "init": init, "pattern": MIXED,
-                  "tied_embeddings": tied},
+        **in_groups({**SMALL, "block": block, "norm": norm, "activation": activation, "init": init, "pattern": MIXED,
+                  "tied_embeddings": tied}),
         "moe": {"num_experts": 4, "d_ff": 8, "activation": activation, "num_shared_experts": 2 if tied else 0}}
     for (block, norm, tied), (activation, init) in itertools.product(
         [("serial", "rmsnorm", False), ("parallel", "layernorm", True)],
         [("swiglu", "normal"), ("geglu", "fan_in"), ("gelu", "switch"), ("relu", "normal")])
 }
-KINDS["sigmoid_bias"] = {"model": SMALL, "moe": {"router": "sigmoid_bias", "num_experts": 4, "d_ff": 8}}
+KINDS["sigmoid_bias"] = {**in_groups(SMALL), "moe": {"router": "sigmoid_bias", "num_experts": 4, "d_ff": 8}}
 
 
 def check(config: Config, model: nn.Module) -> None:

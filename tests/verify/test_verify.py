@@ -26,11 +26,12 @@ from moescale.verify.candidates import Layout, every_layout, layouts_of, parse_l
 from moescale.verify.main import verify
 from moescale.verify.run import LayoutResult, Proof, make_cases, prepare, try_layouts
 from moescale.verify.shrink import shrink
+from tests.support.groups import in_groups
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SEED = 20261128  # the same in every run of the suite; the sample of the day draws its own
 RUN = parse_config({
-    "model": {"num_layers": 2, "window": 64, "init": "fan_in", "tied_embeddings": True, "z_loss_coefficient": 1e-4},
+    **in_groups({"num_layers": 2, "window": 64, "init": "fan_in", "tied_embeddings": True, "z_loss_coefficient": 1e-4}),
     "moe": {"router": "gshard", "capacity_factor": 1.0, "jitter": 0.01, "router_z_coefficient": 1e-3},
 }, "test")
 
@@ -135,16 +136,16 @@ def test_every_layout_fits_the_shrunk_run(name: str) -> None:
         assert small.moe.router == config.moe.router
         assert small.moe.top_k == config.moe.top_k
         assert (small.moe.num_experts > small.moe.top_k) == (config.moe.num_experts > config.moe.top_k)
-        assert (small.model.num_kv_heads == 1) == (config.model.num_kv_heads == 1)
-        assert (small.model.num_kv_heads == small.model.num_heads) == (
-            config.model.num_kv_heads == config.model.num_heads)
+        assert (small.attention.num_kv_heads == 1) == (config.attention.num_kv_heads == 1)
+        assert (small.attention.num_kv_heads == small.attention.num_heads) == (
+            config.attention.num_kv_heads == config.attention.num_heads)
 
 
 def test_shared_key_heads_fit_without_other_layouts() -> None:
-    run = parse_config({"model": {"num_heads": 8, "num_kv_heads": 4}}, "test")
+    run = parse_config({**in_groups({"num_heads": 8, "num_kv_heads": 4})}, "test")
     small = shrink(run, parse_layouts("tp8", run))
     assert make_cases(small, Layout(tp=8), 0)
-    assert small.model.num_kv_heads < 8
+    assert small.attention.num_kv_heads < 8
 
 
 def test_what_cannot_be_proven_is_one_line() -> None:
@@ -181,7 +182,7 @@ def test_layouts_are_read_and_enumerated() -> None:
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text(RUN.to_yaml())
-    command = ["verify", str(tmp_path / "run.yaml"), "model.window=null", "--layouts"]
+    command = ["verify", str(tmp_path / "run.yaml"), "attention.window=null", "--layouts"]
     runner = CliRunner()
     result = runner.invoke(app, [*command, "pp2", "--json", str(tmp_path / "out.json"), "--seed", "3"])
     assert result.exit_code == 0, result.output

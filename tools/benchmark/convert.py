@@ -30,7 +30,8 @@ from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import Layout, Opened
 from moescale.convert.run import convert, open_source
 
-MODEL = {"vocab_size": 32000, "d_model": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "rope_theta": 1e6}
+MODEL = {"vocab_size": 32000, "d_model": 4096}
+ATTENTION = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "rope_theta": 1e6}
 MOE = {"num_experts": 8, "top_k": 2, "d_ff": 14336}
 
 
@@ -65,7 +66,8 @@ def create_files(folder: Path, config: Config, sizes: Sizes) -> list[Stored]:
 
 
 def _config(layers: int) -> Config:
-    return parse_config({"model": {**MODEL, "num_layers": layers}, "moe": MOE, "data": {"tokenizer": "tokenizer.json"}},
+    return parse_config({"model": {**MODEL, "num_layers": layers}, "attention": ATTENTION, "moe": MOE,
+                         "data": {"tokenizer": "tokenizer.json"}},
                         "benchmark")
 
 

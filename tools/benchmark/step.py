@@ -31,16 +31,15 @@ from moescale.parallel.mesh import start_mesh
 BATCH, SEQ = 8, 256
 WARM_UP = 5
 COMPETITORS = ("moescale", "eager", "grouped_mm")
-MODEL = {
-    "vocab_size": 1024, "d_model": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32,
-    "window": 128, "rope_theta": 1e6,
-}
+MODEL = {"vocab_size": 1024, "d_model": 256, "num_layers": 4}
+ATTENTION = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "window": 128, "rope_theta": 1e6}
 MOE = {"num_experts": 8, "top_k": 2, "d_ff": 512}
 
 
 def make_config(compute: str) -> Config:
     return parse_config(
-        {"model": MODEL, "precision": {"compute": compute}, "data": {"seq_len": SEQ, "global_batch": BATCH},
+        {"model": MODEL, "attention": ATTENTION, "precision": {"compute": compute},
+         "data": {"seq_len": SEQ, "global_batch": BATCH},
          "moe": {**MOE, "load_balance_coefficient": 0.0},  # computed all the same
          "optim": {"weight_decay": 0.0, "lr": 1e-4, "schedule": "constant"}}, "benchmark",
     ).for_world(1)

@@ -27,16 +27,16 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
     granularity: parts that a copy is cut into along d_ff; a router gives all parts of a copy one score, and top_k takes
     whole copies. noise: share of each matrix's standard deviation that is added to it; the logits then change.
     """
-    config, parts = opened.config, granularity
+    config, dense, parts = opened.config, opened.config.feed_forward, granularity
     top_k = 2 * parts if top_k is None else top_k
     if config.num_moe_layers:
         raise ConfigError("--upcycle takes a dense model; this one has experts: write --experts N for more of them")
-    for key, number in (("--upcycle", num_experts), ("--top-k", top_k), ("model.d_ff", config.model.d_ff)):
+    for key, number in (("--upcycle", num_experts), ("--top-k", top_k), ("feed_forward.d_ff", dense.d_ff)):
         if number % parts:
             raise ConfigError(f"--granularity {parts} must divide {key} {number}")
     changed = _with(config, model={"pattern": [{"channel_mixer": "moe"}]}, moe={
-        "num_experts": num_experts, "top_k": top_k, "d_ff": config.model.d_ff // parts, "router": "mixtral",
-        "activation": config.model.activation,
+        "num_experts": num_experts, "top_k": top_k, "d_ff": dense.d_ff // parts, "router": "mixtral",
+        "activation": dense.activation,
     })
     recipes: dict[NativeName, Recipe] = {}
     for name, weight in native_weights(changed).items():

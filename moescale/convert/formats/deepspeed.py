@@ -214,7 +214,7 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
     if layout.etp not in (1, layout.tp):
         raise ConfigError(f"--etp {layout.etp} must be 1 or --tp {layout.tp}")
     for name, size, key in (
-        ("moe.num_experts", moe.num_experts, "ep"), ("model.num_kv_heads", model.num_kv_heads, "tp"),
+        ("moe.num_experts", moe.num_experts, "ep"), ("attention.num_kv_heads", config.attention.num_kv_heads, "tp"),
         ("model.vocab_size", model.vocab_size, "tp"), ("moe.d_ff", moe.d_ff, "etp"),
     ):
         if size % getattr(layout, key):

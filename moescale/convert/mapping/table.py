@@ -109,7 +109,7 @@ def query_groups(part: str) -> Transform:
         return (rows * (_ratio(at) + 2), *native[1:])
 
     def view(tensor: Tensor, at: At) -> Tensor:
-        ratio, head_dim = _ratio(at), at.config.model.head_dim
+        ratio, head_dim = _ratio(at), at.config.attention.head_dim
         groups = tensor.unflatten(0, (-1, ratio + 2, head_dim))
         return {"q": groups[:, :ratio], "k": groups[:, ratio], "v": groups[:, ratio + 1]}[part]
 
@@ -117,7 +117,7 @@ def query_groups(part: str) -> Transform:
 
 
 def _ratio(at: At) -> int:
-    return at.config.model.num_heads // at.config.model.num_kv_heads
+    return at.config.attention.num_heads // at.config.attention.num_kv_heads
 
 
 @dataclass(frozen=True)

@@ -214,15 +214,15 @@ COMMON = table(
     Key("vocab_size", 32000, "model.vocab_size"),
     Key("hidden_size", 4096, "model.d_model", POSITIVE),
     Key("num_hidden_layers", 32, "model.num_layers", POSITIVE),
-    Key("num_attention_heads", 32, "model.num_heads", POSITIVE),
-    Key("head_dim", None, "model.head_dim", HEAD_DIM),
-    Key("hidden_act", "silu", "model.activation", ACTIVATION),
+    Key("num_attention_heads", 32, "attention.num_heads", POSITIVE),
+    Key("head_dim", None, "attention.head_dim", HEAD_DIM),
+    Key("hidden_act", "silu", "feed_forward.activation", ACTIVATION),
     Key("tie_word_embeddings", False, "model.tied_embeddings", FLAG),
     Key("rope_scaling", None, translation=ELSEWHERE),
     Key("rope_parameters", None, translation=ELSEWHERE),
     Key("layer_types", None, translation=LAYER_TYPES),
 )
-DECODER = {"model.block": "serial", "model.norm": "rmsnorm", "model.positions": "rope", "model.scale_logits": False}
+DECODER = {"model.block": "serial", "model.norm": "rmsnorm", "attention.positions": "rope", "model.scale_logits": False}
 
 LAYER = "model.layers.{layer}."
 EMBEDDING = (row("embedding.weight", "model.embed_tokens.weight"),)

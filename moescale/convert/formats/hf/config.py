@@ -135,9 +135,9 @@ def write_notes(config: Config) -> list[str]:
                        ("moe.expert_dropout", moe.expert_dropout)):
         if value:
             notes.append(f"{key}={value} has no counterpart in transformers, which trains on without it")
-    if model.window is not None:
-        notes.append(f"llama.cpp knows no window for these models: its answers hold for the first {model.window} "
-                     "positions")
-    if (moe if config.num_moe_layers else model).activation == "geglu":
+    window = config.attention.window
+    if window is not None:
+        notes.append(f"llama.cpp knows no window for these models: its answers hold for the first {window} positions")
+    if (moe if config.num_moe_layers else config.feed_forward).activation == "geglu":
         notes.append("llama.cpp takes silu whatever hidden_act says: do not use this model there")
     return notes

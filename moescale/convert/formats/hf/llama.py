@@ -24,14 +24,14 @@ HEADS = Translation(ConfigJson.positive, fits=lambda value, config: config.model
 FAMILY = Family(
     "llama", "Llama", "feed_forward",
     keys=COMMON | table(
-        Key("num_attention_heads", 32, "model.num_heads", HEADS),  # its class wants hidden_size to be a multiple
-        Key("intermediate_size", 11008, "model.d_ff"),
-        Key("num_key_value_heads", None, "model.num_kv_heads", KEY_HEADS),
+        Key("num_attention_heads", 32, "attention.num_heads", HEADS),  # its class wants hidden_size to be a multiple
+        Key("intermediate_size", 11008, "feed_forward.d_ff"),
+        Key("num_key_value_heads", None, "attention.num_kv_heads", KEY_HEADS),
         Key("max_position_embeddings", 2048, "data.seq_len", SEQ_LEN),
         Key("rms_norm_eps", 1e-6, "model.norm_eps", NUMBER),
-        Key("rope_theta", 1e4, "model.rope_theta", THETA),
+        Key("rope_theta", 1e4, "attention.rope_theta", THETA),
     ),
     rows=(*EMBEDDING, *ATTENTION, *FEED_FORWARD, *HEAD),
-    fixed={**DECODER, "model.window": None},
+    fixed={**DECODER, "attention.window": None},
     constants={"attention_bias": False, "mlp_bias": False},
 )

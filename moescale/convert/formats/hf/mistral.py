@@ -21,12 +21,12 @@ from moescale.convert.formats.hf.base import (
 FAMILY = Family(
     "mistral", "Mistral", "feed_forward",
     keys=COMMON | table(
-        Key("intermediate_size", 14336, "model.d_ff"),
-        Key("num_key_value_heads", 8, "model.num_kv_heads", KEY_HEADS),
+        Key("intermediate_size", 14336, "feed_forward.d_ff"),
+        Key("num_key_value_heads", 8, "attention.num_kv_heads", KEY_HEADS),
         Key("max_position_embeddings", 131072, "data.seq_len", SEQ_LEN),
         Key("rms_norm_eps", 1e-6, "model.norm_eps", NUMBER),
-        Key("rope_theta", 1e4, "model.rope_theta", THETA),
-        Key("sliding_window", 4096, "model.window", WINDOW_ALWAYS),
+        Key("rope_theta", 1e4, "attention.rope_theta", THETA),
+        Key("sliding_window", 4096, "attention.window", WINDOW_ALWAYS),
     ),
     rows=(*EMBEDDING, *ATTENTION, *FEED_FORWARD, *HEAD),
 )

@@ -40,13 +40,13 @@ EXPERTS = {
 FAMILY = Family(
     "mixtral", "Mixtral", "moe",
     keys=COMMON | table(
-        Key("hidden_act", "silu", "moe.activation model.activation", ACTIVATION),
+        Key("hidden_act", "silu", "moe.activation feed_forward.activation", ACTIVATION),
         Key("intermediate_size", 14336, "moe.d_ff"),
-        Key("num_key_value_heads", 8, "model.num_kv_heads", KEY_HEADS),
+        Key("num_key_value_heads", 8, "attention.num_kv_heads", KEY_HEADS),
         Key("max_position_embeddings", 131072, "data.seq_len", SEQ_LEN),
         Key("rms_norm_eps", 1e-5, "model.norm_eps", NUMBER),
-        Key("rope_theta", 1e6, "model.rope_theta", THETA),
-        Key("sliding_window", None, "model.window", WINDOW),
+        Key("rope_theta", 1e6, "attention.rope_theta", THETA),
+        Key("sliding_window", None, "attention.window", WINDOW),
         Key("num_local_experts", 8, "moe.num_experts", alias="num_experts"),
         Key("num_experts_per_tok", 2, "moe.top_k"),
         Key("router_aux_loss_coef", 0.001, "moe.load_balance_coefficient", BALANCE),

@@ -116,7 +116,7 @@ def _kind_of(names: Iterable[str]) -> str:
 
 
 def _gated(config: Config, rows: Sequence[Row]) -> Sequence[Row]:
-    activation = config.moe.activation if config.num_moe_layers else config.model.activation
+    activation = config.moe.activation if config.num_moe_layers else config.feed_forward.activation
     return rows if activation in ("swiglu", "geglu") else ungated(rows)
 
 

@@ -141,16 +141,20 @@ def read_arguments(args: Namespace, source: str) -> Config:
         mixtures = _mixtures(get("moe_layer_freq", 1), layers) if get("num_experts") else [False] * layers
         model = {
             "vocab_size": get("padded_vocab_size", get("vocab_size")), "d_model": d_model, "num_layers": layers,
-            "num_heads": heads,
-            "num_kv_heads": get("num_query_groups", heads) if get("group_query_attention", False) else heads,
-            "head_dim": get("kv_channels", d_model // heads), "d_ff": get("ffn_hidden_size", 4 * d_model),
-            "activation": activation, "window": window[0] + 1 if window and window[0] >= 0 else None,
-            "positions": "none" if get("position_embedding_type") == "none" else "rope",
-            "rope_theta": float(get("rotary_base", 10000)),
             "norm_eps": epsilons.pop() if epsilons else 1e-5,
             "tied_embeddings": not get("untie_embeddings_and_output_weights", False), "pattern": _pattern(mixtures),
         }
-        groups = {"model": model, "data": {"seq_len": get("seq_length", 2048), "tokenizer": None}}
+        attention = {
+            "num_heads": heads,
+            "num_kv_heads": get("num_query_groups", heads) if get("group_query_attention", False) else heads,
+            "head_dim": get("kv_channels", d_model // heads),
+            "window": window[0] + 1 if window and window[0] >= 0 else None,
+            "positions": "none" if get("position_embedding_type") == "none" else "rope",
+            "rope_theta": float(get("rotary_base", 10000)),
+        }
+        groups = {"model": model, "attention": attention,
+                  "feed_forward": {"d_ff": get("ffn_hidden_size", 4 * d_model), "activation": activation},
+                  "data": {"seq_len": get("seq_length", 2048), "tokenizer": None}}
         if any(mixtures):
             groups["moe"] = _read_moe(get, activation, source)
             groups["moe"] |= _read_balance(get, groups["data"], source)
@@ -247,16 +251,17 @@ def _read_balance(get: Any, data: dict[str, Any], source: str) -> dict[str, Any]
 
 def write_arguments(config: Config, layout: Layout) -> Namespace:
     """Turn a run into the arguments that Megatron looks for in a checkpoint."""
-    model, moe = config.model, config.moe
+    model, attention, moe = config.model, config.attention, config.moe
     values: dict[str, Any] = {
-        "num_layers": model.num_layers, "hidden_size": model.d_model, "ffn_hidden_size": model.d_ff,
-        "num_attention_heads": model.num_heads, "group_query_attention": True, "num_query_groups": model.num_kv_heads,
-        "kv_channels": model.head_dim, "vocab_size": model.vocab_size, "padded_vocab_size": model.vocab_size,
-        "make_vocab_size_divisible_by": 1, "max_position_embeddings": config.data.seq_len,
-        "seq_length": config.data.seq_len, "normalization": "RMSNorm", "norm_epsilon": model.norm_eps,
-        "position_embedding_type": model.positions, "rotary_base": model.rope_theta, "rotary_percent": 1.0,
+        "num_layers": model.num_layers, "hidden_size": model.d_model, "ffn_hidden_size": config.feed_forward.d_ff,
+        "num_attention_heads": attention.num_heads, "group_query_attention": True,
+        "num_query_groups": attention.num_kv_heads, "kv_channels": attention.head_dim,
+        "vocab_size": model.vocab_size, "padded_vocab_size": model.vocab_size, "make_vocab_size_divisible_by": 1,
+        "max_position_embeddings": config.data.seq_len, "seq_length": config.data.seq_len,
+        "normalization": "RMSNorm", "norm_epsilon": model.norm_eps, "position_embedding_type": attention.positions,
+        "rotary_base": attention.rope_theta, "rotary_percent": 1.0,
         "swiglu": _activation(config) == "swiglu",
-        "window_size": None if model.window is None else (model.window - 1, 0),
+        "window_size": None if attention.window is None else (attention.window - 1, 0),
         "untie_embeddings_and_output_weights": not model.tied_embeddings, "add_bias_linear": False,
         "add_qkv_bias": False, "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.etp, "iteration": 0,
@@ -288,22 +293,23 @@ def write_arguments(config: Config, layout: Layout) -> Namespace:
 
 
 def _activation(config: Config) -> str:
-    return config.moe.activation if config.num_moe_layers else config.model.activation
+    return config.moe.activation if config.num_moe_layers else config.feed_forward.activation
 
 
 def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
     """Refuse by name what MoEScale can express and Megatron-Core cannot."""
     model, moe, mixtures = config.model, config.moe, config.num_moe_layers
+    attention, dense = config.attention, config.feed_forward
     groups = mixtures and moe.num_expert_groups > 1 and moe.top_k < moe.top_k_groups
     # there the weight of the only choice is its score as it is, or its share of all experts' probability, never 1
     one = mixtures and moe.top_k == 1 and (
         moe.router == "sigmoid_bias" or (moe.router == "mixtral" and moe.num_experts > 1))
     wrong = {
         "model.block": model.block != "serial", "model.norm": model.norm != "rmsnorm",
-        "model.positions": model.positions == "alibi", "model.scale_logits": model.scale_logits,
-        "model.activation": mixtures < model.num_layers and model.activation not in ("swiglu", "gelu"),
+        "attention.positions": attention.positions == "alibi", "model.scale_logits": model.scale_logits,
+        "feed_forward.activation": mixtures < model.num_layers and dense.activation not in ("swiglu", "gelu"),
         "moe.activation": mixtures and (moe.activation not in ("swiglu", "gelu") or (
-            mixtures < model.num_layers and moe.activation != model.activation)),
+            mixtures < model.num_layers and moe.activation != dense.activation)),
         "moe.router": mixtures and moe.router not in ("mixtral", "switch", "sigmoid_bias"),
         "moe.top_k_groups": groups, "moe.top_k": one,
         "moe.left_behind_choices": mixtures and moe.left_behind_choices > 1,
@@ -320,12 +326,12 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
     if layout.style == "torch_dist" and layout != Layout(style="torch_dist"):
         raise ConfigError("--style torch_dist is not cut by a layout, and loads in every one: leave out --ep, --tp, "
                           "--pp and --etp, or write --style sequential, grouped or te_grouped")
-    sizes = {"model.num_kv_heads": (model.num_kv_heads, "tp"), "model.vocab_size": (model.vocab_size, "tp"),
+    sizes = {"attention.num_kv_heads": (attention.num_kv_heads, "tp"), "model.vocab_size": (model.vocab_size, "tp"),
              "model.num_layers": (model.num_layers, "pp")}
     if mixtures:
         sizes |= {"moe.num_experts": (moe.num_experts, "ep"), "moe.d_ff": (moe.d_ff, "etp"), "--tp": (layout.tp, "etp")}
     if mixtures < model.num_layers:
-        sizes["model.d_ff"] = (model.d_ff, "tp")
+        sizes["feed_forward.d_ff"] = (dense.d_ff, "tp")
     for name, (size, key) in sizes.items():
         degree = getattr(layout, key)
         if size % degree:
