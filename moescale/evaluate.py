@@ -30,7 +30,7 @@ class Evaluation:
         kept, self.followed_sequences = (max(1, tokens // seq_len) for tokens in (KEPT_TOKENS, FOLLOWED_TOKENS))
         every = max(1, len(self.windows) // kept)  # from all of the text, which may be sorted by kind
         self.kept, self.followed = (
-            HeldOutRecorder(mesh.world_group, num_layers=config.model.num_layers, top_k=config.moe.top_k,
+            HeldOutRecorder(mesh.world_group, mesh.device, num_layers=config.model.num_layers, top_k=config.moe.top_k,
                             seq_len=seq_len, sequences=sequences, likely=likely)
             for sequences, likely in (
                 (range(0, len(self.windows), every)[:kept], (SHOWN_TOKENS, min(LIKELY, config.moe.num_experts))),
@@ -39,7 +39,7 @@ class Evaluation:
 
     def run(self, engine: Engine) -> dict[str, float]:
         """Keep which experts the tokens get, for the report. -> the losses of this moment, of all ranks"""
-        with self.kept.recording(engine.model):
+        with self.kept.recording(engine):
             loss = engine.evaluate(self._batches(self.config.monitor.eval_sequences))
         found = self.kept.result(self.layers) if self.layers else None
         if found is not None:
@@ -52,7 +52,7 @@ class Evaluation:
         """Look at a few sequences. -> on the first rank, how far their routing has moved since the last look"""
         if not self.layers:
             return {}
-        with self.followed.recording(engine.model):
+        with self.followed.recording(engine):
             engine.evaluate(self._batches(self.followed_sequences))
         found, before = self.followed.result(self.layers), self._before
         if found is None:

@@ -26,12 +26,11 @@ from moescale.config import Config, ConfigError, Stopped, TrainingError, any_of,
 from moescale.data.batches import Batches
 from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import Tokenizer, check_vocabulary, configured_tokenizer
-from moescale.engine.base import Engine, StepLosses
-from moescale.engine.native import NativeEngine
+from moescale.engine.base import StepLosses, build_engine
 from moescale.evaluate import Evaluation
 from moescale.files.writing import replace_text
 from moescale.monitor.alerts import Alerts
-from moescale.monitor.routing_metrics import routing_metrics, watch
+from moescale.monitor.routing_metrics import routing_metrics
 from moescale.monitor.terminal import Terminal
 from moescale.monitor.tracer import Tracer
 from moescale.monitor.wandb import Wandb
@@ -84,7 +83,7 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
                             limit_minutes=config.run.time_limit_minutes, started=started)
             requests.hold()
             try:
-                with name_lost_ranks(run.engine.model, config.run.timeout_seconds):
+                with name_lost_ranks(run.engine.where, config.run.timeout_seconds):
                     run.loop(orders)
             except Stopped as stop:
                 ranks.keep_word(stop.status)
@@ -178,7 +177,7 @@ class _Run:
         """checkpoint: what the run goes on from. standing: where it stands."""
         self.config, self.mesh, self.run_dir, self.tokenizer = config, mesh, run_dir, tokenizer
         self.corpus, self.batches = corpus, batches
-        self.engine: Engine = NativeEngine(config, mesh)
+        self.engine = build_engine(config, mesh)
         if checkpoint is not None:
             self.engine.load(checkpoint, standing.peak)
         self.tokens_per_step = config.data.global_batch * config.data.seq_len
@@ -221,12 +220,11 @@ class _Run:
             save = last or step % config.checkpoint.every == 0
             write = log or evaluate or self._follows(step)
             lr = engine.learning_rate
-            watch(engine.model, write)
             micro_batches = self.batches.micro_batches(
                 engine.step_count, self.mesh.batch_rank, self.mesh.batch_size, config.data.micro_batch or 1
             )
-            with self.tracer.step(step, engine.model, [(batch.tokens, batch.token_id) for batch in micro_batches]):
-                losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches])
+            with self.tracer.step(step, engine, [(batch.tokens, batch.token_id) for batch in micro_batches]):
+                losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches], watch=write)
                 grad_norm = engine.step()
             self.highest_loss.copy_(torch.maximum(self.highest_loss, losses.cross_entropy))
             if self.terminal is not None:
@@ -237,8 +235,7 @@ class _Run:
         self._refuse_divergence(loss=losses.cross_entropy.item(), gradient_norm=grad_norm.item())
         if write:
             metrics = self._figures(losses, grad_norm, lr, first, started)
-            routing = routing_metrics(engine.model, self.mesh.world_group, num_layers=config.model.num_layers,
-                                      num_experts=config.moe.num_experts)
+            routing = routing_metrics(engine.routing())
             with self._readable_errors():
                 moved = self.evaluation.follow(engine) if self._follows(step) else {}
                 evaluated = self.evaluation.run(engine) if evaluate else {}

@@ -15,7 +15,7 @@ from moescale.config.run import Config
 
 LONGEST = 200  # letters of a value that are shown
 HARMLESS = frozenset({
-    "run.dir", "run.steps", "run.timeout_seconds", "run.time_limit_minutes", "run.allow_changes",
+    "run.engine", "run.dir", "run.steps", "run.timeout_seconds", "run.time_limit_minutes", "run.allow_changes",
     "data.cache_dir", "data.global_batch", "data.max_epochs",
     "model.init",  # the weights are there
     "optim.lr", "optim.warmup_steps", "optim.schedule", "optim.final_lr_share", "optim.weight_decay",

@@ -24,6 +24,8 @@ def _check_project(name: str) -> str:
 
 
 class RunConfig(Group):
+    engine: Literal["native"] = "native"
+    """What runs the steps: `native` is torch's own FSDP2, pipelines and distributed checkpoints."""
     dir: LocalPath = "runs/default"
     """The folder that checkpoints, metrics.jsonl and config.yaml go to."""
     seed: int = Field(0, ge=0, lt=2**31)

@@ -1,24 +1,30 @@
-"""Who runs a step. The trainer knows this seam and nothing behind it."""
+"""Who runs a step. The trainer, proofs and reports know this seam and nothing behind it.
+
+An engine is a row of ENGINES, a class in a file of its own that is imported when a run names it, and a name in
+`run.engine`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from moescale.config import Config
 from moescale.data.batches import Batch
-from moescale.model.language_model import LanguageModel
 from moescale.optim.schedule import Peak
+from moescale.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class StepLosses:
     """Means over the global batch, each a scalar float64.
 
-    cross_entropy: nats a target. load_balance, router_z: a token and MoE layer, before their coefficients.
+    cross_entropy: nats per target. load_balance, router_z: per token and MoE layer, before their coefficients.
     """
 
     cross_entropy: Tensor
@@ -26,27 +32,133 @@ class StepLosses:
     router_z: Tensor
 
 
+@dataclass(frozen=True)
+class LayerCounts:
+    """What the router of one layer did in the last step, to the tokens of all ranks.
+
+    tokens_per_expert: rows of each expert. dropped: choices without a row, of `wanted` that could be. tokens: valid
+    ones. entropy, confidence: of the router's probabilities in nats, and the largest of them, summed over tokens, as
+    are its two losses. slots: of all experts, 0 without a capacity. surplus: rows that took a further pass, where there
+    is a budget. other_ranks, other_nodes: tokens that travel there, and bytes_sent by dispatch to other ranks, where
+    experts are spread. expert_bias: where there is one.
+    """
+
+    tokens_per_expert: list[int]
+    dropped: int
+    wanted: int
+    tokens: int
+    entropy: float
+    confidence: float
+    load_balance_loss: float
+    router_z_loss: float
+    slots: float = 0.0
+    surplus: int | None = None
+    other_ranks: int | None = None
+    other_nodes: int | None = None
+    bytes_sent: int | None = None
+    expert_bias: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class RoutingCounts:
+    """The counts of each mixture of experts, by its layer's index in the model, the same on every rank.
+
+    rows_between_ranks: [blocks][blocks], the rows that dispatch sent between blocks of ranks in a row, at most 32;
+    those that stayed are on the diagonal.
+    """
+
+    layers: Mapping[int, LayerCounts]
+    rows_between_ranks: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one layer's router decided about own tokens in one pass.
+
+    layer: its index in the model. token_id: [tokens] int64, -1 = padding. expert: [tokens, choices] int64, -1 = none.
+    weight: [tokens, choices] float32. probs: [tokens, experts] float32, the router's probabilities. scores: [tokens,
+    experts], whose order decides; None where tokens do not choose.
+    """
+
+    layer: int
+    token_id: Tensor
+    expert: Tensor
+    weight: Tensor
+    probs: Tensor
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """Own tokens after one half of a block. token_id: [tokens] int64, -1 = padding. x: [tokens, d_model]"""
+
+    layer: int
+    after: Literal["mixer", "channel_mixer"]
+    token_id: Tensor
+    x: Tensor
+
+
 class Engine(Protocol):
     """Holds the model and its optimizer on this rank."""
 
-    model: LanguageModel
-    step_count: int
+    @property
+    def step_count(self) -> int:
+        """How many steps were done."""
 
     @property
     def learning_rate(self) -> float:
         """The rate of the step to come."""
 
-    def forward_backward(self, batches: Sequence[Batch]) -> StepLosses:
-        """Add up the gradients of this rank's micro-batches of one step, the global batch's on return."""
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Show what learns, by its name in the whole model: this rank's part, a DTensor where several share it.
+
+        `grad` holds the gradient between forward_backward and step.
+        """
+
+    def routing(self) -> RoutingCounts:
+        """Add up over all ranks what the routers did in the last step, which was watched; all ranks must call."""
+
+    def record(
+        self, *, training: bool, choices: Callable[[Choices], None] | None = None,
+        features: Callable[[Features], None] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Show each pass of each layer on this rank while the context lasts, except what recompute runs again.
+
+        training: passes that have a backward; otherwise those of evaluation. features: between the halves of a block,
+        where they follow each other.
+        """
+
+    def where(self, error: BaseException) -> str:
+        """Say in which part of the model an error arose, and the sizes of what was to travel."""
+
+    def forward_backward(self, batches: Sequence[Batch], *, watch: bool = True) -> StepLosses:
+        """Add up the gradients of this rank's micro-batches of one step, the global batch's on return.
+
+        watch: whether `routing` will be asked for; otherwise the load alone is counted, which costs less.
+        """
 
     def step(self) -> Tensor:
-        """Clip, update every weight, clear the gradients. -> the gradient norm before clipping, scalar"""
+        """Clip, update every weight, clear the gradients; return the gradient norm before clipping, scalar."""
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        """-> cross entropy in nats a target, over all ranks' batches"""
+        """Return the cross entropy in nats per target, over all ranks' batches."""
 
     def save(self, run_dir: Path, files: Mapping[str, str | bytes], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint of this moment. files, state: small texts and values that belong to it."""
 
     def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
         """Go on from a checkpoint, whatever layout wrote it. peak: where the learning rate falls from."""
+
+
+def _native(config: Config, mesh: Mesh) -> Engine:
+    from moescale.engine.native import NativeEngine
+
+    return NativeEngine(config, mesh)
+
+
+ENGINES: dict[str, Callable[[Config, Mesh], Engine]] = {"native": _native}
+
+
+def build_engine(config: Config, mesh: Mesh) -> Engine:
+    """Make the engine that the run names, with first weights. config: settled by `Config.for_world`."""
+    return ENGINES[config.run.engine](config, mesh)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from moescale.checkpoint.store import load_checkpoint, read_state, save_checkpoint
-from moescale.comm.collectives import all_reduce_sum
 from moescale.config import Config
 from moescale.data.batches import Batch
-from moescale.engine.base import StepLosses
+from moescale.engine.accounting import (
+    StepAccount,
+    begin_statistics,
+    mean_cross_entropy,
+    mixtures,
+    move_biases,
+    routing_counts,
+)
+from moescale.engine.base import Choices, Features, RoutingCounts, StepLosses
+from moescale.engine.recording import recording
 from moescale.model.language_model import LanguageModel, LossSums
 from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.optim.optimizer import build_optimizer, count_from
 from moescale.optim.schedule import Peak, first_peak, learning_rate
 from moescale.parallel.balance import choices_counted, count_as_it_goes
-from moescale.parallel.expert import balance_by_bias, moe_layers
+from moescale.parallel.lost_ranks import where_in
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
 
@@ -33,6 +42,7 @@ class NativeEngine:
         self.config, self.mesh = config, mesh
         parallel_model = build_parallel_model(config, mesh)
         self.model, self.pieces = parallel_model.whole, parallel_model.pieces
+        self.mixtures = mixtures(self.model)
         self.pipeline = None
         if config.parallel.pp > 1:
             from moescale.parallel.pipeline import Pipeline
@@ -42,27 +52,31 @@ class NativeEngine:
         self.step_count = 0
         self.peak = first_peak(config.optim)
 
-    def forward_backward(self, batches: Sequence[Batch]) -> StepLosses:
-        """Add up the gradients of this rank's micro-batches; every loss is a global sum over one global count."""
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def routing(self) -> RoutingCounts:
+        return routing_counts(self.mixtures, self.config, self.mesh)
+
+    def record(
+        self, *, training: bool, choices: Callable[[Choices], None] | None = None,
+        features: Callable[[Features], None] | None = None,
+    ) -> AbstractContextManager[None]:
+        return recording(self.model, training=training, choices=choices, features=features)
+
+    def where(self, error: BaseException) -> str:
+        return where_in(error, self.model)
+
+    def forward_backward(self, batches: Sequence[Batch], *, watch: bool = True) -> StepLosses:
+        """Add up the gradients of this rank's micro-batches; those of a pipeline run in concert."""
         for piece in self.pieces:
             piece.train()
         if self.config.moe.balance_over == "global_batch":
             self._balance_over_global_batch(batches)
-        for layer in moe_layers(self.model):
-            layer.statistics.reset()
-        model, moe = self.config.model, self.config.moe
-        num_targets, num_tokens = self._global_counts(batches)
-        sums = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
-
-        def total(losses: LossSums) -> Tensor:
-            """The loss of one micro-batch; adds its parts to the sums."""
-            sums.add_(torch.stack(losses).detach())
-            loss = (losses.cross_entropy + model.z_loss_coefficient * losses.output_z) / num_targets
-            loss = loss + moe.load_balance_coefficient * losses.load_balance / num_tokens
-            return loss + moe.router_z_coefficient * losses.router_z / num_tokens
-
+        begin_statistics(self.mixtures, watch=watch)
+        account = StepAccount(batches, self.config, self.mesh)
         if self.pipeline is not None:
-            self.pipeline.forward_backward([vars(batch) for batch in batches], total)
+            self.pipeline.forward_backward([vars(batch) for batch in batches], account.loss)
             self.pipeline.tie()
         else:
             (piece,) = self.pieces
@@ -73,14 +87,11 @@ class NativeEngine:
                 for module in (piece, piece.embedding):
                     if isinstance(module, FSDPModule):
                         module.set_reshard_after_backward(last, recurse=False)  # the next pass begins with these
-                total(_run(piece, batch)).backward()
-        sums[:2] /= self.config.parallel.tp  # ranks of tp have the same sums of these
-        sums = all_reduce_sum(sums, self.mesh.world_group)
-        router_count = num_tokens * max(1, self.config.num_moe_layers)
-        return StepLosses(sums[0] / num_targets, sums[2] / router_count, sums[3] / router_count)
+                account.loss(_run(piece, batch)).backward()
+        return account.means()
 
     def step(self) -> Tensor:
-        """Clip, update every weight and expert bias, clear the gradients. -> the gradient norm before clipping"""
+        """Clip, update every weight and expert bias, clear the gradients; return the gradient norm before clipping."""
         optim = self.config.optim
         norm = clip_gradients(
             self.model.parameters(), optim.clip_norm, copies=() if self.pipeline is None else self.pipeline.copies,
@@ -90,7 +101,7 @@ class NativeEngine:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        balance_by_bias(self.model, self.config, self.mesh.world_group)
+        move_biases(self.mixtures, self.config, self.mesh)
         self.step_count += 1
         return norm
 
@@ -101,17 +112,16 @@ class NativeEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        """-> cross entropy in nats a target, over all ranks' batches"""
+        """Return the cross entropy in nats per target, over all ranks' batches."""
         for piece in self.pieces:
             piece.eval()
-        num_targets, _ = self._global_counts(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             sums = self._forward(batch)
             if sums is not None:
                 total += sums.cross_entropy
         self._reshard()
-        return float(all_reduce_sum(total / self.config.parallel.tp, self.mesh.world_group) / num_targets)
+        return mean_cross_entropy(total, batches, self.mesh)
 
     @torch.no_grad()
     def _balance_over_global_batch(self, batches: Sequence[Batch]) -> None:
@@ -128,7 +138,7 @@ class NativeEngine:
         self._reshard()
 
     def _forward(self, batch: Batch) -> LossSums | None:
-        """Run one micro-batch forward. -> its sums, in a pipeline where the last stage is"""
+        """Run one micro-batch forward and return its sums, in a pipeline where the last stage is."""
         return self.pipeline.evaluate(vars(batch)) if self.pipeline is not None else _run(self.pieces[0], batch)
 
     def _reshard(self) -> None:
@@ -168,12 +178,6 @@ class NativeEngine:
             for moment in moments(tuple(parameter.shape)):
                 tensors[f"optim.{moment}.{name}"] = self.optimizer.state[parameter][moment]
         return tensors
-
-    def _global_counts(self, batches: Sequence[Batch]) -> Tensor:
-        """-> [2] float32: targets that are not ignored and tokens that are not padding, over all ranks"""
-        counts = [torch.stack(((batch.targets != -100).sum(), (batch.token_id >= 0).sum())) for batch in batches]
-        total = all_reduce_sum(torch.stack(counts).sum(0), self.mesh.world_group) // self.mesh.copies
-        return total.float().clamp(min=1)
 
 
 def _run(model: LanguageModel, batch: Batch) -> LossSums:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moescale.monitor.seen import Seen, recording
+from moescale.engine.base import Choices, Engine
 
 
 class Tracer:
@@ -22,15 +22,15 @@ class Tracer:
         self._first = self._last = 0  # steps of the profile under way
 
     @contextmanager
-    def step(self, step: int, model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    def step(self, step: int, engine: Engine, batches: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """Surround the whole of one step. batches: tokens and token ids of each micro-batch, [batch, seq] int64"""
-        seen: list[Seen] = []
+        seen: list[Choices] = []
         if step in self.profile and self._profiler is None:
             self._profiler, self._first = torch.profiler.profile(), step
             self._profiler.start()
         self._last = step
         if step in self.trace:
-            with recording(model, seen.append, training=True):
+            with engine.record(training=True, choices=seen.append):
                 yield
             write_trace(self._path("trace", f"step_{step:08d}", "parquet"), step, seen, batches)
         else:
@@ -51,7 +51,7 @@ class Tracer:
         return self.run_dir / folder / f"{name}_rank_{self.rank}.{ending}"
 
 
-def write_trace(path: Path, step: int, seen: Sequence[Seen], batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+def write_trace(path: Path, step: int, seen: Sequence[Choices], batches: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write a row for each token, layer and expert that it got.
 
     Columns: step, layer, serial (the token's `token_id`), token (its id), choice (0 is the first), expert,

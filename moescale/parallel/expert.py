@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from moescale.comm.collectives import Group, all_reduce_sum
-from moescale.config import Config
-from moescale.model.language_model import LanguageModel
 from moescale.moe.budget import RowBudget
 from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.hops import Hop
 from moescale.moe.layer import MoELayer
-from moescale.moe.routers import SigmoidBiasRouter
 from moescale.parallel.mesh import Mesh, node_ranks
 
 HIDDEN = {"gate": 1, "up": 1, "down": 2}  # the dim of the hidden features, which `etp` cuts
@@ -75,25 +70,6 @@ def _all_gather(mesh: Mesh, label: str) -> list[Hop]:
 
 
 DISPATCHERS = {"all_to_all": _all_to_all, "hierarchical": _hierarchical, "all_gather": _all_gather}
-
-
-def balance_by_bias(model: LanguageModel, config: Config, group: Group) -> None:
-    """Show each router that balances by a bias the load of its layer, of all ranks, once a step.
-
-    group: all ranks, in a pipeline too, where each layer's row is zero on ranks that do not hold it.
-    """
-    if config.moe.router != "sigmoid_bias":
-        return
-    layers = {int(index): block.channel_mixer for index, block in model.blocks.items()
-              if isinstance(block.channel_mixer, MoELayer)}
-    loads = torch.zeros(config.model.num_layers, config.moe.num_experts, dtype=torch.int64,
-                        device=next(model.parameters()).device)
-    for index, layer in layers.items():
-        loads[index] = layer.statistics.tokens_per_expert
-    all_reduce_sum(loads, group)
-    for index, layer in layers.items():
-        assert isinstance(layer.router, SigmoidBiasRouter)
-        layer.router.balance(loads[index])
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -15,8 +15,11 @@ from moescale.config import LostRanksError, TrainingError, is_of_lost_ranks
 
 
 @contextmanager
-def name_lost_ranks(model: nn.Module, timeout_seconds: float) -> Iterator[None]:
-    """Raise LostRanksError, one line with rank, place and sizes, where ranks do not meet within the time-out."""
+def name_lost_ranks(where: Callable[[BaseException], str], timeout_seconds: float) -> Iterator[None]:
+    """Raise LostRanksError, one line with rank, place and sizes, where ranks do not meet within the time-out.
+
+    where: says where in the model an error arose.
+    """
     try:
         yield
     except TrainingError:
@@ -26,12 +29,12 @@ def name_lost_ranks(model: nn.Module, timeout_seconds: float) -> Iterator[None]:
         if not known and not is_of_lost_ranks(error):
             raise
         said = " ".join(str(error).split())
-        cause = said if known else f"rank {dist.get_rank()}, {_place(error, model)}: {said}"
+        cause = said if known else f"rank {dist.get_rank()}, {where(error)}: {said}"
         raise LostRanksError(f"{cause}; see what other ranks say first. If one only needs longer than "
                              f"{timeout_seconds:g} s, raise run.timeout_seconds") from error
 
 
-def _place(error: BaseException, model: nn.Module) -> str:
+def where_in(error: BaseException, model: nn.Module) -> str:
     """Read the innermost module, and the sizes that were to travel, off the frames that the error went through."""
     names = {id(module): name or "the whole model" for name, module in model.named_modules()}
     place, sizes = "outside the model", ""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moescale.config import Config
 from moescale.data.batches import Batch
-from moescale.engine.native import NativeEngine
-from moescale.model.block import Block
-from moescale.moe.layer import MoELayer
+from moescale.engine.base import Choices, Features, build_engine
 from moescale.monitor.routing_metrics import WHOLE, routing_metrics
 from moescale.parallel.mesh import Mesh
+
+HALVES = ("mixer", "channel_mixer")  # of a block
 
 
 @dataclass(frozen=True)
@@ -71,23 +70,22 @@ def observe_step(config: Config, mesh: Mesh, batches: Batch) -> Observation:
 
     config: settled. batches: the global batch.
     """
-    engine = NativeEngine(config, mesh)
-    observer = _Observer(engine.model, config)
-    first = _copy({name: parameter.data for name, parameter in engine.model.named_parameters()})
+    engine, observer = build_engine(config, mesh), _Observer(config)
+    first = _copy(engine.parameters())
     local = _local_batches(batches, mesh.batch_rank, mesh.batch_size, config.data.micro_batch)
-    losses = engine.forward_backward(local)
-    gradients = _copy({name: parameter.grad for name, parameter in engine.model.named_parameters()})
-    metrics = routing_metrics(
-        engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)
+    with engine.record(training=True, choices=observer.choices, features=observer.features):
+        losses = engine.forward_backward(local)
+    gradients = _copy({name: parameter.grad for name, parameter in engine.parameters().items()})
+    metrics = routing_metrics(engine.routing())
     counts = {key: value for key, value in metrics.items() if key.endswith(WHOLE) and "/layer_" in key}
     norm = engine.step()
-    updated = _copy({name: parameter.data for name, parameter in engine.model.named_parameters()})
+    updated = _copy(engine.parameters())
     figures: dict[str, float | Tensor] = {
         "loss": losses.cross_entropy, "load-balance loss": losses.load_balance, "router z-loss": losses.router_z,
         "gradient norm": norm, "loss in evaluation": engine.evaluate(local),
     }
     return Observation({name: float(value) for name, value in figures.items()}, counts, first, gradients, updated,
-                 observer.stream, observer.seen, observer.kept, observer.closest)
+                       observer.stream, observer.seen, observer.kept, observer.closest)
 
 
 def _local_batches(batches: Batch, rank: int, num_ranks: int, micro_batch: int | None) -> Sequence[Batch]:
@@ -102,60 +100,27 @@ def _copy(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
 class _Observer:
     """Records the features between sublayers, token by token, while the model trains."""
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, config: Config) -> None:
         layers, tokens = config.model.num_layers, config.data.global_batch * config.data.seq_len
-        self.d_model = config.model.d_model
-        self.stream = torch.zeros(layers, 2, tokens, self.d_model, dtype=torch.float64)
+        self.stream = torch.zeros(layers, 2, tokens, config.model.d_model, dtype=torch.float64)
         self.seen = torch.zeros(layers, 2, tokens, dtype=torch.int32)
         self.kept = torch.zeros(layers, tokens, config.moe.num_experts, dtype=torch.int32)
         self.closest = math.inf
-        # the token ids of the block under way; None in what recompute runs again
-        self.token_id: Tensor | None = None
-        for name, module in model.named_modules():
-            if isinstance(module, Block):
-                self._watch(int(name.rpartition(".")[2]), module)
 
-    def _watch(self, index: int, block: Block) -> None:
-        def begin(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if torch.is_grad_enabled():  # not in a pass that counts choices alone
-                self.token_id = block.sequence.own(inputs[2]).flatten()  # type: ignore[operator, union-attr]
+    def features(self, features: Features) -> None:
+        half, valid = HALVES.index(features.after), features.token_id >= 0
+        token_id = features.token_id[valid]
+        self.stream[features.layer, half, token_id] = features.x[valid].double()
+        self.seen[features.layer, half, token_id] += 1
 
-        def mixed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._write(norm, index, 0, inputs[0])
-
-        def routed(router: nn.Module, inputs: object, outputs: tuple[Any, Tensor]) -> None:
-            routing = outputs[0]
-            if router.training and self.token_id is not None:
-                expert = torch.arange(self.kept.shape[2]).repeat_interleave(routing.tokens_per_expert)
-                one = torch.ones((), dtype=torch.int32)
-                self.kept[index].index_put_((self.token_id[routing.token], expert), one, accumulate=True)
-
-        def end(block: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
-            self._write(block, index, 1, outputs[0])
-            self.token_id = None
-
-        block.register_forward_pre_hook(begin)
-        if block.channel_norm is not None:
-            block.channel_norm.register_forward_pre_hook(mixed)
-        if isinstance(block.channel_mixer, MoELayer):
-            router = block.channel_mixer.router
-            router.register_forward_hook(routed)
-            router.choose = partial(self._choose, router.choose, router.num_choices)  # type: ignore[method-assign]
-        block.register_forward_hook(end)
-
-    def _choose(
-        self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], choices: int, logits: Tensor, probs: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if logits.shape[-1] > 1 and self.token_id is not None and (self.token_id >= 0).any():
-            best = logits.detach().flatten(0, 1)[self.token_id >= 0].sort(descending=True).values[:, : choices + 1]
+    def choices(self, choices: Choices) -> None:
+        token, choice = (choices.expert >= 0).nonzero(as_tuple=True)
+        one = torch.ones((), dtype=torch.int32)
+        self.kept[choices.layer].index_put_(
+            (choices.token_id[token], choices.expert[token, choice]), one, accumulate=True)
+        valid = choices.token_id >= 0
+        if choices.scores is not None and choices.scores.shape[-1] > 1 and valid.any():
+            ordered = choices.scores[valid].sort(descending=True).values
+            best = ordered[:, : choices.expert.shape[1] + 1]
             gap = (best[:, :-1] - best[:, 1:]).min() / best.abs().max()
             self.closest = min(self.closest, float(gap))
-        return choose(logits, probs)
-
-    @torch.no_grad()
-    def _write(self, module: nn.Module, index: int, sublayer: int, x: Tensor) -> None:
-        """Record features by token id. sublayer: 0 = mixer, 1 = channel mixer. x: [batch, seq/cp/tp, d_model]"""
-        if module.training and self.token_id is not None:
-            valid = self.token_id >= 0
-            self.stream[index, sublayer, self.token_id[valid]] = x.flatten(0, 1)[valid].double()
-            self.seen[index, sublayer, self.token_id[valid]] += 1

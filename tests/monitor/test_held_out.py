@@ -16,7 +16,7 @@ from moescale.data.token_file import prepare_tokens
 from moescale.data.tokenizer import ByteTokenizer, load_tokenizer
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation, shown
-from moescale.monitor.routing_metrics import layers
+from moescale.parallel.expert import moe_layers
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 from moescale.record.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting
@@ -70,7 +70,7 @@ def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
         token_id = router.sequence.own(inputs[1])
         found.update(zip(token_id.flatten().tolist(), latest.pop().flatten(0, 1).tolist(), strict=True))
 
-    for _, layer in layers(engine.model):  # one, which some stage of a pipeline holds
+    for layer in moe_layers(engine.model):  # one, which some stage of a pipeline holds
         assert layer.router.look == layer.statistics.look, "as it was"
         layer.router.look = lambda probs, valid: latest.append(probs)
         layer.router.register_forward_hook(see)

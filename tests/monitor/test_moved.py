@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from moescale.data.split import TokenSplit
 from moescale.data.tokenizer import ByteTokenizer
+from moescale.engine.base import Choices
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
 from moescale.monitor.routing_metrics import routing_metrics
-from moescale.monitor.seen import Seen, recording
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
 from moescale.record.held_out import moved
@@ -45,8 +45,7 @@ def run(folder: Path, family: str, parallel: dict[str, Any], follow: bool) -> di
             for look in (False, True):
                 if look:
                     looks.append(evaluation.follow(engine))
-                counts.append(routing_metrics(engine.model, mesh.world_group, num_layers=4,
-                                              num_experts=config.moe.num_experts))
+                counts.append(routing_metrics(engine.routing()))
     cut = [isinstance(parameter, DTensor) for parameter in engine.model.parameters()]
     stop_mesh()
     return {"losses": losses, "counts": counts, "looks": looks, "cut": cut}
@@ -84,8 +83,8 @@ def test_moved_equals_a_recount(tmp_path: Path) -> None:
     evaluation = Evaluation(config, mesh, make_split(), ByteTokenizer(), tmp_path)
     found: list[dict[tuple[int, int], set[int]]] = []
     for _ in range(2):
-        seen: list[Seen] = []
-        with recording(engine.model, seen.append, training=False):
+        seen: list[Choices] = []
+        with engine.record(training=False, choices=seen.append):
             figures = evaluation.follow(engine)
         found.append({(each.layer, token_id): set(experts) - {-1} for each in seen for token_id, experts
                       in zip(each.token_id.tolist(), each.expert.tolist(), strict=True) if token_id >= 0})

@@ -31,9 +31,9 @@ def trace(run_dir: Path, family: str, parallel: dict[str, Any]) -> tuple[dict[st
     tracer = Tracer(run_dir, mesh.rank, trace=range(STEP, STEP + 1), profile=range(0))
     for step in range(1, STEP + 1):
         batches = make_batches(step, mesh.batch_rank, mesh.batch_size)
-        with tracer.step(step, engine.model, [(batch.tokens, batch.token_id) for batch in batches]):
+        with tracer.step(step, engine, [(batch.tokens, batch.token_id) for batch in batches]):
             engine.forward_backward(batches)
-    metrics = routing_metrics(engine.model, mesh.world_group, num_layers=4, num_experts=EXPERTS)
+    metrics = routing_metrics(engine.routing())
     return metrics, 0 if mesh.expert_group is None else torch.distributed.get_rank(mesh.expert_group)
 
 

@@ -22,7 +22,7 @@ def profile(run_dir: Path, ranks: int, last: int) -> None:
     engine = NativeEngine(config, mesh)
     tracer = Tracer(run_dir, mesh.rank, trace=range(0), profile=range(2, 4))
     for step in range(1, last + 1):
-        with tracer.step(step, engine.model, []):
+        with tracer.step(step, engine, []):
             engine.forward_backward(make_batches(step, mesh.batch_rank, mesh.batch_size))
     tracer.close()
 

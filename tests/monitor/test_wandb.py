@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from moescale.cli import app
 from moescale.config import parse_config
-from moescale.moe.statistics import COUNTS, SUMS
-from moescale.monitor.routing_metrics import FACTS, _layer_metrics, _summary
+from moescale.engine.base import LayerCounts, RoutingCounts
+from moescale.monitor.routing_metrics import routing_metrics
 from moescale.monitor.wandb import Wandb
 from moescale.monitor.wandb_workspaces import make_workspace
 from moescale.record.figures import figure
@@ -34,11 +34,11 @@ def make_metrics(step: int) -> dict[str, Any]:
     """What a large run logs, through the same words as the trainer's."""
     rng = random.Random(step)
     metrics: dict[str, Any] = {"loss": 3.0 - step / 100, "tokens": step, "tokens_per_second": 1e5, "grad_norm": 1.0}
-    for layer in range(LAYERS):
-        row = [rng.randrange(50, 150) for _ in range(EXPERTS)] + [7.0] * (len(COUNTS) + len(SUMS) + len(FACTS))
-        row += [rng.random() for _ in range(EXPERTS)]
-        metrics.update({f"moe/layer_{layer:02d}/{key}": value for key, value in _layer_metrics(row, EXPERTS).items()})
-    return {**metrics, **_summary(metrics), "moe/rows_between_ranks": [[1] * 32] * 32}
+    layers = {layer: LayerCounts(
+        tokens_per_expert=[rng.randrange(50, 150) for _ in range(EXPERTS)], dropped=7, wanted=7, tokens=7, entropy=7.0,
+        confidence=7.0, load_balance_loss=7.0, router_z_loss=7.0, slots=7.0, surplus=7, other_ranks=7, other_nodes=7,
+        bytes_sent=7, expert_bias=[rng.random() for _ in range(EXPERTS)]) for layer in range(LAYERS)}
+    return {**metrics, **routing_metrics(RoutingCounts(layers, [[1] * 32] * 32))}
 
 
 def read_back(run_dir: Path) -> list[dict[str, Any]]:

@@ -122,8 +122,7 @@ def run_steps(family: str, parallel: dict[str, Any], compute: str, steps: int) -
             gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
         norm = engine.step()
         figures = [float(x) for x in (losses.cross_entropy, losses.load_balance, losses.router_z, norm)]
-        counts = routing_metrics(
-            engine.model, mesh.world_group, num_layers=config.model.num_layers, num_experts=config.moe.num_experts)
+        counts = routing_metrics(engine.routing())
         history.append((figures, {key: count for key, count in counts.items() if not key.endswith(OF_A_LAYOUT)}))
     biases = {name: buffer.clone() for name, buffer in engine.model.named_buffers() if name.endswith("expert_bias")}
     evaluated = engine.evaluate(make_batches(99, mesh.batch_rank, mesh.batch_size))

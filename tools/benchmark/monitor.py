@@ -25,7 +25,8 @@ from moescale.config import Config, load_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.monitor.alerts import Alerts
-from moescale.monitor.routing_metrics import layers, routing_metrics, watch
+from moescale.monitor.routing_metrics import routing_metrics
+from moescale.parallel.expert import moe_layers
 from moescale.parallel.mesh import start_mesh
 from moescale.record.metrics import JsonLines
 
@@ -42,27 +43,24 @@ class Bench:
         self.engine = NativeEngine(config, start_mesh(config))
         self.lines = JsonLines(folder, 0)
         self.alerts = Alerts(top_k=config.moe.top_k, every=config.monitor.every, dropped_limit=1.0)
-        for _, layer in layers(self.engine.model):
+        for layer in moe_layers(self.engine.model):
             for name in TIMED:
                 setattr(layer.statistics, name, partial(self._timed, getattr(layer.statistics, name)))
             layer.router.look = layer.statistics.look
 
     def step(self, kind: str, batches: list[Batch]) -> tuple[float, float]:
         """-> seconds of the whole step, and of what was inside it"""
-        watch(self.engine.model, kind == "logged")
-        for _, layer in layers(self.engine.model):
+        for layer in moe_layers(self.engine.model):
             layer.statistics.counting = kind != "nothing counted"
         self.inside, started = 0.0, time.perf_counter()
-        losses = self.engine.forward_backward(batches)
+        losses = self.engine.forward_backward(batches, watch=kind == "logged")
         self.engine.step()
         if kind == "logged":
             self._timed(partial(self._log, losses.cross_entropy.item()))
         return time.perf_counter() - started, self.inside
 
     def _log(self, loss: float) -> None:
-        model = self.config.model
-        metrics = routing_metrics(self.engine.model, None, num_layers=model.num_layers,
-                                  num_experts=self.config.moe.num_experts)
+        metrics = routing_metrics(self.engine.routing())
         metrics |= {"loss": loss, "loss_max": loss}
         metrics["alerts"] = self.alerts.look(metrics)
         self.lines.write(self.engine.step_count, metrics)

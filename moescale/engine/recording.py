@@ -1,0 +1,95 @@
+"""Shows what passes through the layers of a model while an engine runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moescale.engine.accounting import mixtures
+from moescale.engine.base import Choices, Features
+from moescale.model.block import Block
+from moescale.model.language_model import LanguageModel
+from moescale.moe.layer import MoELayer
+
+
+@contextmanager
+def recording(
+    model: LanguageModel, *, training: bool, choices: Callable[[Choices], None] | None = None,
+    features: Callable[[Features], None] | None = None,
+) -> Iterator[None]:
+    """Show each pass of this rank's layers, as `Engine.record` says."""
+    with ExitStack() as shown:
+        if choices is not None:
+            for index, layer in mixtures(model).items():
+                shown.enter_context(_choices(index, layer, choices, training))
+        if features is not None:
+            for name, block in model.blocks.items():
+                shown.enter_context(_features(int(name), block, features, training))
+        yield
+
+
+@contextmanager
+def _choices(index: int, layer: MoELayer, take: Callable[[Choices], None], training: bool) -> Iterator[None]:
+    router = layer.router
+    look, choose = router.look, router.choose  # the statistics', or those of another recording
+    probs: list[Tensor] = []
+    scores: list[Tensor] = []
+
+    def looks(each: Tensor, valid: Tensor) -> None:
+        probs[:] = [each.detach().flatten(0, 1)]
+        if look is not None:
+            look(each, valid)
+
+    def chooses(logits: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+        scores[:] = [logits.detach().flatten(0, 1)]
+        return choose(logits, each)
+
+    def see(router: nn.Module, inputs: tuple[Tensor, Tensor], outputs: Any) -> None:
+        if layer.statistics.counting and router.training == training == torch.is_grad_enabled():
+            routing = outputs[0]
+            none = routing.row < 0
+            row = routing.row.clamp(min=0)
+            expert, weight = routing.expert, routing.weight.detach()
+            if not len(expert):  # no token here has any
+                expert, weight = expert.new_zeros(1), weight.new_zeros(1)
+            token_id = layer.router.sequence.own(inputs[1]).flatten()
+            take(Choices(index, token_id, expert[row].masked_fill(none, -1), weight[row].masked_fill(none, 0),
+                         probs.pop(), scores.pop() if scores else None))
+
+    router.look, router.choose = looks, chooses  # type: ignore[method-assign, assignment]
+    hook = router.register_forward_hook(see)
+    try:
+        yield
+    finally:
+        hook.remove()
+        router.look, router.choose = look, choose  # type: ignore[method-assign]
+
+
+@contextmanager
+def _features(index: int, block: nn.Module, take: Callable[[Features], None], training: bool) -> Iterator[None]:
+    token_ids: list[Tensor] = []  # of the own tokens while the block runs; none in what recompute runs again
+
+    def begin(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if block.training == training == torch.is_grad_enabled():
+            token_ids[:] = [block.sequence.own(inputs[2]).flatten()]  # type: ignore[operator, union-attr]
+
+    def mixed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if token_ids:
+            take(Features(index, "mixer", token_ids[0], inputs[0].detach().flatten(0, 1)))
+
+    def end(block: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
+        if token_ids:
+            take(Features(index, "channel_mixer", token_ids.pop(), outputs[0].detach().flatten(0, 1)))
+
+    hooks = [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
+    if isinstance(block, Block) and block.channel_norm is not None:
+        hooks.append(block.channel_norm.register_forward_pre_hook(mixed))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
