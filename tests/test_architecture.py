@@ -14,17 +14,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moescale"
 MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
     "errors": set(), "files": set(), "spec": set(), "config": {"files", "spec"}, "comm": set(), "ops": {"comm"},
-    "data": {"config", "files"}, "optim": {"comm", "config"}, "layers": {"comm", "ops"},
+    "data": {"config", "files"}, "optim": {"comm", "config", "spec"}, "layers": {"comm", "ops"},
     "mixers": {"comm", "layers", "ops"}, "moe": {"comm", "layers", "ops"},
     "model": {"comm", "config", "layers", "mixers", "moe", "ops", "spec"},
-    "parallel": {"cluster", "comm", "config", "layers", "mixers", "moe", "model", "ops", "planner"},
+    "parallel": {"cluster", "comm", "config", "layers", "mixers", "moe", "model", "ops", "planner",
+                 "spec"},
     "checkpoint": {"config", "files"}, "cluster": {"checkpoint", "config", "files"},
     "convert": {"checkpoint", "config", "data", "files", "optim", "record", "spec"},
-    "planner": {"config"}, "record": {"files"}, "report": {"config", "files", "planner", "record"},
+    "planner": {"config", "spec"}, "record": {"files"}, "report": {"config", "files", "planner", "record"},
     "monitor": {"config", "engine", "files", "moe", "planner", "record", "report"},
     "verify": {"checkpoint", "comm", "config", "convert", "data", "engine", "files", "model", "moe", "monitor",
                "optim", "parallel", "record", "spec"},
-    "engine": {"checkpoint", "comm", "config", "data", "model", "moe", "optim", "parallel"},
+    "engine": {"checkpoint", "comm", "config", "data", "model", "moe", "optim", "parallel",
+               "spec"},
 }
 FREE = {"cli", "trainer", "evaluate", "generate", "scoring", "resume", "__init__", "__main__"}
 FOREIGN = {"deepspeed", "megatron", "wandb", "wandb_workspaces", "transformers", "triton"}

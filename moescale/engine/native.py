@@ -33,6 +33,7 @@ from moescale.parallel.balance import choices_counted, count_as_it_goes
 from moescale.parallel.lost_ranks import where_in
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
+from moescale.spec.model import describe
 
 
 class NativeEngine:
@@ -48,7 +49,7 @@ class NativeEngine:
             from moescale.parallel.pipeline import Pipeline
 
             self.pipeline = Pipeline(self.pieces, config, mesh)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, describe(config), config.optim)
         self.step_count = 0
         self.peak = first_peak(config.optim)
 

@@ -15,12 +15,12 @@ GATED = frozenset({"swiglu", "geglu"})  # these multiply the activation with a s
 class FeedForward(nn.Module):
     """Widen to d_ff, activate, narrow again: a dense channel mixer."""
 
-    def __init__(self, d_model: int, d_ff: int, activation: str, init: str) -> None:
+    def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
         super().__init__()
         self.activation = ops.ACTIVATIONS[ACTIVATIONS[activation]]
-        self.gate = Linear(d_model, d_ff, init) if activation in GATED else None
-        self.up = Linear(d_model, d_ff, init)
-        self.down = Linear(d_ff, d_model, init)
+        self.gate = Linear(d_model, d_ff) if activation in GATED else None
+        self.up = Linear(d_model, d_ff)
+        self.down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor, token_id: Tensor) -> tuple[Tensor, Tensor]:
         """x: [batch, seq, d_model]. token_id: [batch, seq], not used. -> like x; the two losses of a router: zeros"""

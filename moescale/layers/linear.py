@@ -1,8 +1,7 @@
-"""Matrices and how they start. A weight is float32; it is cast to the dtype of what it meets."""
+"""Matrices. A weight is float32; it is cast to the dtype of what it meets."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,39 +13,14 @@ from moescale.comm.collectives import local_tensor
 from moescale.ops.product import linear
 
 T = TypeVar("T")
-Fill = Callable[[Tensor, torch.Generator], object]
-"""Fills a tensor in place. Each module says in `initial` how each of its own parameters starts."""
-
-
-def ones(tensor: Tensor, generator: torch.Generator) -> object:
-    return tensor.fill_(1)
-
-
-def normal(std: float) -> Fill:
-    return lambda tensor, generator: tensor.normal_(0, std, generator=generator)
-
-
-def truncated_normal(std: float) -> Fill:
-    """A normal cut at two of its standard deviations (Switch Transformers, sec. 2.4)."""
-    return lambda tensor, generator: nn.init.trunc_normal_(tensor, 0, std, -2 * std, 2 * std, generator=generator)
-
-
-def matrix_fill(init: str, fan_in: int) -> Fill:
-    """How a matrix of `fan_in` input features starts under `model.init`."""
-    if init == "normal":
-        return normal(0.02)
-    if init == "fan_in":
-        return normal(fan_in**-0.5)  # PaLM, sec. 2
-    return truncated_normal(math.sqrt(0.1 / fan_in))  # a tenth of the usual variance (Switch Transformers, table 3)
 
 
 class Linear(nn.Module):
     """Multiply by a matrix, without bias. weight: [d_out, d_in]"""
 
-    def __init__(self, d_in: int, d_out: int, init: str) -> None:
+    def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
-        self.initial = {"weight": matrix_fill(init, d_in)}
         self.rows = slice(None)  # of those of the weight that lie here, which to use
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,10 +34,9 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """Look up one row a token. weight: [vocab, d_model]"""
 
-    def __init__(self, vocab_size: int, d_model: int, init: str) -> None:
+    def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-        self.initial = {"weight": normal(0.02 if init == "normal" else 1.0)}
         self.first_token: int | None = None  # of those whose rows lie here, where the vocabulary is cut
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:

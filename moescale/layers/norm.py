@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moescale.layers.linear import ones
 from moescale.ops.rms_norm import rms_norm
 
 
@@ -16,7 +15,6 @@ class RMSNorm(nn.Module):
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_model))
-        self.initial = {"weight": ones}
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

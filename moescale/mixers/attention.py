@@ -30,7 +30,6 @@ class Attention(Mixer[KeyValueCache]):
         window: int | None,
         rope_theta: float | None = None,
         alibi: bool = False,
-        init: str,
     ) -> None:
         super().__init__()
         self.head_dim, self.window, self.rope_theta = head_dim, window, rope_theta
@@ -38,10 +37,10 @@ class Attention(Mixer[KeyValueCache]):
         self.first_head = 0  # of those that lie here
         self.sequence = Sequence()
         self.attend: Callable[..., Tensor] = attention
-        self.q = Linear(d_model, num_heads * head_dim, init)
-        self.k = Linear(d_model, num_kv_heads * head_dim, init)
-        self.v = Linear(d_model, num_kv_heads * head_dim, init)
-        self.o = Linear(num_heads * head_dim, d_model, init)
+        self.q = Linear(d_model, num_heads * head_dim)
+        self.k = Linear(d_model, num_kv_heads * head_dim)
+        self.v = Linear(d_model, num_kv_heads * head_dim)
+        self.o = Linear(num_heads * head_dim, d_model)
 
     def forward(self, x: Tensor, positions: Tensor, state: KeyValueCache | None = None) -> Tensor:
         """Let each position attend to those of its document that it sees.

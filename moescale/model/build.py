@@ -31,10 +31,10 @@ def build_model(config: Config, device: torch.device | str = "meta") -> Language
     compute_dtype = DTYPES[config.precision.compute]
     with torch.device(device):
         whole = LanguageModel(
-            Embedding(model.vocab_size, model.d_model, model.init),
+            Embedding(model.vocab_size, model.d_model),
             {index: _block(config, index) for index in range(model.num_layers)},
             NORMS[model.norm](model.d_model, model.norm_eps),
-            None if model.tied_embeddings else Linear(model.d_model, model.vocab_size, model.init),
+            None if model.tied_embeddings else Linear(model.d_model, model.vocab_size),
             logit_scale=model.d_model**-0.5 if model.scale_logits else 1.0,
             compute_dtype=compute_dtype,
         )
@@ -48,7 +48,7 @@ def _block(config: Config, index: int) -> Block:
         Attention(
             model.d_model, attention.num_heads, attention.num_kv_heads, attention.head_dim, window=attention.window,
             rope_theta=attention.rope_theta if attention.positions == "rope" else None,
-            alibi=attention.positions == "alibi", init=model.init,
+            alibi=attention.positions == "alibi",
         ),
         None if model.block == "parallel" else NORMS[model.norm](model.d_model, model.norm_eps),
         _channel_mixer(config, index),
@@ -58,7 +58,7 @@ def _block(config: Config, index: int) -> Block:
 def _channel_mixer(config: Config, index: int) -> nn.Module:
     model, moe = config.model, config.layers[index].channel_mixer
     if isinstance(moe, FeedForwardConfig):
-        return FeedForward(model.d_model, moe.d_ff, moe.activation, model.init)
+        return FeedForward(model.d_model, moe.d_ff, moe.activation)
     own: dict[str, Any] = {}  # arguments of one router alone
     if moe.router == "sigmoid_bias":
         own = {key: getattr(moe, key) for key in SIGMOID_BIAS_KEYS}
@@ -68,13 +68,13 @@ def _channel_mixer(config: Config, index: int) -> nn.Module:
         moe.capacity_factor, moe.eval_capacity_factor, moe.min_capacity, by_probability=moe.drop_by == "probability")
     router = ROUTERS[moe.router](
         model.d_model, moe.num_experts, moe.top_k, capacity=capacity, balance_over=moe.balance_over, jitter=moe.jitter,
-        salt=(config.run.seed * model.num_layers + index) * 2, init=model.init, **own,
+        salt=(config.run.seed * model.num_layers + index) * 2, **own,
     )
     experts = Experts(
-        moe.num_experts, model.d_model, moe.d_ff, moe.activation, model.init, dropout=moe.expert_dropout,
+        moe.num_experts, model.d_model, moe.d_ff, moe.activation, dropout=moe.expert_dropout,
         salt=-1 - config.run.seed * model.num_layers - index,  # routers' salts are not negative
     )
     shared = None
     if moe.num_shared_experts:
-        shared = FeedForward(model.d_model, moe.num_shared_experts * moe.d_ff, moe.activation, model.init)
+        shared = FeedForward(model.d_model, moe.num_shared_experts * moe.d_ff, moe.activation)
     return MoELayer(router, experts, shared)

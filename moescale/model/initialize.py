@@ -5,34 +5,49 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+
+from moescale.spec.model import ModelSpec
+from moescale.spec.weights import Init
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
+def initialize(model: nn.Module, spec: ModelSpec, seed: int) -> None:
     """Fill this rank's part of every parameter, never holding more than one whole matrix beside the model.
 
-    A tensor of three dims is drawn matrix by matrix, so that a rank draws the experts that it holds and no others.
+    spec: says how each starts. Experts are drawn one by one, so that a rank draws those that it holds and no others.
     """
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            fill = module.initial[name]
-            full_name = f"{module_name}.{name}"
-            local, first, cut = _place(parameter)
-            matrices = local.unbind() if local.ndim == 3 else [local]
-            for index, matrix in enumerate(matrices):
-                whole = torch.empty(parameter.shape[-2:], dtype=local.dtype, device=local.device)
-                fill(whole, _generator(seed, f"{full_name}/{first + index}", local.device))
-                matrix.copy_(whole[cut])
+    described = {".".join(weight.name): weight for weight in spec.weights()}
+    for name, parameter in model.named_parameters():
+        weight = described[name]
+        local, cut = _place(parameter)
+        shape, first = weight.shape, 0
+        matrices: tuple[Tensor, ...] = (local,)
+        if weight.view == "sparse":
+            (experts, *cut), shape = cut, shape[1:]
+            first, matrices = experts.start, local.unbind()
+        for index, matrix in enumerate(matrices):
+            whole = torch.empty(shape, dtype=local.dtype, device=local.device)
+            _fill(whole, weight.init, _generator(seed, f"{name}/{first + index}", local.device))
+            matrix.copy_(whole[tuple(cut)])
 
 
-def _place(parameter: nn.Parameter) -> tuple[torch.Tensor, int, tuple[slice, ...]]:
-    """Say which part of the parameter lies here. -> local values; its first matrix (3 dims); the cut of the others"""
-    if not isinstance(parameter.data, DTensor):
-        return parameter.data, 0, (slice(None),)
+def _fill(tensor: Tensor, init: Init, generator: torch.Generator) -> None:
+    if init.kind == "normal":
+        tensor.normal_(0, init.std, generator=generator)
+    elif init.kind == "truncated_normal":
+        nn.init.trunc_normal_(tensor, 0, init.std, -2 * init.std, 2 * init.std, generator=generator)
+    else:
+        tensor.fill_({"zeros": 0, "ones": 1}[init.kind])
+
+
+def _place(parameter: nn.Parameter) -> tuple[Tensor, list[slice]]:
+    """Find the values that lie here, and which part of each dim of the whole they are."""
     data = parameter.data
     cut = [(0, size) for size in data.shape]
+    if not isinstance(data, DTensor):
+        return data, [slice(*bounds) for bounds in cut]
     for axis, placement in enumerate(data.placements):
         if isinstance(placement, Shard):
             start, stop = cut[placement.dim]
@@ -40,8 +55,7 @@ def _place(parameter: nn.Parameter) -> tuple[torch.Tensor, int, tuple[slice, ...
             cut[placement.dim] = (min(start + rank * chunk, stop), min(start + (rank + 1) * chunk, stop))
     local = data.to_local()
     assert [stop - start for start, stop in cut] == list(local.shape), "a dim is cut in a way not known here"
-    first = cut[0][0] if data.ndim == 3 else 0
-    return local, first, tuple(slice(*bounds) for bounds in cut[-2:])
+    return local, [slice(*bounds) for bounds in cut]
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:

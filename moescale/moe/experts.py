@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from moescale.comm.collectives import local_tensor
 from moescale.layers.feed_forward import ACTIVATIONS, GATED
-from moescale.layers.linear import matrix_fill
 from moescale.moe.routing import Routing
 from moescale.ops.expert_feed_forward import expert_feed_forward
 from moescale.ops.token_random import uniform
@@ -21,8 +20,7 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, num_experts: int, d_model: int, d_ff: int, activation: str, init: str, *, dropout: float = 0.0,
-        salt: int = 0,
+        self, num_experts: int, d_model: int, d_ff: int, activation: str, *, dropout: float = 0.0, salt: int = 0,
     ) -> None:
         super().__init__()
         self.num_experts, self.d_ff, self.dropout, self.salt, self.first = num_experts, d_ff, dropout, salt, (0, 0)
@@ -30,11 +28,6 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_experts, d_ff, d_model)) if activation in GATED else None
         self.up = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
-        self.initial = {
-            "gate": matrix_fill(init, d_model),
-            "up": matrix_fill(init, d_model),
-            "down": matrix_fill(init, d_ff),
-        }
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Apply each token's experts, and sum their weighed outputs. x: [tokens, d_model]. -> like x"""

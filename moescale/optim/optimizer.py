@@ -7,13 +7,15 @@ from torch import nn
 
 from moescale.config import OptimConfig
 from moescale.optim.base import OPTIMIZERS
+from moescale.spec.model import ModelSpec
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Make the optimizer that the run names, its moments at zero; matrices decay, norms and embeddings do not."""
+def build_optimizer(model: nn.Module, spec: ModelSpec, config: OptimConfig) -> torch.optim.Optimizer:
+    """Make the optimizer that the run names, its moments at zero. spec: says which weights decay."""
+    decays = {".".join(weight.name): weight.decays for weight in spec.weights()}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim > 1 and "embedding" not in name].append(parameter)
+        groups[decays[name]].append(parameter)
     return OPTIMIZERS[config.name].make(
         [{"params": params, "weight_decay": config.weight_decay * decays} for decays, params in groups.items()], config)
 

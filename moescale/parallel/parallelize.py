@@ -22,6 +22,7 @@ from moescale.parallel.mesh import Mesh
 from moescale.parallel.recompute import recompute
 from moescale.parallel.tensor import spread_losses, spread_matrices
 from moescale.planner.stages import cut_into_stages
+from moescale.spec.model import describe
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def build_parallel_model(config: Config, mesh: Mesh) -> ParallelModel:
     model.to_empty(device=mesh.device)
     for buffer in model.buffers():
         buffer.zero_()  # counts and biases
-    initialize(model, config.run.seed)
+    initialize(model, describe(config), config.run.seed)
     return ParallelModel(pieces, model)
 
 

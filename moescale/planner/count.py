@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moescale.config import Config, LayerConfig
-
-GATED = frozenset({"swiglu", "geglu"})
+from moescale.config import Config
+from moescale.spec.model import describe
+from moescale.spec.moe import MoEConfig
 
 
 @dataclass(frozen=True)
@@ -19,36 +19,23 @@ class ParameterCount:
 
 def count_parameters(config: Config) -> ParameterCount:
     """Count every weight, a tied embedding once."""
-    model = config.model
-    total = active = model.vocab_size * model.d_model * (1 if model.tied_embeddings else 2) + model.d_model
-    for layer in model.layers:
-        count = _count_layer(config, layer)
-        total, active = total + count.total, active + count.active
-    return ParameterCount(total, active)
+    model = describe(config)
+    total = sum(weight.size for weight in model.weights() if weight.learns)
+    not_met = 0
+    for index, layer in enumerate(model.layers):
+        if isinstance(layer.channel_mixer, MoEConfig):
+            experts, top_k = layer.channel_mixer.num_experts, layer.channel_mixer.top_k
+            stacked = sum(weight.size for weight in model.layer_weights(index) if weight.view == "sparse")
+            not_met += stacked // experts * (experts - top_k)
+    return ParameterCount(total, total - not_met)
 
 
 def layer_flops_per_token(config: Config) -> tuple[list[int], int]:
-    """Count the forward pass of one token: two a weight that it meets, four a score of attention and feature.
-
-    -> each layer; the head
-    """
-    model, seq = config.model, config.data.seq_len
-    seen = min(config.attention.window or seq, seq)
-    attention = 4 * config.attention.num_heads * config.attention.head_dim * seen
-    return ([2 * _count_layer(config, layer).active + attention for layer in model.layers],
-            2 * model.vocab_size * model.d_model)
-
-
-def _count_layer(config: Config, layer: LayerConfig) -> ParameterCount:
-    model, moe, d_model = config.model, config.moe, config.model.d_model
-    shared = config.attention.head_dim * d_model * (2 * config.attention.num_heads + 2 * config.attention.num_kv_heads)
-    shared += d_model * (1 if model.block == "parallel" else 2)  # norms
-    if layer.channel_mixer == "feed_forward":
-        shared += d_model * config.feed_forward.d_ff * (3 if config.feed_forward.activation in GATED else 2)
-        return ParameterCount(shared, shared)
-    expert = d_model * moe.d_ff * (3 if moe.activation in GATED else 2)
-    shared += d_model * moe.num_experts + moe.num_shared_experts * expert  # the router, and what all tokens use
-    return ParameterCount(shared + moe.num_experts * expert, shared + moe.top_k * expert)
+    """Count the forward pass of one token, of each layer and of the head."""
+    d_model, context = config.model.d_model, config.data.seq_len
+    layers = [layer.mixer.flops_per_token(d_model, context) + layer.channel_mixer.flops_per_token(d_model, context)
+              for layer in describe(config).layers]
+    return layers, 2 * config.model.vocab_size * d_model
 
 
 def model_flops_per_token(config: Config) -> int:

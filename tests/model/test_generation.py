@@ -17,6 +17,7 @@ from moescale.model.build import build_model
 from moescale.model.generation import Row, Sampling, draw, for_decoding
 from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
+from moescale.spec.model import describe
 from tests.support.groups import in_groups
 
 VOCAB = 260
@@ -34,7 +35,7 @@ def build(compute: str = "float32", router: str = "mixtral", **model: Any) -> La
         "moe": {"num_experts": 4, "top_k": 2, "d_ff": 24, "router": router, **ROUTERS[router]},
         "precision": {"compute": compute}, "data": {"seq_len": 32}}, "test").for_world(1)
     built = build_model(config, "cpu")
-    initialize(built, 0)
+    initialize(built, describe(config), 0)
     for buffer in built.buffers():
         buffer.zero_()
     return built

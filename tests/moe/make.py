@@ -48,7 +48,7 @@ def make_router(kind: Kind, num_experts: int = 5, d_model: int = 8, balance_over
         own = {"num_expert_groups": 1, "top_k_groups": 1, "routed_scaling": 1.0, "bias_update_rate": 0.001}
     router = ROUTERS[kind.name](
         d_model, num_experts, kind.top_k, capacity=Capacity(kind.factor, **kind.capacity), balance_over=balance_over,
-        jitter=0.0, salt=6, init="fan_in", **own | kind.own,
+        jitter=0.0, salt=6, **own | kind.own,
     )
     torch.nn.init.normal_(router.weight)
     return router.train()

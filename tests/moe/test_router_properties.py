@@ -11,6 +11,7 @@ from moescale.config import parse_config
 from moescale.layers.feed_forward import FeedForward
 from moescale.model.build import build_model
 from moescale.model.initialize import initialize
+from moescale.spec.model import describe
 from tests.moe.make import KINDS, Kind, make_layer, make_router
 from tests.support.groups import in_groups
 
@@ -173,10 +174,11 @@ def test_evaluation_may_drop_and_decoding_never_does() -> None:
     def build(eval_factor: float | None) -> torch.nn.Module:
         moe = {"router": "switch", "top_k": 1, "num_experts": 4, "d_ff": 16, "capacity_factor": 1.0,
                "eval_capacity_factor": eval_factor}
-        model = build_model(parse_config({
+        config = parse_config({
             **in_groups({"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 4, "head_dim": 8,
-                      "init": "fan_in"}), "moe": moe}, "test"), "cpu")
-        initialize(model, 3)
+                         "init": "fan_in"}), "moe": moe}, "test")
+        model = build_model(config, "cpu")
+        initialize(model, describe(config), 3)
         return model.eval()
 
     tokens = torch.randint(0, 256, (2, 30))

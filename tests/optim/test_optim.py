@@ -12,6 +12,7 @@ from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.optim.optimizer import build_optimizer, count_from
 from moescale.optim.schedule import first_peak, learning_rate, peak_after_change
+from moescale.spec.model import describe
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -59,8 +60,8 @@ def test_norms_and_embeddings_do_not_decay() -> None:
     config = parse_config({"optim": {"weight_decay": 0.3}}, "test")
     model = build_model(config, "cpu")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decays = {names[id(p)]: group["weight_decay"] for group in build_optimizer(model, config.optim).param_groups
-              for p in group["params"]}
+    optimizer = build_optimizer(model, describe(config), config.optim)
+    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays.keys() == dict(model.named_parameters()).keys()
     for name, decay in decays.items():
         assert decay == (0.0 if "norm" in name or "embedding" in name else 0.3), name
@@ -70,7 +71,7 @@ def test_norms_and_embeddings_do_not_decay() -> None:
 def test_every_optimizer_keeps_what_its_description_says(name: str) -> None:
     config = parse_config({"optim": {"name": name}}, "test")
     model = build_model(config, "cpu")
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, describe(config), config.optim)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}

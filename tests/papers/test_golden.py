@@ -14,6 +14,7 @@ from moescale.config import load_config
 from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from moescale.planner.count import count_parameters
+from moescale.spec.model import describe
 from moescale.verify.candidates import Layout
 from moescale.verify.shrink import shrink
 
@@ -34,7 +35,7 @@ def test_a_shrunk_configuration_keeps_its_weights_and_first_loss(path: Path) -> 
     config = shrink(load_config(path), [Layout()])
     config = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "float64"})})
     model = build_model(config, "cpu").train()
-    initialize(model, seed=0)
+    initialize(model, describe(config), seed=0)
     tokens = torch.randint(0, config.model.vocab_size, (4, 25), generator=torch.Generator().manual_seed(0))
     sums = model(tokens[:, :-1], targets=tokens[:, 1:], positions=torch.arange(24).expand(4, 24),
                  token_id=torch.arange(96).view(4, 24))

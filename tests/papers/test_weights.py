@@ -15,6 +15,7 @@ from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from moescale.optim.optimizer import build_optimizer
 from moescale.optim.schedule import learning_rate
+from moescale.spec.model import describe
 from tests.support.groups import in_groups
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -27,12 +28,13 @@ FEATURES, HIDDEN, EXPERT = 96, 160, 128
     ("switch", lambda fan_in: math.sqrt(0.1 / fan_in), 1.0),  # Switch Transformers, section 2.4: s = 0.1
 ])
 def test_weights_start_as_the_papers_say(init: str, deviation: Any, embedding: float) -> None:
-    model = build_model(parse_config({
+    config = parse_config({
         **in_groups({"init": init, "d_model": FEATURES, "num_layers": 2,
                      "num_heads": 4, "num_kv_heads": 4, "head_dim": 16,
                   "d_ff": HIDDEN, "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]}),
-        "moe": {"d_ff": EXPERT, "num_experts": 4}}, "test"), "cpu")
-    initialize(model, seed=1)
+        "moe": {"d_ff": EXPERT, "num_experts": 4}}, "test")
+    model = build_model(config, "cpu")
+    initialize(model, describe(config), seed=1)
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             assert weight.eq(1).all(), name
@@ -65,8 +67,8 @@ def test_a_step_is_adamw_with_decay_on_matrices_alone() -> None:
         "moe": {"num_experts": 3, "d_ff": 8},
         "optim": {"lr": 0.01, "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.5}}, "test")
     model = build_model(config, "cpu").double()
-    initialize(model, seed=0)
-    optimizer = build_optimizer(model, config.optim)
+    initialize(model, describe(config), seed=0)
+    optimizer = build_optimizer(model, describe(config), config.optim)
     names = [name for name, _ in model.named_parameters()]
     expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     first, second = ({name: torch.zeros_like(weight) for name, weight in expected.items()} for _ in range(2))

@@ -40,7 +40,7 @@ def check(config: Config, model: nn.Module) -> None:
         name: weight.shape for name, weight in described.items()}
     parameters = dict(model.named_parameters())
     assert set(parameters) == {name for name, weight in described.items() if weight.learns}
-    decaying = {id(parameter) for group in build_optimizer(model, config.optim).param_groups
+    decaying = {id(parameter) for group in build_optimizer(model, describe(config), config.optim).param_groups
                 if group["weight_decay"] > 0 for parameter in group["params"]}
     assert {name for name, parameter in parameters.items() if id(parameter) in decaying} == {
         name for name, weight in described.items() if weight.decays and weight.learns}

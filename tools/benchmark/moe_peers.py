@@ -60,10 +60,10 @@ class MoEScale(Peer):
     def __init__(self, case: Case, weights: Weights, group: Group, router: str = "mixtral") -> None:
         choose = ROUTERS[router](
             case.d_model, case.num_experts, case.top_k, capacity=Capacity(CAPACITY.get(router)),
-            balance_over="sequence", jitter=0.0, salt=0, init="normal", **OWN.get(router, {}),
+            balance_over="sequence", jitter=0.0, salt=0, **OWN.get(router, {}),
         )
         own = own_experts(weights, group)
-        experts = Experts(len(own["up"]), case.d_model, case.d_ff, "swiglu", "normal").to(own["up"].dtype)
+        experts = Experts(len(own["up"]), case.d_model, case.d_ff, "swiglu").to(own["up"].dtype)
         choose.weight.data = own["router"]
         experts.load_state_dict({name: own[name] for name in ("gate", "up", "down")})
         self.module = self.layer = MoELayer(choose, experts)
@@ -213,7 +213,7 @@ class Dense(Peer):
     exact = False
 
     def __init__(self, case: Case, weights: Weights) -> None:
-        self.module = FeedForward(case.d_model, case.top_k * case.d_ff, "swiglu", "normal").to(weights["up"].dtype)
+        self.module = FeedForward(case.d_model, case.top_k * case.d_ff, "swiglu").to(weights["up"].dtype)
         for parameter in self.module.parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moescale.comm.sequence_shards import Sequence
-from moescale.layers.linear import matrix_fill
 from moescale.moe.balance_scopes import SCOPES
 from moescale.moe.capacity import best_first, coarse, within_capacity
 from moescale.moe.losses import load_balance_loss, router_z_loss
@@ -41,7 +40,7 @@ class Router(nn.Module, ABC):
 
     def __init__(
         self, d_model: int, num_experts: int, top_k: int, *, capacity: Capacity, balance_over: str, jitter: float,
-        salt: int, init: str,
+        salt: int,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.capacity = num_experts, top_k, capacity
@@ -52,7 +51,6 @@ class Router(nn.Module, ABC):
         self.sequence = Sequence()
         self.scope = SCOPES[balance_over]()
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
-        self.initial = {"weight": matrix_fill(init, d_model)}
 
     def forward(self, x: Tensor, token_id: Tensor) -> tuple[Routing, Tensor]:
         """Route the tokens of each group.

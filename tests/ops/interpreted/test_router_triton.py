@@ -66,7 +66,7 @@ def test_a_router_with_the_kernels_equals_one_without(
     groups: int, tokens: int, sizes: tuple[int, int], balance_over: str
 ) -> None:
     torch.manual_seed(tokens)
-    router = MixtralRouter(8, *sizes, capacity=Capacity(), balance_over=balance_over, jitter=0.0, salt=0, init="fan_in")
+    router = MixtralRouter(8, *sizes, capacity=Capacity(), balance_over=balance_over, jitter=0.0, salt=0)
     torch.nn.init.normal_(router.weight)
     x = torch.randn(groups, tokens, 8, requires_grad=True)
     token_id = torch.where(torch.rand(groups, tokens) < 0.8, torch.arange(groups * tokens).view(groups, tokens), -1)
