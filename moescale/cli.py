@@ -316,7 +316,7 @@ def convert(
     """
     with _one_line_errors(source, destination, stopped="stopped; the same command goes on from here"):
         from moescale.convert import command
-        from moescale.convert.mapping.mapped import Layout
+        from moescale.convert.mapping.mapped import FileLayout
 
         if moved:
             raise ConfigError("moescale edit SOURCE DESTINATION changes the experts: write the option there")
@@ -325,7 +325,7 @@ def convert(
             return
         if destination is None or to is None:
             raise ConfigError("write moescale convert SOURCE DESTINATION --to FORMAT, or --inspect SOURCE")
-        layout = Layout(ep, tp, pp, etp, style)
+        layout = FileLayout(ep, tp, pp, etp, style)
         command.run(source, destination, to, layout, dtype, _comparison(verify))
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PickleError, Record, read_plain
+from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PlainPickleError, Record, read_plain
 from moescale.checkpoint.strided_view import Stored, stored_whole
 from moescale.config import ConfigError
 from moescale.files.reading import open_regular
@@ -42,29 +42,29 @@ def read_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
             size = file.seek(0, io.SEEK_END)
             length = size - start if length is None else length
             if not 0 <= start <= start + length <= size:
-                raise PickleError("is too short for what it should hold")
+                raise PlainPickleError("is too short for what it should hold")
             return _Archive(path, file, start, length).read()
     except ConfigError:
         raise
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-    except PickleError as error:
+    except PlainPickleError as error:
         raise ConfigError(f"{path} is no checkpoint of torch, or is damaged: it {error}") from None
     except Exception as error:  # bytes that are no archive can fail in any way
         raise ConfigError(f"{path} is no checkpoint of torch, or is damaged ({type(error).__name__})") from None
 
 
 def shape_of(sizes: Any) -> tuple[int, ...]:
-    """Check that these are the sizes of a tensor, or places in one. Raises PickleError."""
+    """Check that these are the sizes of a tensor, or places in one. Raises PlainPickleError."""
     product = 1
     if not isinstance(sizes, (tuple, list)) or len(sizes) > MOST_DIMS:
-        raise PickleError("holds a shape that is none")
+        raise PlainPickleError("holds a shape that is none")
     for size in sizes:
         if type(size) is not int or size < 0:
-            raise PickleError("holds a shape that is none")
+            raise PlainPickleError("holds a shape that is none")
         product *= max(size, 1)
         if product > MOST_ELEMENTS:
-            raise PickleError("holds a shape that no tensor can have")
+            raise PlainPickleError("holds a shape that no tensor can have")
     return tuple(sizes)
 
 
@@ -86,12 +86,12 @@ class _Archive:
         if file.read(2) != b"PK":
             if file.seek(start) == start and file.read(1) == b"\x80":
                 raise ConfigError(f"{path} was written by torch before 1.6: load it and save it again")
-            raise PickleError("is no archive")
+            raise PlainPickleError("is no archive")
         self.entries: dict[str, zipfile.ZipInfo] = {}
         with zipfile.ZipFile(io.BufferedReader(_Window(file, start, length))) as archive:
             for entry in archive.infolist():
                 if entry.filename in self.entries:
-                    raise PickleError(f"holds {entry.filename!r:.80} twice")
+                    raise PlainPickleError(f"holds {entry.filename!r:.80} twice")
                 self.entries[entry.filename] = entry
         self.top = next(name for name in self.entries if name.endswith("/data.pkl")).removesuffix("data.pkl")
 
@@ -113,28 +113,28 @@ class _Archive:
         self.file.seek(self.start + entry.header_offset)
         header = self.file.read(LOCAL_HEADER)
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise PickleError(f"holds {name!r:.80} compressed")
+            raise PlainPickleError(f"holds {name!r:.80} compressed")
         if len(header) != LOCAL_HEADER or header[:4] != b"PK\x03\x04":
-            raise PickleError(f"holds no {name!r:.80} where its list says")
+            raise PlainPickleError(f"holds no {name!r:.80} where its list says")
         names, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
         begin = entry.header_offset + LOCAL_HEADER + names + extra
         if begin + entry.file_size > self.length:
-            raise PickleError(f"is too short for {name!r:.80}")
+            raise PlainPickleError(f"is too short for {name!r:.80}")
         return self.start + begin, entry.file_size
 
     def _content(self, name: str) -> bytes:
         begin, size = self._place(name)
         if size > MOST_BYTES:
-            raise PickleError(f"holds {name!r:.80} of {size:,} bytes")
+            raise PlainPickleError(f"holds {name!r:.80} of {size:,} bytes")
         self.file.seek(begin)
         return self.file.read(size)
 
     def _storage(self, identity: Any) -> _Storage:
         kind, made, key, _, _ = identity
         if kind != "storage" or not isinstance(made, Name) or not isinstance(key, str):
-            raise PickleError("holds a storage that is none")
+            raise PlainPickleError("holds a storage that is none")
         if made.name not in STORAGES:
-            raise PickleError(f"asks for {made.name}, which no checkpoint needs: it was not loaded")
+            raise PlainPickleError(f"asks for {made.name}, which no checkpoint needs: it was not loaded")
         return _Storage(STORAGES[made.name], *self._place(f"data/{key}"))
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
@@ -148,7 +148,7 @@ class _Archive:
     def _stored(self, storage: _Storage, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> Stored:
         shape, (begin,) = shape_of(size), shape_of((offset,))
         if len(stride) != len(shape):
-            raise PickleError("holds a shape that is none")
+            raise PlainPickleError("holds a shape that is none")
         elements = 1
         for length, step in zip(reversed(shape), reversed(stride), strict=True):
             if length > 1 and step != elements and 0 not in shape:
@@ -156,7 +156,7 @@ class _Archive:
                                   "save it with .contiguous()")
             elements *= length
         if (begin + elements) * dtype.itemsize > storage.size_bytes and elements:
-            raise PickleError("is too short for its tensors")
+            raise PlainPickleError("is too short for its tensors")
         return stored_whole(self.path, storage.offset + begin * dtype.itemsize, dtype, shape)
 
     def _of_type(self, rebuild: Any, made: Any, args: Any, *_: Any) -> Any:
@@ -196,7 +196,7 @@ class _Window(io.RawIOBase):
         count = max(0, min(len(view), self.length - self.at))
         self.left -= count
         if self.left < 0:
-            raise PickleError("has a list of its contents that is too long")
+            raise PlainPickleError("has a list of its contents that is too long")
         self.file.seek(self.start + self.at)
         found = self.file.read(count)
         view[: len(found)] = found

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from moescale.checkpoint.archive import DTYPES, read_archive, shape_of
-from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PickleError, Record, read_plain
+from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PlainPickleError, Record, read_plain
 from moescale.checkpoint.strided_view import Stored, read_region, region
 from moescale.config import ConfigError
 from moescale.files.reading import inside, read_bytes
@@ -44,7 +44,7 @@ def read_metadata(folder: Path) -> Metadata:
     """
     try:
         return _metadata(read_plain(read_bytes(folder / INDEX, MOST_BYTES), tree=False))
-    except PickleError as error:
+    except PlainPickleError as error:
         raise ConfigError(f"{folder} is damaged: its index {INDEX} cannot be read, it {error}") from None
     except OSError as error:
         raise ConfigError(f"{folder} is damaged: its index {INDEX} cannot be read "
@@ -58,7 +58,7 @@ def _metadata(found: Any) -> Metadata:
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, entry in _dict(values.get("state_dict_metadata")).items():
         if not isinstance(name, str):
-            raise PickleError("names a tensor by what is no text")
+            raise PlainPickleError("names a tensor by what is no text")
         entries[name] = _entry(entry, len(stored) - parts)
         parts += len(getattr(entries[name], "chunks", ()))
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -66,7 +66,7 @@ def _metadata(found: Any) -> Metadata:
         index = _attributes(key, "MetadataIndex")
         name, offset = index.get("fqn"), index.get("offset")
         if not isinstance(name, str):
-            raise PickleError("names a tensor by what is no text")
+            raise PlainPickleError("names a tensor by what is no text")
         places[MetadataIndex(name, None if offset is None else shape_of(offset))] = _place(place)
     return Metadata(entries, storage_data=places)
 
@@ -75,15 +75,15 @@ def _attributes(value: Any, *names: str) -> dict[str, Any]:
     """Take the attributes of an object of torch's class `names[0]`, or of a class of others that extends it."""
     if not isinstance(value, Record) or value.name.rpartition(".")[2] not in names:
         shown = value.name if isinstance(value, Record) else type(value).__name__
-        raise PickleError(f"has {shown:.80} in the place of torch's {names[0]}")
+        raise PlainPickleError(f"has {shown:.80} in the place of torch's {names[0]}")
     if isinstance(value.state, dict) and len(value.state) > MOST_ATTRIBUTES:
-        raise PickleError(f"gives torch's {names[0]} more than {MOST_ATTRIBUTES} attributes")
+        raise PlainPickleError(f"gives torch's {names[0]} more than {MOST_ATTRIBUTES} attributes")
     return value.attributes()
 
 
 def _dict(value: Any) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise PickleError("has no list of tensors")
+        raise PlainPickleError("has no list of tensors")
     return value
 
 
@@ -95,12 +95,12 @@ def _entry(value: Any, most_parts: int) -> TensorStorageMetadata | BytesStorageM
     state = _attributes(found.get("properties"), "TensorProperties") or found["properties"].state
     dtype = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
     if not isinstance(dtype, Name) or dtype.name not in DTYPES:
-        raise PickleError("holds a tensor of a dtype that torch does not know")
+        raise PlainPickleError("holds a tensor of a dtype that torch does not know")
     chunks = found.get("chunks")
     if not isinstance(chunks, list):
-        raise PickleError("holds a tensor without parts")
+        raise PlainPickleError("holds a tensor without parts")
     if len(chunks) > most_parts:
-        raise PickleError("lists more parts of tensors than it says where they lie")
+        raise PlainPickleError("lists more parts of tensors than it says where they lie")
     size = torch.Size(shape_of(found.get("size")))
     return TensorStorageMetadata(TensorProperties(dtype=DTYPES[dtype.name]), size, [_chunk(chunk) for chunk in chunks])
 
@@ -114,7 +114,7 @@ def _place(value: Any) -> _StorageInfo:
     found = _attributes(value, "_StorageInfo")
     path, offset, length = (found.get(key) for key in ("relative_path", "offset", "length"))
     if not isinstance(path, str) or len(path) > 1000 or found.get("transform_descriptors"):
-        raise PickleError("holds a part that is not stored as it is")
+        raise PlainPickleError("holds a part that is not stored as it is")
     for number in (offset, length):  # bytes, each as large as a file
         shape_of((number,))
     return _StorageInfo(path, offset, length)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ HARMLESS_BUILTINS = {
 OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # of Python 2
 
 
-class PickleError(ValueError):
+class PlainPickleError(ValueError):
     """A pickle that is damaged, or asks for what no checkpoint needs; the message goes on from "it ..."."""
 
 
@@ -72,22 +72,22 @@ def read_plain(
     calls: functions to call where the pickle asks for one of these names, with what the pickle gives: they must stand
     anything. persistent: what stands for an object kept outside the pickle, by its id. tree: hold the values to
     what the top of this file says of them, at nearly the cost of reading them; False where the caller looks at known
-    places alone, and bounds how often. Raises PickleError, and what these functions raise.
+    places alone, and bounds how often. Raises PlainPickleError, and what these functions raise.
     """
     if len(data) > MOST_BYTES:
-        raise PickleError(f"has more than {MOST_BYTES:,} bytes")
+        raise PlainPickleError(f"has more than {MOST_BYTES:,} bytes")
     machine = _Machine(calls or {}, persistent)
     collects = gc.isenabled()
     gc.disable()  # it would look through all that was read so far, again and again
     try:
         value = machine.run(data)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
-        raise PickleError("holds instructions that make no sense") from None
-    except PickleError:
+        raise PlainPickleError("holds instructions that make no sense") from None
+    except PlainPickleError:
         raise
     except ValueError as error:
         if type(error) is ValueError or isinstance(error, UnicodeError):
-            raise PickleError("holds instructions that make no sense") from None
+            raise PlainPickleError("holds instructions that make no sense") from None
         raise
     finally:
         if collects:
@@ -116,22 +116,22 @@ class _Machine:
         steps = {name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")}
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count > MOST_STEPS:
-                raise PickleError(f"has more than {MOST_STEPS:,} instructions")
+                raise PlainPickleError(f"has more than {MOST_STEPS:,} instructions")
             name = opcode.name
             if name == "STOP":
                 return self.stack.pop()
             if name in PUSHED:
                 if isinstance(argument, int) and abs(argument) >= LARGEST_NUMBER:
-                    raise PickleError("holds a number that no checkpoint needs")
+                    raise PlainPickleError("holds a number that no checkpoint needs")
                 self.stack.append(argument)
             elif name in CONSTANTS:
                 self.stack.append(CONSTANTS[name]())
             elif name not in IGNORED:
                 step = steps.get(name)
                 if step is None:
-                    raise PickleError(f"uses {name}, which no checkpoint needs")
+                    raise PlainPickleError(f"uses {name}, which no checkpoint needs")
                 step(argument)
-        raise PickleError("has no end")
+        raise PlainPickleError("has no end")
 
     # Marks, the memo, and what only moves the stack
 
@@ -186,7 +186,7 @@ class _Machine:
     def _last(self, count: int) -> None:
         found = tuple(self.stack[-count:])
         if len(found) != count:
-            raise PickleError("holds instructions that make no sense")
+            raise PlainPickleError("holds instructions that make no sense")
         self.stack[-count:] = [found]
 
     def _do_TUPLE1(self, _: Any) -> None:
@@ -239,12 +239,12 @@ class _Machine:
 
     def _name(self, module: str, name: str) -> None:
         if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > 1000:
-            raise PickleError("names what is no name")
+            raise PlainPickleError("names what is no name")
         module = OLD_NAMES.get(module, module)
         top = module.partition(".")[0]
         known = name in HARMLESS_BUILTINS if module == "builtins" else top in HARMLESS_MODULES
         if top in sys.stdlib_module_names and not known:
-            raise PickleError(f"asks for {module}.{name}, which no checkpoint needs: it was not loaded")
+            raise PlainPickleError(f"asks for {module}.{name}, which no checkpoint needs: it was not loaded")
         self.stack.append(Name(f"{module}.{name}"))
 
     def _do_NEWOBJ(self, _: Any) -> None:
@@ -268,11 +268,11 @@ class _Machine:
         if isinstance(made, Record):
             made.state = state
         elif isinstance(made, (Name, str, int, float)) or made is None:
-            raise PickleError("sets attributes of what has none")
+            raise PlainPickleError("sets attributes of what has none")
 
     def _do_BINPERSID(self, _: Any) -> None:
         if self.persistent is None:
-            raise PickleError("uses BINPERSID, which no checkpoint needs")
+            raise PlainPickleError("uses BINPERSID, which no checkpoint needs")
         self.stack.append(self.persistent(self.stack.pop()))
 
     # What is called, with plain values
@@ -281,7 +281,7 @@ class _Machine:
         """Count what is copied: a short pickle can ask for many copies of something long."""
         self.left -= size
         if self.left < 0:
-            raise PickleError(f"copies more than {MOST_BYTES:,} bytes")
+            raise PlainPickleError(f"copies more than {MOST_BYTES:,} bytes")
 
     def _copied(self, values: Any = ()) -> tuple[Any, ...]:
         self._charge(8 * len(values))
@@ -297,7 +297,7 @@ class _Machine:
     def _bytes(self, text: str, encoding: str) -> bytes:
         self._charge(len(text))
         if encoding not in ("latin1", "latin-1"):
-            raise PickleError(f"encodes as {encoding!r:.40}")
+            raise PlainPickleError(f"encodes as {encoding!r:.40}")
         return text.encode("latin-1")
 
     def _object(self, made: Name, *_: Any) -> Record:
@@ -306,7 +306,7 @@ class _Machine:
 
 def _record(name: str, args: tuple[Any, ...]) -> Record:
     if not isinstance(args, tuple):
-        raise PickleError("holds instructions that make no sense")
+        raise PlainPickleError("holds instructions that make no sense")
     return Record(name, args, None, {}, [])
 
 
@@ -316,7 +316,7 @@ def _key(key: Any) -> Any:
         return key
     plain = key is None or isinstance(key, (str, bytes, float, Name, Record))
     if not plain and not (isinstance(key, int) and abs(key) < LARGEST_KEY):
-        raise PickleError("holds a dict with a key that no checkpoint needs")
+        raise PlainPickleError("holds a dict with a key that no checkpoint needs")
     return key
 
 
@@ -346,14 +346,14 @@ def _bound(root: Any, most: int) -> None:
             sizes[id(value)] = 1 + sum([sizes[id(item)] for item in inner])
             depths[id(value)] = 1 + max([depths.get(id(item), 0) for item in inner])
             if sizes[id(value)] > most or depths[id(value)] > DEEPEST:
-                raise PickleError("holds too many values, or nests them too deeply")
+                raise PlainPickleError("holds too many values, or nests them too deeply")
             continue
         if isinstance(value, (str, bytes)):
             sizes[id(value)] = len(value) + 1
             continue
         if id(value) in sizes:
             if sizes[id(value)] == OPEN:
-                raise PickleError("holds a list, a dict or an object that holds itself")
+                raise PlainPickleError("holds a list, a dict or an object that holds itself")
             continue
         inner = _inner(value)
         if not inner:
@@ -362,7 +362,7 @@ def _bound(root: Any, most: int) -> None:
         sizes[id(value)] = OPEN
         level += 1
         if level > DEEPEST:
-            raise PickleError("holds too many values, or nests them too deeply")
+            raise PlainPickleError("holds too many values, or nests them too deeply")
         todo.append((value, inner))
         todo.extend([(item, None) for item in inner])
 

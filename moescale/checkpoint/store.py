@@ -34,7 +34,7 @@ from moescale.checkpoint.readers import ATTEMPTS, trying_again
 from moescale.checkpoint.together import Failed, Ranks, describe, limited
 from moescale.config import ConfigError, TrainingError
 from moescale.files.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
-from moescale.files.locks import Lock, is_locked
+from moescale.files.locks import FileLock, is_locked
 from moescale.files.reading import inside, read_json
 from moescale.files.writing import sync, write_synced
 
@@ -181,7 +181,7 @@ def read_last(path: Path, read: Callable[[Path], T]) -> T:
     read: is given the checkpoint's folder, which is held as long as it reads.
     """
     def held(folder: Path) -> T:
-        with Lock(folder, shared=True):
+        with FileLock(folder, shared=True):
             return read(folder)
 
     try:

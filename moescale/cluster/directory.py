@@ -12,7 +12,7 @@ from pathlib import Path
 from moescale.checkpoint.store import MANIFEST, latest_checkpoint, missing_file
 from moescale.cluster.agreement import Agreement, ranks_text
 from moescale.config import ConfigError
-from moescale.files.locks import Lock
+from moescale.files.locks import FileLock
 
 SHARED_SECONDS = 30.0  # until a node sees on a network disk, when a run starts, what another one wrote
 CLAIM_SECONDS = 10.0  # ranks of a run that was killed may be about to end
@@ -27,7 +27,7 @@ def shared_directory(ranks: Agreement, name: str) -> Iterator[Path]:
     path = Path(name).expanduser()
     first = ranks.launch.rank == 0
     made = [folder for folder in (path, *path.parents) if not folder.exists()] if first else []
-    claim: Lock | None = None
+    claim: FileLock | None = None
     try:
         if first:
             claim = ranks.together(lambda: _claim(path, name))
@@ -44,12 +44,12 @@ def shared_directory(ranks: Agreement, name: str) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _claim(path: Path, name: str) -> Lock:
+def _claim(path: Path, name: str) -> FileLock:
     """Make the directory and lock it, so that no two runs write into it; a process that ends lets go."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + CLAIM_SECONDS
-        while not (claim := Lock(path)).taken:
+        while not (claim := FileLock(path)).taken:
             if time.monotonic() > deadline:
                 raise ConfigError(f"run.dir={path} is in use by another run: wait for it, or write another run.dir")
             time.sleep(0.2)

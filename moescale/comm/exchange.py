@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moescale.comm.collectives import Group, all_gather_single, reduce_scatter_single
 
-Task = Generator[None, None, Tensor]
+Pausing = Generator[None, None, Tensor]
 """Work that pauses whenever an exchange of its own is under way, and returns a tensor."""
 Result = TypeVar("Result")
 

@@ -17,7 +17,7 @@ from moescale.convert.formats import native
 from moescale.convert.formats.hf import weights as hf
 from moescale.convert.formats.hf.config import write_notes
 from moescale.convert.inventory import describe, print_description, print_fingerprints
-from moescale.convert.mapping.mapped import Layout, Opened
+from moescale.convert.mapping.mapped import FileLayout, Opened
 from moescale.convert.run import FORMATS, Change, Result, convert, open_source
 from moescale.errors import visible
 from moescale.files.reading import explain
@@ -46,7 +46,7 @@ def with_source(source: Path, work: Callable[[Opened], T]) -> T:
 
 
 def run(
-    source: Path, destination: Path, to: str, layout: Layout, dtype: str | None, compare: Compare | None
+    source: Path, destination: Path, to: str, layout: FileLayout, dtype: str | None, compare: Compare | None
 ) -> None:
     """Convert, and print what was done. compare: for --verify. Raises ConfigError."""
     if dtype not in DTYPES:
@@ -62,7 +62,7 @@ def refuse_format(to: str) -> None:
 
 
 def write(
-    opened: Opened, destination: Path, to: str, layout: Layout, dtype: torch.dtype | None, compare: Compare | None,
+    opened: Opened, destination: Path, to: str, layout: FileLayout, dtype: torch.dtype | None, compare: Compare | None,
     change: Change | None = None,
 ) -> None:
     """Write a checkpoint, changed or as it is, and print what was done. Raises ConfigError."""

@@ -13,7 +13,7 @@ from moescale.convert.command import Compare, refuse_format, with_source, write
 from moescale.convert.edits import placement
 from moescale.convert.edits.experts import permute, reduce, replicate, upcycle
 from moescale.convert.edits.loads import read_loads
-from moescale.convert.mapping.mapped import Layout, Opened
+from moescale.convert.mapping.mapped import FileLayout, Opened
 from moescale.convert.run import Change
 
 CHANGES = ("upcycle", "experts", "drop_experts", "merge_experts", "place_experts")
@@ -46,7 +46,7 @@ def run(source: Path, destination: Path, to: str | None, options: Options, compa
     def edit(opened: Opened) -> None:
         style = opened.layout.style if to in (None, opened.format) else None
         change = _change(source, opened, options)
-        write(opened, destination, to or opened.format, Layout(style=style), None, compare, change)
+        write(opened, destination, to or opened.format, FileLayout(style=style), None, compare, change)
 
     with_source(source, edit)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from moescale.config import ConfigError
 from moescale.files.leftovers import is_ours, make_marked, unmark
-from moescale.files.locks import Lock
+from moescale.files.locks import FileLock
 from moescale.files.reading import parse_json, read_text
 from moescale.files.writing import sync, sync_tree, write_synced
 
@@ -42,7 +42,7 @@ class Journal:
         if not is_ours(self.folder) and not any("plan" in line for line in _lines(self._file)):
             raise ConfigError(f"{self.folder} is in the way, and no conversion left it: move it away, or give another "
                               "destination")
-        self._lock = Lock(self.folder)
+        self._lock = FileLock(self.folder)
         if not self._lock.taken:
             raise ConfigError(f"{self.folder} is being written by another conversion: wait for it")
         # what is done of the same plan stays

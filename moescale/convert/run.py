@@ -30,7 +30,7 @@ from moescale.convert.formats.hf import weights as hf
 from moescale.convert.formats.hf.folder import why_no_model
 from moescale.convert.formats.megatron import files as megatron_files
 from moescale.convert.journal import Journal
-from moescale.convert.mapping.mapped import Layout, Opened, by_weight, check_pieces
+from moescale.convert.mapping.mapped import FileLayout, Opened, by_weight, check_pieces
 from moescale.convert.mapping.table import NativeName, Piece, Weights
 from moescale.files.reading import explain
 
@@ -42,10 +42,10 @@ class Format(Protocol):
 
     def detect(self, path: Path) -> bool: ...
     def open_checkpoint(self, path: Path) -> Opened: ...
-    def refuse(self, config: Config, layout: Layout, dtype: torch.dtype | None) -> None: ...
-    def plan(self, config: Config, layout: Layout, weights: Weights) -> list[Piece]: ...
+    def refuse(self, config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None: ...
+    def plan(self, config: Config, layout: FileLayout, weights: Weights) -> list[Piece]: ...
     def create(
-        self, folder: Path, config: Config, layout: Layout, pieces: list[Piece], sizes: Sizes, opened: Opened
+        self, folder: Path, config: Config, layout: FileLayout, pieces: list[Piece], sizes: Sizes, opened: Opened
     ) -> dict[str, Stored]: ...
     def finish(self, folder: Path, opened: Opened) -> None: ...
 
@@ -115,7 +115,7 @@ def _open(module: Format, path: Path) -> Opened | None:
 
 
 def convert(
-    source: Opened, destination: Path, to: str, layout: Layout, dtype: torch.dtype | None = None, *,
+    source: Opened, destination: Path, to: str, layout: FileLayout, dtype: torch.dtype | None = None, *,
     change: Change | None = None, check: Check | None = None,
 ) -> Result:
     """Write a checkpoint in another format, whole or not at all; the same call again goes on where it was cut off.
@@ -220,7 +220,7 @@ def _check_room(destination: Path, sizes: Sizes) -> None:
 
 
 def _plan(
-    source: Opened, config: Config, to: str, layout: Layout, sizes: Sizes, change: Change | None
+    source: Opened, config: Config, to: str, layout: FileLayout, sizes: Sizes, change: Change | None
 ) -> str:
     """Say in a few letters what is converted to what: only the same conversion goes on where one was cut off."""
     files = sorted({chunk.path for stored in source.tensors.values() for chunk in stored.chunks})

@@ -22,7 +22,7 @@ from typing import Any
 from moescale.data.documents import BLOCK_BYTES, SourceFile
 from moescale.data.pack import LARGEST_LIST, Pack, open_pack
 from moescale.data.progress import reading
-from moescale.files.locks import Lock, is_locked, lock
+from moescale.files.locks import FileLock, is_locked, lock
 from moescale.files.publish import remove
 from moescale.files.reading import read_json
 from moescale.files.writing import replace_text
@@ -42,7 +42,7 @@ class TokenCache:
         self.packs, self.corpora, self.name = directory / "packs", directory / "corpora", name
         self.directory = directory
         self._place: Path | None = None
-        self._in_use: Lock | None = None  # as long as this object lives
+        self._in_use: FileLock | None = None  # as long as this object lives
 
     def content_hashes(self, files: Sequence[SourceFile]) -> dict[str, str]:
         """Hash the content of files, each by its path.
@@ -83,7 +83,7 @@ class TokenCache:
                     replace_text(place / "packs.json", json.dumps(stored))
                 os.utime(place / "packs.json")
                 (place / "in_use").touch()
-                in_use = Lock(place / "in_use", shared=True, wait=True)
+                in_use = FileLock(place / "in_use", shared=True, wait=True)
                 if in_use.is_of(place / "in_use"):
                     self._in_use, self._place = in_use, place
                     return

@@ -18,7 +18,7 @@ from moescale.engine.base import LayerCounts, RoutingCounts, StepLosses
 from moescale.model.language_model import LanguageModel, LossSums
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import SigmoidBiasRouter
-from moescale.moe.statistics import COUNTS, SUMS
+from moescale.moe.routing_statistics import COUNTS, SUMS
 from moescale.parallel.mesh import Mesh
 
 BLOCKS = 32  # ranks, or blocks of ranks in a row, between which rows are counted

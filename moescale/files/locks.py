@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-class Lock:
+class FileLock:
     """An open file or folder, locked until it is closed or this object is gone.
 
     On a file system without locks nobody is kept out, and the lock counts as taken.
@@ -41,7 +41,7 @@ class Lock:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> FileLock:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -56,14 +56,14 @@ class Lock:
 def lock(path: Path) -> Iterator[None]:
     """Make a file and wait until no other process has it locked; on file systems without locks nobody waits."""
     path.touch()
-    with Lock(path, wait=True):
+    with FileLock(path, wait=True):
         yield
 
 
 def is_locked(path: Path, *, unknown: bool) -> bool:
     """Say whether a process has a file or folder locked, or `unknown` where locks do not work."""
     try:
-        with Lock(path) as attempt:
+        with FileLock(path) as attempt:
             return not attempt.taken if attempt.works else unknown
     except FileNotFoundError:
         return False

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moescale.files.locks import Lock, is_locked
+from moescale.files.locks import FileLock, is_locked
 
 
 def temporary_beside(place: Path) -> Path:
@@ -25,7 +25,7 @@ def temporary_folder(place: Path) -> Iterator[Path]:
     temporary = temporary_beside(place)
     temporary.mkdir()
     try:
-        with Lock(temporary):
+        with FileLock(temporary):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from moescale.files.locks import Lock
+from moescale.files.locks import FileLock
 from moescale.files.publish import remove_leftovers, temporary_beside
 
 
@@ -21,7 +21,7 @@ def replacing(place: Path) -> Iterator[IO[bytes]]:
     remove_leftovers(place)
     temporary = temporary_beside(place)
     try:
-        with temporary.open("xb") as file, Lock(temporary):
+        with temporary.open("xb") as file, FileLock(temporary):
             yield file
         temporary.replace(place)
     finally:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moescale.comm.exchange import Task
+from moescale.comm.exchange import Pausing
 from moescale.moe.hops import Hop, HopHandle
 from moescale.moe.routing import Routing
 
 
 @dataclass(frozen=True)
-class Handle:
+class DispatchHandle:
     """How tokens came to this rank, hop by hop: what `combine` needs to undo it."""
 
     hops: tuple[HopHandle, ...]
@@ -35,7 +35,7 @@ class Dispatcher:
     def __init__(self, hops: Sequence[Hop] = ()) -> None:
         self.hops = tuple(hops)
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Generator[None, None, tuple[Tensor, Routing, Handle]]:
+    def dispatch(self, x: Tensor, routing: Routing) -> Generator[None, None, tuple[Tensor, Routing, DispatchHandle]]:
         """Send tokens to the ranks of their experts.
 
         x: [tokens, d_model]. -> [received, d_model]; their Routing among this rank's experts; the handle for `combine`
@@ -44,9 +44,9 @@ class Dispatcher:
         for hop in self.hops:
             x, routing, handle = yield from hop.dispatch(x, routing)
             handles.append(handle)
-        return x, routing, Handle(tuple(handles))
+        return x, routing, DispatchHandle(tuple(handles))
 
-    def combine(self, y: Tensor, handle: Handle) -> Task:
+    def combine(self, y: Tensor, handle: DispatchHandle) -> Pausing:
         """Bring outputs back and sum each token's.
 
         y: [received, d_model], what this rank's experts add to each token. -> [tokens, d_model]

@@ -24,7 +24,7 @@ from moescale.comm.exchange import (
     AsyncExchange,
     CommunicationError,
     Exchange,
-    Task,
+    Pausing,
     exchange_numbers,
 )
 from moescale.moe.routing import Routing, starts
@@ -149,7 +149,7 @@ class Hop:
             arrived = replace(arrived, token_id=token_id.finish().squeeze(1))
         return x, arrived, handle
 
-    def combine(self, y: Tensor, handle: HopHandle) -> Task:
+    def combine(self, y: Tensor, handle: HopHandle) -> Pausing:
         """Bring outputs back to where their tokens came from, and sum each token's.
 
         y: [received, d_model]. -> [tokens, d_model]

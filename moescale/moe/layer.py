@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
-from moescale.comm.exchange import Result, Task, take_turns
+from moescale.comm.exchange import Pausing, Result, take_turns
 from moescale.layers.feed_forward import FeedForward
 from moescale.moe.budget import RowBudget
 from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.experts import Experts
 from moescale.moe.routers import Router
 from moescale.moe.routing import Routing
-from moescale.moe.statistics import Statistics, Uncounted
+from moescale.moe.routing_statistics import Statistics, Uncounted
 
 
 class MoELayer(nn.Module):
@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
 
         return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    def _mixture(self, x: Tensor, routing: Routing) -> Task:
+    def _mixture(self, x: Tensor, routing: Routing) -> Pausing:
         """x: [tokens, d_model]. -> like x"""
         own = x
         x, routing, handle = yield from spanned("dispatch", self.dispatcher.dispatch(x, routing))
@@ -98,7 +98,7 @@ class MoELayer(nn.Module):
             y = self.experts(x, routing)
         return (yield from spanned("combine", self.dispatcher.combine(y, handle)))
 
-    def _shared(self, x: Tensor, token_id: Tensor) -> Task:
+    def _shared(self, x: Tensor, token_id: Tensor) -> Pausing:
         """Half of it while tokens are on their way out, half while they come back. x: [tokens, d_model]. -> like x"""
         assert self.shared is not None
         if not self.dispatcher.hops:

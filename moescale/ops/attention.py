@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moescale.ops.attention_blocks import attention_in_blocks
 from moescale.ops.attention_chunked import chunked_attention
-from moescale.ops.attention_pattern import Pattern
+from moescale.ops.attention_pattern import AttentionPattern
 from moescale.ops.device import TRITON, triton_runs
 
 SHORT = 128  # queries up to which one call of torch's kernel takes less than calls for blocks, on a processor
@@ -48,7 +48,7 @@ def attention(
         raise ValueError("window says how far back a query sees: use it with causal=True")
     window = None if window is None or window >= seq_k else window
     documents = positions if _has_documents(positions) else None
-    pattern = Pattern(causal, window, documents, alibi_slopes, q.shape[3] ** -0.5 if scale is None else scale)
+    pattern = AttentionPattern(causal, window, documents, alibi_slopes, q.shape[3] ** -0.5 if scale is None else scale)
     name: str = backend
     if backend == "auto":
         name, why = _fastest(q, seq_k, pattern)
@@ -56,7 +56,7 @@ def attention(
     return _BACKENDS[name](q, k, v, pattern)
 
 
-def _fastest(q: Tensor, seq_k: int, pattern: Pattern) -> tuple[str, str]:
+def _fastest(q: Tensor, seq_k: int, pattern: AttentionPattern) -> tuple[str, str]:
     """Choose a backend for these shapes and this device. -> its name, and the reason for the log"""
     seq_q, hides = q.shape[1], pattern.window is not None or pattern.positions is not None
     plain = not hides and pattern.slopes is None and seq_q == seq_k
@@ -93,7 +93,7 @@ def _fits_triton(q: Tensor) -> bool:
     return q.dtype != torch.float64 and 16 <= q.shape[3] <= 256
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     if not TRITON:
         raise ValueError("backend=triton needs the package triton: pip install triton, or use backend=auto")
     if not _fits_triton(q):
@@ -103,7 +103,7 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     return flash_attention(q, k, v, pattern)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     seq_q, seq_k = q.shape[1], k.shape[1]
     mask = None
     square = seq_q == seq_k or not pattern.causal
@@ -121,7 +121,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     if q.device.type != "cuda":
         raise ValueError("backend=flex has no backward on a processor: use backend=auto")
     return flex(q, k, v, pattern, _compiled_flex())
@@ -134,7 +134,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, flex_attention: Any) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, flex_attention: Any) -> Tensor:
     """Express the pattern in the terms of torch's FlexAttention.
 
     q, k, v: as in `attention`. flex_attention: torch's function, compiled or not. -> like q
@@ -163,7 +163,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, flex_attention: Any)
     return out.transpose(1, 2)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     seq_q, seq_k, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * pattern.scale

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescale.ops.attention_pattern import Pattern
+from moescale.ops.attention_pattern import AttentionPattern
 
 aten = torch.ops.aten
 BLOCK = 64  # queries; 32 takes a twentieth less on two cores and leaves many cores idle, 128 a tenth more
 
 
-def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """Compute causal attention, skipping the keys that a window or documents hide.
 
     q, k, v, pattern: as in `attention`, causal, on the CPU. -> like q
@@ -25,7 +25,7 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Te
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
         upcast_q, upcast_k, upcast_v = _upcast(q), _upcast(k), _upcast(v)
         out = torch.empty(q.shape, dtype=q.dtype)
         log_sum = upcast_q.new_empty(q.shape[:3])
@@ -61,7 +61,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def _blocks(
-    seq_q: int, seq_k: int, pattern: Pattern, dtype: torch.dtype
+    seq_q: int, seq_k: int, pattern: AttentionPattern, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Walk the blocks of queries. -> for each: its queries, the keys that any of them sees, the bias of the scores"""
     first, mask = _first_keys(seq_q, seq_k, pattern), torch.empty(0)
@@ -74,7 +74,7 @@ def _blocks(
         yield queries, keys, mask
 
 
-def _first_keys(seq_q: int, seq_k: int, pattern: Pattern) -> list[int]:
+def _first_keys(seq_q: int, seq_k: int, pattern: AttentionPattern) -> list[int]:
     """Find the first key that any sequence sees, from each query on. -> [seq_q]; it never decreases"""
     index = torch.arange(seq_k)
     first = torch.zeros_like(index) if pattern.window is None else (index - pattern.window + 1).clamp(min=0)

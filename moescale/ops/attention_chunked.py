@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescale.ops.attention_pattern import Pattern
+from moescale.ops.attention_pattern import AttentionPattern
 
 CHUNK = 512  # queries, and keys
 
 
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """Compute attention over one chunk of scores at a time.
 
     q, k, v, pattern: as in `attention`; any floating dtype, computed in at least float32. -> like q
@@ -27,7 +27,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tens
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
         out = torch.empty_like(q)
         log_sum = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_upcast_dtype(q))
         for queries in _chunks(0, q.shape[1]):
@@ -92,7 +92,7 @@ def _over_queries(x: Tensor, y: Tensor, kv_heads: int) -> Tensor:
     return (x.mT @ y).transpose(1, 2)
 
 
-def _scores(q: Tensor, k: Tensor, queries: slice, keys: slice, pattern: Pattern) -> Tensor:
+def _scores(q: Tensor, k: Tensor, queries: slice, keys: slice, pattern: AttentionPattern) -> Tensor:
     """Compute scaled, biased scores. -> [batch, heads, queries, keys]"""
     scores = _by_kv_head(_heads_first(q, queries), _heads_first(k, keys).mT).mul_(pattern.scale)
     return scores.add_(pattern.bias(queries, keys, q.shape[1], k.shape[1], scores.dtype, q.device))
@@ -103,7 +103,7 @@ def _chunks(begin: int, end: int) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK, end))
 
 
-def _seen(queries: slice, q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[slice]:
+def _seen(queries: slice, q: Tensor, k: Tensor, pattern: AttentionPattern) -> Iterator[slice]:
     """Walk the chunks of keys, except those after every query or before every window."""
     shift = k.shape[1] - q.shape[1]
     begin = 0 if pattern.window is None else max(0, queries.start + shift - pattern.window + 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Pattern:
+class AttentionPattern:
     """Which keys a query sees: a contiguous run of positions that contains its own.
 
     The queries belong to the last positions of the keys. window: how many keys a query sees at most, counted back from

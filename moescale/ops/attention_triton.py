@@ -10,13 +10,13 @@ import triton
 from torch import Tensor
 
 from moescale.ops.attention_kernels_triton import MOST_QUERIES, attend, grad_keys, grad_queries
-from moescale.ops.attention_pattern import Pattern
+from moescale.ops.attention_pattern import AttentionPattern
 from moescale.ops.descriptors_triton import allow_descriptors, fitting, padded, unpadded
 from moescale.ops.device import shared_bytes
 
 
 @dataclass(frozen=True)
-class Tile:
+class AttentionTile:
     """The size of one tile in queries and keys, its warps, and the stages of its loading pipeline."""
 
     queries: int
@@ -25,7 +25,7 @@ class Tile:
     stages: int
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """Compute exact attention in memory linear in the sequence (FlashAttention-2, alg. 1 and 2).
 
     q: [batch, seq_q, heads, head_dim]. k, v: [batch, seq_k, kv_heads, head_dim]. head_dim is 16 to 256; float32,
@@ -36,7 +36,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor
 
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
         q, k, v = fitting(q), fitting(k), fitting(v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         rounded_seq = triton.cdiv(q.shape[1], MOST_QUERIES.value) * MOST_QUERIES.value
@@ -74,23 +74,23 @@ class _Flash(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-def tiles(q: Tensor) -> tuple[Tile, Tile, Tile]:
+def tiles(q: Tensor) -> tuple[AttentionTile, AttentionTile, AttentionTile]:
     """Choose tile sizes that spill no registers on sm_90.
 
     q: [batch, seq_q, heads, head_dim]. -> for the output, for the gradient of q, and for those of k and v
     """
     if q.device.type == "cpu":
-        return (Tile(32, 32, 4, 1),) * 3  # small, so that short sequences have many
+        return (AttentionTile(32, 32, 4, 1),) * 3  # small, so that short sequences have many
     if q.dtype == torch.float32:
         if q.shape[3] > 128:
-            return (Tile(32, 16, 8, 1),) * 3
-        return (Tile(32, 32, 8, 1),) * 3
+            return (AttentionTile(32, 16, 8, 1),) * 3
+        return (AttentionTile(32, 32, 8, 1),) * 3
     if q.shape[3] > 128:
-        return Tile(128, 32, 8, 1), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)
+        return AttentionTile(128, 32, 8, 1), AttentionTile(64, 32, 8, 2), AttentionTile(32, 32, 8, 1)
     if q.shape[3] > 64:
         stages = 3 if shared_bytes(q) >= 100 * 1024 else 2  # a desktop's GPU lacks 1 KB for three
-        return Tile(64, 64, 4, 3), Tile(128, 64, 8, stages), Tile(64, 64, 4, 2)
-    return Tile(64, 128, 4, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)
+        return AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, stages), AttentionTile(64, 64, 4, 2)
+    return AttentionTile(64, 128, 4, 2), AttentionTile(128, 64, 8, 3), AttentionTile(64, 64, 4, 2)
 
 
 def _grid(x: Tensor, rows: int) -> tuple[int, int, int]:
@@ -98,7 +98,7 @@ def _grid(x: Tensor, rows: int) -> tuple[int, int, int]:
     return triton.cdiv(x.shape[1], rows), x.shape[2], x.shape[0]
 
 
-def _document_bounds(pattern: Pattern) -> tuple[Tensor | None, Tensor | None]:
+def _document_bounds(pattern: AttentionPattern) -> tuple[Tensor | None, Tensor | None]:
     """Find each position's first and last of its document. -> [batch, seq_k] int32 each, or None"""
     if pattern.positions is None:
         return None, None
@@ -106,13 +106,13 @@ def _document_bounds(pattern: Pattern) -> tuple[Tensor | None, Tensor | None]:
     return first.int(), last.int()
 
 
-def _numbers(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: Pattern) -> list[int | float]:
+def _numbers(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, pattern: AttentionPattern) -> list[int | float]:
     """List the kernels' numeric arguments: strides of batch, position and head, sizes, window, scale."""
     strides = [stride for x in (q, k, v, grad) for stride in x.stride()[:3]]
     return [*strides, q.shape[1], k.shape[1], pattern.window or 0, pattern.scale]
 
 
-def _options(q: Tensor, k: Tensor, pattern: Pattern, tile: Tile) -> dict[str, Any]:
+def _options(q: Tensor, k: Tensor, pattern: AttentionPattern, tile: AttentionTile) -> dict[str, Any]:
     """List the constants that kernels are compiled for."""
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
     return {

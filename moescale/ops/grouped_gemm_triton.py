@@ -24,7 +24,7 @@ from moescale.ops.device import is_hopper, shared_bytes
 
 
 @dataclass(frozen=True)
-class Tile:
+class GemmTile:
     """The size of one tile of the output (m by n), the step k of its sum, warps and pipeline stages."""
 
     m: int
@@ -35,19 +35,19 @@ class Tile:
     flat: bool = False  # the next tile's loads begin before this one is stored, which takes 32 KB more
 
 
-def tile_of(x: Tensor, form: str) -> Tile:
+def tile_of(x: Tensor, form: str) -> GemmTile:
     """Choose a tile that spills no registers on sm_90. form: as in `_multiply`, or OUTER"""
     if x.device.type == "cpu":
-        return Tile(32, 32, 32, 4, 1)
+        return GemmTile(32, 32, 32, 4, 1)
     if x.dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 2) if form == "ONE" else Tile(64, 32, 32, 4, 2)
+        return GemmTile(64, 64, 32, 4, 2) if form == "ONE" else GemmTile(64, 32, 32, 4, 2)
     if form == "SWIGLU":
-        return Tile(128, 128, 64, 8, 3)
+        return GemmTile(128, 128, 64, 8, 3)
     if form == "OUTER":
-        return Tile(128, 256, 32, 8, 5)
+        return GemmTile(128, 256, 32, 8, 5)
     if form == "ONE" and shared_bytes(x) >= 225 * 1024:
-        return Tile(128, 256, 64, 8, 4, flat=True)
-    return Tile(128, 256, 64, 8, 3)
+        return GemmTile(128, 256, 64, 8, 4, flat=True)
+    return GemmTile(128, 256, 64, 8, 3)
 
 
 def grouped_gemm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:

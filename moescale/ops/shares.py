@@ -18,7 +18,7 @@ FEWEST_ROWS = 4096  # per thread; with fewer, threads wait for each other's step
 LARGEST_PRODUCT = 1 << 26  # multiplications per expert beyond which one product keeps all cores busy
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Some rows of one expert, counted from the beginning of their share.
 
     length: size rounded up, with some of the rows behind. first: whether it is the expert's first block in this share.
@@ -53,7 +53,7 @@ class Share(NamedTuple):
     """The rows that one thread takes, of consecutive experts, and the blocks that it cuts them into."""
 
     rows: slice
-    blocks: list[Block]
+    blocks: list[RowBlock]
 
     @property
     def longest(self) -> int:
@@ -85,7 +85,7 @@ def cut(sizes: list[int], d_model: int, d_ff: int, round_up: bool) -> list[Share
     most = max(256, BLOCK_NUMBERS // threads // max(d_model, d_ff))  # rows of a block
     for expert, (end, size) in enumerate(zip(ends, sizes, strict=True)):
         if size == 0:
-            shares[0].blocks.append(Block(expert, 0, 0, 0, first=True, borrowed=False))
+            shares[0].blocks.append(RowBlock(expert, 0, 0, 0, first=True, borrowed=False))
             continue
         for rows, blocks in shares:
             start, stop = max(end - size, rows.start), min(end, rows.stop)
@@ -94,7 +94,7 @@ def cut(sizes: list[int], d_model: int, d_ff: int, round_up: bool) -> list[Share
                 low = start + (stop - start) * number // count
                 high = start + (stop - start) * (number + 1) // count
                 length = _rounded(high - low) if round_up else high - low
-                blocks.append(Block(expert, low - rows.start, high - low, length, first=number == 0,
+                blocks.append(RowBlock(expert, low - rows.start, high - low, length, first=number == 0,
                                     borrowed=end - size < rows.start))
     return shares
 

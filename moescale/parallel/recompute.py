@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moescale.layers.feed_forward import FeedForward
 from moescale.model.block import Block
 from moescale.moe.experts import Experts
-from moescale.moe.statistics import Uncounted
+from moescale.moe.routing_statistics import Uncounted
 from moescale.parallel.expert import moe_layers
 
 

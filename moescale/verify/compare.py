@@ -21,7 +21,7 @@ PARTS = {".experts.": "expert", ".shared.": "shared expert", ".router.": "router
 
 
 @dataclass(frozen=True)
-class Figure:
+class Deviation:
     """One quantity of one case compared to its reference.
 
     error: relative; of counts, the share that differs. scale: the ratio of the two norms, values or counts.
@@ -39,7 +39,7 @@ class Figure:
         return self.error <= tolerance  # nan is not
 
 
-def compare(step: Observation, reference: Observation, group: dist.ProcessGroup | None) -> list[Figure]:
+def compare(step: Observation, reference: Observation, group: dist.ProcessGroup | None) -> list[Deviation]:
     """Compare a step to that of one process, in the order of computation: what is wrong first is the cause.
 
     reference: whole. group: all ranks, which add up what differs. -> the same on every rank
@@ -59,16 +59,16 @@ def compare(step: Observation, reference: Observation, group: dist.ProcessGroup 
     ]
 
 
-def _figure(quantity: str, of: str, difference: float, ours: float, theirs: float) -> Figure:
+def _figure(quantity: str, of: str, difference: float, ours: float, theirs: float) -> Deviation:
     if theirs == 0:  # where nothing should be, nothing may be
-        return Figure(quantity, of, 0.0 if difference == 0 else math.inf, 1.0 if ours == 0 else math.inf)
-    return Figure(quantity, of, difference / theirs, ours / theirs)
+        return Deviation(quantity, of, 0.0 if difference == 0 else math.inf, 1.0 if ours == 0 else math.inf)
+    return Deviation(quantity, of, difference / theirs, ours / theirs)
 
 
 def _compare_parameters(
     quantity: str, ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor | None],
     group: dist.ProcessGroup | None,
-) -> list[Figure]:
+) -> list[Deviation]:
     """Compare each rank's part with the same part of the whole; what several ranks hold counts on each."""
     assert ours.keys() <= theirs.keys(), "a parameter has a name that one process does not know"
     squares = torch.zeros(len(theirs), 3, dtype=torch.float64)
@@ -79,7 +79,7 @@ def _compare_parameters(
     figures = []
     for index, (name, whole) in enumerate(theirs.items()):
         if norm[index] == 0 and whole is not None and whole.any():
-            figures.append(Figure(quantity, name, math.inf, 0.0))  # no rank holds it
+            figures.append(Deviation(quantity, name, math.inf, 0.0))  # no rank holds it
         else:
             figures.append(_figure(quantity, name, difference[index], local_norm[index], norm[index]))
     return figures
@@ -96,7 +96,7 @@ def _squares(local: Tensor | None, whole: Tensor) -> Tensor:
     return torch.stack([each.square().sum() for each in (local - whole, local, whole)])
 
 
-def _compare_forward(step: Observation, reference: Observation, group: dist.ProcessGroup | None) -> list[Figure]:
+def _compare_forward(step: Observation, reference: Observation, group: dist.ProcessGroup | None) -> list[Deviation]:
     """Compare the features of each token between the sublayers, and each assignment, layer by layer."""
     met = step.seen.unsqueeze(-1).double()
     pairs = (step.stream - reference.stream * met, step.stream, reference.stream * met)
@@ -119,7 +119,7 @@ def _compare_forward(step: Observation, reference: Observation, group: dist.Proc
 
 def _compare_counts(
     ours: Mapping[str, list[int] | int], theirs: Mapping[str, list[int] | int]
-) -> list[Figure]:
+) -> list[Deviation]:
     assert ours.keys() == theirs.keys(), "mixtures of experts are in other layers"
     figures = []
     for name in theirs:
@@ -129,22 +129,22 @@ def _compare_counts(
     return figures
 
 
-def _count(quantity: str, of: str, ours: Tensor, theirs: Tensor) -> Figure:
+def _count(quantity: str, of: str, ours: Tensor, theirs: Tensor) -> Deviation:
     return _figure(quantity, of, float((ours - theirs).abs().sum()), float(ours.sum()), float(theirs.sum()))
 
 
-def worst(figures: Sequence[Figure], tolerance: float) -> Figure:
+def worst(figures: Sequence[Deviation], tolerance: float) -> Deviation:
     """The figure furthest off."""
     return max(figures, key=lambda figure: math.inf if math.isnan(figure.error) else figure.error / tolerance)
 
 
-def worst_scale(figures: Sequence[Figure]) -> Figure:
+def worst_scale(figures: Sequence[Deviation]) -> Deviation:
     """Find the gradient whose norm is furthest from what it should be."""
     gradients = [figure for figure in figures if figure.quantity == "gradient"]
     return max(gradients, key=lambda figure: abs(figure.scale - 1) if math.isfinite(figure.scale) else math.inf)
 
 
-def diagnose(figures: Sequence[Figure], tolerance: float) -> str:
+def diagnose(figures: Sequence[Deviation], tolerance: float) -> str:
     """Name what is wrong first, in the order of `compare`, and what else is. -> "" when nothing is"""
     wrong = [figure for figure in figures if not figure.within(tolerance)]
     if not wrong:
@@ -156,13 +156,13 @@ def diagnose(figures: Sequence[Figure], tolerance: float) -> str:
     return text + (f"; then {', '.join(others)}" if others else "")
 
 
-def _describe(figure: Figure) -> str:
+def _describe(figure: Deviation) -> str:
     if figure.quantity in ("assignments", "tokens", "tokens per expert", "dropped"):
         return f"{figure}: {figure.error:.1%} differ, {figure.scale:.3f} times as many"
     return f"{figure} {_times(figure.scale)}, error {figure.error:.1e}"
 
 
-def _parameters(wrong: Sequence[Figure]) -> str:
+def _parameters(wrong: Sequence[Deviation]) -> str:
     """Say which kinds of parameters, by what factor if it is one, and which one is worst."""
     kinds = list(dict.fromkeys(_kind(figure.of) for figure in wrong))
     name = wrong[0].quantity if wrong[0].quantity != "gradient" else "gradients"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from moescale.config import Config
 from moescale.verify.candidates import Layout
-from moescale.verify.compare import TOLERANCES, Figure, worst, worst_scale
+from moescale.verify.compare import TOLERANCES, Deviation, worst, worst_scale
 from moescale.verify.run import LayoutResult
 
 
@@ -103,7 +103,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON knows no infinity
 
 
-def _figures(row: LayoutResult, compute: str | None = None) -> list[Figure]:
+def _figures(row: LayoutResult, compute: str | None = None) -> list[Deviation]:
     return [each for (_, of), figures in row.figures.items() if compute in (None, of) for each in figures]
 
 

@@ -14,7 +14,7 @@ from moescale.parallel import pipeline  # noqa: F401  it takes a while, which fo
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import RanksError, run_ranks
 from moescale.verify.candidates import Layout
-from moescale.verify.compare import TOLERANCES, Figure, compare, diagnose
+from moescale.verify.compare import TOLERANCES, Deviation, compare, diagnose
 from moescale.verify.observation import Observation, make_batches, observe_step
 from moescale.verify.shrink import MICRO_BATCHES
 
@@ -41,7 +41,7 @@ class LayoutResult:
     layout: Layout
     schedules: tuple[str, ...]
     seconds: float
-    figures: dict[tuple[int, str], list[Figure]]
+    figures: dict[tuple[int, str], list[Deviation]]
     diagnosis: str
     error: str = ""
 
@@ -148,7 +148,7 @@ def _reference(config: Config, batches: Batch) -> Observation:
     return observe_step(config, start_mesh(config), batches)
 
 
-def _compare_cases(cases: Sequence[Case], proof: Proof) -> list[list[Figure]]:
+def _compare_cases(cases: Sequence[Case], proof: Proof) -> list[list[Deviation]]:
     """Run on one rank of a layout."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # an exception travels to the parent; what libraries log is noise
     mesh = start_mesh(cases[0].config)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from moescale.checkpoint.archive import read_archive
 from moescale.checkpoint.index import read_metadata
-from moescale.checkpoint.plain_pickle import Name, PickleError, Record, read_plain
+from moescale.checkpoint.plain_pickle import Name, PlainPickleError, Record, read_plain
 from moescale.checkpoint.strided_view import Stored, read_region, region
 from moescale.config import ConfigError
 from moescale.convert.containers import create_distributed, open_distributed
@@ -112,7 +112,7 @@ HOSTILE = {
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_pickle_ends_soon_and_in_one_line(data: bytes) -> None:
     begin = time.process_time()
-    with pytest.raises(PickleError) as caught:
+    with pytest.raises(PlainPickleError) as caught:
         read_plain(data)
     assert "\n" not in str(caught.value)
     assert time.process_time() - begin < 5
@@ -122,7 +122,7 @@ def attempt(work: Callable[[], object]) -> str:
     """Say what was refused, or nothing; any other error is one of the test."""
     try:
         work()
-    except (PickleError, ConfigError) as error:
+    except (PlainPickleError, ConfigError) as error:
         return str(error)
     return ""
 

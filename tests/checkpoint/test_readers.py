@@ -21,7 +21,7 @@ from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_l
 from moescale.cli import app
 from moescale.config import ConfigError, load_config
 from moescale.convert.run import open_source
-from moescale.files.locks import Lock, is_locked
+from moescale.files.locks import FileLock, is_locked
 from tests.convert.models import make_config, write_run
 
 
@@ -116,7 +116,7 @@ def test_what_goes_away_each_time_is_one_line(run: Path, tmp_path: Path) -> None
         tries.append(folder)
         (folder / "checkpoint.json").rename(folder / "gone")
         try:
-            Lock(folder / "nothing")
+            FileLock(folder / "nothing")
         finally:
             shutil.copytree(folder, folder.with_name(f"step_{len(tries) + 10:08d}"))
             new = folder.with_name(f"step_{len(tries) + 10:08d}")

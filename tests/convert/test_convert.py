@@ -19,7 +19,7 @@ import moescale
 from moescale.cli import app
 from moescale.config import Config
 from moescale.convert.formats.native import native_weights
-from moescale.convert.mapping.mapped import Layout, weights_of
+from moescale.convert.mapping.mapped import FileLayout, weights_of
 from moescale.convert.mapping.table import NativeName
 from moescale.convert.run import convert, open_source
 from moescale.verify import megatron
@@ -27,11 +27,12 @@ from tests.convert.models import DENSE, MIXED, make_config, make_tensors, write_
 
 STYLES = ("sequential", "grouped", "te_grouped")
 FORMATS = {
-    "moescale": ("moescale", Layout()), "hf": ("hf", Layout()), "hf fused": ("hf", Layout(style="fused")),
-    "torch_dist": ("megatron", Layout()),
-    "sequential": ("megatron", Layout(4, 2, 2, 2, "sequential")),
-    "grouped": ("megatron", Layout(2, 2, 1, 1, "grouped")),
-    "te_grouped": ("megatron", Layout(1, 1, 2, 1, "te_grouped")), "deepspeed": ("deepspeed", Layout(2, 2, 1, 2)),
+    "moescale": ("moescale", FileLayout()), "hf": ("hf", FileLayout()), "hf fused": ("hf", FileLayout(style="fused")),
+    "torch_dist": ("megatron", FileLayout()),
+    "sequential": ("megatron", FileLayout(4, 2, 2, 2, "sequential")),
+    "grouped": ("megatron", FileLayout(2, 2, 1, 1, "grouped")),
+    "te_grouped": ("megatron", FileLayout(1, 1, 2, 1, "te_grouped")),
+    "deepspeed": ("deepspeed", FileLayout(2, 2, 1, 2)),
 }
 
 
@@ -97,7 +98,7 @@ def test_every_layout(tmp_path: Path, style: str) -> None:
     for ep, tp, pp, etp in itertools.product((1, 2, 4, 8), (1, 2), (1, 2), (1, 2)):
         if tp % etp or (style == "deepspeed" and pp > 1):
             continue
-        layout = Layout(ep, tp, pp, etp, None if style == "deepspeed" else style)
+        layout = FileLayout(ep, tp, pp, etp, None if style == "deepspeed" else style)
         convert(opened, tmp_path / "there", "deepspeed" if style == "deepspeed" else "megatron", layout)
         same(tmp_path / "there", config)
         shutil.rmtree(tmp_path / "there")
@@ -121,9 +122,9 @@ def test_every_shape_of_model(tmp_path: Path, to: str, shape: str, cut: bool) ->
         pytest.skip("is not cut")
     config = make_config(*SHAPES[shape])
     opened = open_source(write_run(tmp_path / "run", config))
-    layout = Layout(2, 2, 2 if to == "megatron" else 1, 1) if cut else Layout()
+    layout = FileLayout(2, 2, 2 if to == "megatron" else 1, 1) if cut else FileLayout()
     first = convert(opened, tmp_path / "there", to, layout)
-    back = convert(open_source(tmp_path / "there"), tmp_path / "back", "moescale", Layout())
+    back = convert(open_source(tmp_path / "there"), tmp_path / "back", "moescale", FileLayout())
     assert first.fingerprints == back.fingerprints
     same(tmp_path / "back", config)
     assert essence(open_source(tmp_path / "back").config) == essence(config)
@@ -152,9 +153,9 @@ def test_logits_of_transformers(tmp_path: Path, name: str, fused: bool) -> None:
     tokens = torch.randint(264, (3, 30))
     with torch.no_grad():
         theirs = peer(tokens).logits
-    convert(open_source(tmp_path / "peer"), tmp_path / "run", "moescale", Layout())
+    convert(open_source(tmp_path / "peer"), tmp_path / "run", "moescale", FileLayout())
     torch.testing.assert_close(moescale.load(tmp_path / "run").logits(tokens), theirs, rtol=0, atol=1e-5)
-    convert(open_source(tmp_path / "run"), tmp_path / "back", "hf", Layout())
+    convert(open_source(tmp_path / "run"), tmp_path / "back", "hf", FileLayout())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, theirs)
@@ -167,7 +168,7 @@ def test_logits_of_transformers(tmp_path: Path, name: str, fused: bool) -> None:
 def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moescale.convert.formats.hf.weights.LARGEST_FILE", 20_000)
     run = write_run(tmp_path / "run", make_config())
-    convert(open_source(run), tmp_path / "hf", "hf", Layout())
+    convert(open_source(run), tmp_path / "hf", "hf", FileLayout())
     files = sorted(tmp_path.glob("hf/*.safetensors"))
     assert len(files) > 3
     assert all(file.stat().st_size < 25_000 for file in files)
@@ -179,10 +180,10 @@ def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_bfloat16_is_its_own_fingerprint_and_widens_back(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", make_config())
-    wide = convert(open_source(run), tmp_path / "wide", "hf", Layout())
-    narrow = convert(open_source(run), tmp_path / "narrow", "megatron", Layout(), torch.bfloat16)
+    wide = convert(open_source(run), tmp_path / "wide", "hf", FileLayout())
+    narrow = convert(open_source(run), tmp_path / "narrow", "megatron", FileLayout(), torch.bfloat16)
     assert {stored.dtype for stored in open_source(tmp_path / "narrow").tensors.values()} == {torch.bfloat16}
-    back = convert(open_source(tmp_path / "narrow"), tmp_path / "back", "moescale", Layout())
+    back = convert(open_source(tmp_path / "narrow"), tmp_path / "back", "moescale", FileLayout())
     assert wide.fingerprints != narrow.fingerprints == back.fingerprints
     tensors = make_tensors(make_config())
     norm = weights(tmp_path / "back")[NativeName(("norm", "weight"))]
@@ -191,11 +192,11 @@ def test_bfloat16_is_its_own_fingerprint_and_widens_back(tmp_path: Path) -> None
 
 def test_a_native_checkpoint_keeps_its_optimizer(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", make_config(), optimizer=True)
-    convert(open_source(run), tmp_path / "copy", "moescale", Layout())
+    convert(open_source(run), tmp_path / "copy", "moescale", FileLayout())
     before, after = weights(run), weights(tmp_path / "copy")
     assert len(before) == 3 * len(native_weights(make_config()))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    result = convert(open_source(run), tmp_path / "hf", "hf", Layout())
+    result = convert(open_source(run), tmp_path / "hf", "hf", FileLayout())
     assert "optim.exp_avg.norm.weight" in result.left_out
 
 
@@ -227,7 +228,7 @@ def test_logits_by_megatrons_own_arguments(tmp_path: Path, shape: str, style: st
     config = make_config(*SHAPES[shape])
     run, there = write_run(tmp_path / "run", config), tmp_path / "there"
     ranks = {"sequential": (2, 2, 2, 1), "grouped": (2, 2, 1, 2), "te_grouped": (1, 1, 2, 1)}
-    layout = Layout(*ranks[style], style) if style and shape != "multi-query" else Layout(style=style)
+    layout = FileLayout(*ranks[style], style) if style and shape != "multi-query" else FileLayout(style=style)
     convert(open_source(run), there, "megatron", layout)
     tokens = torch.arange(80).view(2, 40) * 7 % 264
     theirs = megatron.logits(open_source(there), tokens)

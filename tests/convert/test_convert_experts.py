@@ -18,7 +18,7 @@ from moescale.config import ConfigError
 from moescale.convert.edits.experts import permute, reduce, replicate, upcycle
 from moescale.convert.edits.loads import read_loads
 from moescale.convert.edits.placement import balance, place
-from moescale.convert.mapping.mapped import Layout, weights_of
+from moescale.convert.mapping.mapped import FileLayout, weights_of
 from moescale.convert.run import convert, open_source
 from tests.convert.models import DENSE, make_config, write_run
 from tests.engine.test_resume import run_joined
@@ -34,7 +34,7 @@ def logits(run: Path) -> torch.Tensor:
 def test_upcycled_logits_are_the_dense_ones(tmp_path: Path, experts: int, top_k: int | None, parts: int) -> None:
     run = write_run(tmp_path / "run", make_config(DENSE))
     opened = open_source(run)
-    result = convert(opened, tmp_path / "there", "moescale", Layout(),
+    result = convert(opened, tmp_path / "there", "moescale", FileLayout(),
                      change=upcycle(opened, experts, top_k, parts, 0.0))
     model = moescale.load(tmp_path / "there")
     torch.testing.assert_close(model.logits(TOKENS), logits(run), rtol=0, atol=1e-5)
@@ -42,7 +42,7 @@ def test_upcycled_logits_are_the_dense_ones(tmp_path: Path, experts: int, top_k:
     assert layer.experts.up.shape == (experts, 32 // parts, 16)
     assert layer.router.top_k == (top_k or 2 * parts)
     assert len({digest for name, digest in result.fingerprints.items() if "expert" in name}) >= experts
-    convert(opened, tmp_path / "noisy", "moescale", Layout(), change=upcycle(opened, experts, top_k, parts, 0.5))
+    convert(opened, tmp_path / "noisy", "moescale", FileLayout(), change=upcycle(opened, experts, top_k, parts, 0.5))
     assert (logits(tmp_path / "noisy") - logits(run)).abs().max() > 1e-3
 
 
@@ -53,7 +53,7 @@ def test_upcycled_logits_are_the_dense_ones(tmp_path: Path, experts: int, top_k:
 def test_copies_of_experts_keep_the_logits(tmp_path: Path, moe: dict[str, Any]) -> None:
     run = write_run(tmp_path / "run", make_config(moe=moe))
     opened = open_source(run)
-    convert(opened, tmp_path / "there", "moescale", Layout(), change=replicate(opened, 24, 0.0))
+    convert(opened, tmp_path / "there", "moescale", FileLayout(), change=replicate(opened, 24, 0.0))
     model = moescale.load(tmp_path / "there")
     assert model.blocks["0"].channel_mixer.experts.up.shape[0] == 24
     torch.testing.assert_close(model.logits(TOKENS), logits(run), rtol=0, atol=1e-5)
@@ -74,12 +74,12 @@ def test_the_idlest_experts_go(tmp_path: Path) -> None:
     opened = open_source(run)
     found = read_loads(run, opened.config)
     assert found == {layer: [2 * count for count in counts] for layer, counts in loads.items()}
-    convert(opened, tmp_path / "fewer", "moescale", Layout(), change=reduce(opened, found, 2, merge=False))
+    convert(opened, tmp_path / "fewer", "moescale", FileLayout(), change=reduce(opened, found, 2, merge=False))
     old, new = (moescale.load(path).blocks["0"].channel_mixer for path in (run, tmp_path / "fewer"))
     kept = [0, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert torch.equal(new.experts.down, old.experts.down[kept])
     assert torch.equal(new.router.weight, old.router.weight[kept])
-    convert(opened, tmp_path / "merged", "moescale", Layout(), change=reduce(opened, found, 1, merge=True))
+    convert(opened, tmp_path / "merged", "moescale", FileLayout(), change=reduce(opened, found, 1, merge=True))
     new = moescale.load(tmp_path / "merged").blocks["0"].channel_mixer
     rows = torch.nn.functional.normalize(old.router.weight.detach(), dim=-1)
     others = [0, *range(2, 12)]
@@ -137,11 +137,11 @@ def test_a_run_goes_on_from_placed_experts_and_without_optimizer_state(tmp_path:
     unbroken = run_joined((1, {}), tmp_path / "run", False, None)
     run_joined((1, {}), tmp_path / "run", False, 10)
     opened = open_source(tmp_path / "run")
-    convert(opened, tmp_path / "placed", "moescale", Layout(), change=permute(opened, {1: [*range(1, 12), 0]}, {}))
+    convert(opened, tmp_path / "placed", "moescale", FileLayout(), change=permute(opened, {1: [*range(1, 12), 0]}, {}))
     placed = run_joined((2, {"ep": 2}), tmp_path / "placed", True, None)
     assert placed["losses"] == pytest.approx(unbroken["losses"][10:], rel=1e-5)
-    convert(opened, tmp_path / "megatron", "megatron", Layout())
-    convert(open_source(tmp_path / "megatron"), tmp_path / "bare", "moescale", Layout())
+    convert(opened, tmp_path / "megatron", "megatron", FileLayout())
+    convert(open_source(tmp_path / "megatron"), tmp_path / "bare", "moescale", FileLayout())
     bare = run_joined((1, {}), tmp_path / "bare", True, 3)
     assert bare["losses"][0] == pytest.approx(unbroken["losses"][0], rel=1), "training starts"
     assert len(bare["losses"]) == 3
@@ -151,7 +151,7 @@ def test_permutation_takes_the_optimizer_along(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", make_config(), optimizer=True)
     opened = open_source(run)
     order = [3, 10, 2, 0, 11, 4, 9, 1, 5, 8, 7, 6]
-    convert(opened, tmp_path / "there", "moescale", Layout(), change=permute(opened, {0: order, 1: order}, {}))
+    convert(opened, tmp_path / "there", "moescale", FileLayout(), change=permute(opened, {0: order, 1: order}, {}))
     before, after = ({str(name): tensor for name, tensor in weights_of(open_source(path), moments=True)}
                      for path in (run, tmp_path / "there"))
     for plane, (new, old) in itertools.product(("", "optim.exp_avg.", "optim.exp_avg_sq."), enumerate(order)):

@@ -25,7 +25,7 @@ from moescale.config import ConfigError
 from moescale.convert import copying
 from moescale.convert.formats.hf import mixtral
 from moescale.convert.formats.hf.folder import INDEX
-from moescale.convert.mapping.mapped import Layout, weights_of
+from moescale.convert.mapping.mapped import FileLayout, weights_of
 from moescale.convert.mapping.table import NativeName, Row
 from moescale.convert.run import convert, open_source
 from moescale.verify.conversion import compare_models
@@ -38,7 +38,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w{}.weight"
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
-    convert(open_source(write_run(folder / "run", make_config())), folder / "hf", "hf", Layout())
+    convert(open_source(write_run(folder / "run", make_config())), folder / "hf", "hf", FileLayout())
     return folder / "hf"
 
 
@@ -148,7 +148,7 @@ class Harm:
 ])
 def test_a_malicious_pickle(published: Path, tmp_path: Path, to: str, file: str) -> None:
     source = tmp_path / "source"
-    convert(open_source(published), source, to, Layout())
+    convert(open_source(published), source, to, FileLayout())
     harm = Harm(tmp_path / "harm")
     if file.endswith(".metadata"):
         (source / file).write_bytes(pickle.dumps(harm))
@@ -160,7 +160,7 @@ def test_a_malicious_pickle(published: Path, tmp_path: Path, to: str, file: str)
 
 def test_copies_that_differ(published: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    convert(open_source(published), source, "megatron", Layout(tp=2))
+    convert(open_source(published), source, "megatron", FileLayout(tp=2))
     file = source / "iter_0000000/mp_rank_01/model_optim_rng.pt"
     from argparse import Namespace
 
@@ -246,7 +246,7 @@ def test_a_wrong_mapping_does_not_land(tmp_path: Path, monkeypatch: pytest.Monke
 
         monkeypatch.setattr(copying, "write_region", wrong)
     with pytest.raises(ConfigError, match=r"--verify: .* nothing was written"):
-        convert(opened, tmp_path / "there", "hf", Layout(), check=compare_models)
+        convert(opened, tmp_path / "there", "hf", FileLayout(), check=compare_models)
     assert not (tmp_path / "there").exists()
 
 
@@ -269,11 +269,11 @@ def test_a_kill_at_ten_moments_leaves_nothing_or_the_whole(
         real(*args)
 
     monkeypatch.setattr(copying, "write_region", write)
-    whole = convert(open_source(published), tmp_path / "whole", "megatron", Layout(tp=2))
+    whole = convert(open_source(published), tmp_path / "whole", "megatron", FileLayout(tp=2))
     number, seen = next(writes), set()
     for _ in range(10):
         writes, last = itertools.count(1), draw.randint(1, 2 * number)  # half of them come too late
-        process = _forked(lambda: convert(open_source(published), there, "megatron", Layout(tp=2)))
+        process = _forked(lambda: convert(open_source(published), there, "megatron", FileLayout(tp=2)))
         process.join(20)
         seen.add(there.exists())
         if there.exists():
@@ -281,12 +281,12 @@ def test_a_kill_at_ten_moments_leaves_nothing_or_the_whole(
             shutil.rmtree(there)
     last = math.inf
     assert seen == {False, True}, "some are killed, and others get to the end"
-    assert convert(open_source(published), there, "megatron", Layout(tp=2)).fingerprints == whole.fingerprints
+    assert convert(open_source(published), there, "megatron", FileLayout(tp=2)).fingerprints == whole.fingerprints
     assert not there.with_name("there.partial").exists()
 
 
 def test_what_was_done_is_not_done_again(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = convert(open_source(published), tmp_path / "whole", "moescale", Layout())
+    whole = convert(open_source(published), tmp_path / "whole", "moescale", FileLayout())
     real, left = copying.read_weight, iter(range(3, -1, -1))
     done: list[NativeName] = []
 
@@ -300,12 +300,12 @@ def test_what_was_done_is_not_done_again(published: Path, tmp_path: Path, monkey
     monkeypatch.setattr(copying, "THREADS", 1)
     monkeypatch.setattr(copying, "read_weight", stops)
     with pytest.raises(KeyboardInterrupt):
-        convert(open_source(published), tmp_path / "there", "moescale", Layout())
+        convert(open_source(published), tmp_path / "there", "moescale", FileLayout())
     assert not (tmp_path / "there").exists()
     again: list[NativeName] = []
     monkeypatch.setattr(copying, "read_weight", lambda opened, pieces, name: (again.append(name),
                                                                                real(opened, pieces, name))[1])
-    result = convert(open_source(published), tmp_path / "there", "moescale", Layout())
+    result = convert(open_source(published), tmp_path / "there", "moescale", FileLayout())
     assert done
     assert not set(done) & set(again)
     assert result.fingerprints == whole.fingerprints

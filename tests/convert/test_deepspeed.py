@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moescale.convert.formats.deepspeed import open_checkpoint
-from moescale.convert.mapping.mapped import Layout, weights_of
+from moescale.convert.mapping.mapped import FileLayout, weights_of
 from moescale.convert.run import convert, open_source
 from moescale.layers.feed_forward import FeedForward
 from moescale.model.build import build_model
@@ -59,7 +59,7 @@ def load_experts(folder: Path, ep: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("ep", [1, 2])
 def test_its_loader_takes_what_was_written(tmp_path: Path, ep: int) -> None:
     run = write_run(tmp_path / "run", make_config())
-    convert(open_source(run), tmp_path / "deepspeed", "deepspeed", Layout())
+    convert(open_source(run), tmp_path / "deepspeed", "deepspeed", FileLayout())
     native = make_tensors(make_config())
     for rank, held in enumerate(run_ranks(ep, load_experts, tmp_path / "deepspeed", ep)):
         for name, tensor in held.items():

@@ -14,7 +14,7 @@ import torch
 import moescale
 from moescale.config import ConfigError
 from moescale.convert.formats import deepspeed as deepspeed_files
-from moescale.convert.mapping.mapped import Layout
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.mapping.table import Row
 from moescale.convert.run import convert, open_source
 from moescale.verify import deepspeed
@@ -36,9 +36,9 @@ def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def written(folder: Path, shape: str = "mixtral", layout: Layout | None = None) -> Path:
+def written(folder: Path, shape: str = "mixtral", layout: FileLayout | None = None) -> Path:
     run = write_run(folder / "run", make_config(*SHAPES[shape]))
-    convert(open_source(run), folder / "there", "deepspeed", layout or Layout())
+    convert(open_source(run), folder / "there", "deepspeed", layout or FileLayout())
     return folder / "there"
 
 
@@ -50,7 +50,7 @@ def changed(there: Path, **values: Any) -> Path:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_by_its_own_names(tmp_path: Path, shape: str) -> None:
-    whole, cut = written(tmp_path / "one", shape), written(tmp_path / "two", shape, Layout(tp=2, etp=2))
+    whole, cut = written(tmp_path / "one", shape), written(tmp_path / "two", shape, FileLayout(tp=2, etp=2))
     ours = moescale.load(tmp_path / "one/run").logits(TOKENS)
     for there in (whole, cut):
         torch.testing.assert_close(deepspeed.logits(open_source(there), TOKENS), ours, rtol=0, atol=1e-6)
@@ -64,7 +64,7 @@ def test_a_wrong_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     there = written(tmp_path)
     monkeypatch.setattr(deepspeed_files, "EXPERTS", tuple(exchanged(found) for found in deepspeed_files.EXPERTS))
     with pytest.raises(ConfigError, match="--verify: largest difference"):
-        convert(open_source(there), tmp_path / "back", "moescale", Layout(), check=compare_models)
+        convert(open_source(there), tmp_path / "back", "moescale", FileLayout(), check=compare_models)
 
 
 def test_settings_of_training_change_nothing(tmp_path: Path) -> None:
@@ -96,4 +96,4 @@ def test_the_weight_of_one_expert(tmp_path: Path) -> None:
     """1 here; there its share of all experts' probability."""
     run = write_run(tmp_path / "run", make_config({}, {"top_k": 1}))
     with pytest.raises(ConfigError, match=r"moe\.top_k=1"):
-        convert(open_source(run), tmp_path / "there", "deepspeed", Layout())
+        convert(open_source(run), tmp_path / "there", "deepspeed", FileLayout())

@@ -19,7 +19,7 @@ from moescale.checkpoint.store import save_checkpoint
 from moescale.cli import app
 from moescale.config import Config
 from moescale.convert.companions import bytes_sentencepiece
-from moescale.convert.mapping.mapped import Layout
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.data.tokenizer import ByteTokenizer, load_tokenizer
 from tests.convert.models import DENSE, make_config, make_tensors, write_run
@@ -56,7 +56,7 @@ def write_run_with(run_dir: Path, tokenizer: Path, **data: object) -> Path:
 @pytest.fixture(scope="module")
 def of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bytes")
-    convert(open_source(write_run(folder / "run", make_config({"window": None}))), folder / "hf", "hf", Layout())
+    convert(open_source(write_run(folder / "run", make_config({"window": None}))), folder / "hf", "hf", FileLayout())
     return folder / "hf"
 
 
@@ -249,7 +249,7 @@ def test_rows_that_llama_cpp_cannot_fill_up_are_said(tmp_path: Path) -> None:
 def test_transformers_generates_the_same_tokens(tmp_path: Path, model: dict[str, Any]) -> None:
     """Greedy tokens, far beyond a window, of random weights: every prompt of ours in one batch, theirs one by one."""
     run = write_run(tmp_path / "run", make_config(model), std=0.4)
-    convert(open_source(run), tmp_path / "hf", "hf", Layout())
+    convert(open_source(run), tmp_path / "hf", "hf", FileLayout())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     draw = random.Random(0)
     prompts = [[256, *(draw.randrange(256) for _ in range(length))] for length in (0, 3, 24)]

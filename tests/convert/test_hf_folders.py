@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from moescale.cli import app
 from moescale.convert.formats.hf.folder import INDEX, SINGLE
-from moescale.convert.mapping.mapped import Layout
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from tests.convert.models import DENSE, make_config, write_run
 
@@ -24,7 +24,7 @@ from tests.convert.models import DENSE, make_config, write_run
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     run = write_run(folder / "run", make_config({**DENSE, "window": None}))
-    convert(open_source(run), folder / "hf", "hf", Layout())
+    convert(open_source(run), folder / "hf", "hf", FileLayout())
     return folder / "hf"
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import moescale
-from moescale.convert.mapping.mapped import Layout
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.parallel.ranks import run_ranks
 from tests.convert.models import make_config, write_run
@@ -61,7 +61,7 @@ def megatron_logits(folder: Path, ep: int) -> Tensor:
 
 def test_its_own_model_has_our_logits(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", make_config({"window": None}))
-    convert(open_source(run), tmp_path / "megatron", "megatron", Layout())
+    convert(open_source(run), tmp_path / "megatron", "megatron", FileLayout())
     folder = tmp_path / "megatron/iter_0000000"
     theirs = run_ranks(1, megatron_logits, folder, 1)[0]
     model = moescale.load(run)

@@ -16,7 +16,7 @@ import torch
 from moescale.config import Config, ConfigError
 from moescale.convert.formats.megatron.arguments import HARMLESS, HARMLESS_FAMILIES, NEUTRAL, READ
 from moescale.convert.formats.megatron.names import read_arguments, write_arguments
-from moescale.convert.mapping.mapped import Layout
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.model.build import build_model
 from tests.convert.models import make_config, write_run
@@ -29,7 +29,7 @@ MODELS = {"mixtral": {}, "sigmoid": SIGMOID, "switch": SWITCH}
 
 def stored(moe: dict[str, Any] | None = None, **changes: Any) -> Namespace:
     """What a training run would have stored, with some arguments changed."""
-    return Namespace(**{**vars(write_arguments(make_config({"window": None}, moe), Layout())), **changes})
+    return Namespace(**{**vars(write_arguments(make_config({"window": None}, moe), FileLayout())), **changes})
 
 
 def read(args: Namespace) -> Config:
@@ -126,7 +126,7 @@ def test_the_balance_loss_goes_across(kind: str, scope: str) -> None:
     if kind == "switch":
         moe |= {"capacity_factor": 1.5, "eval_capacity_factor": 1.5, "drop_by": "probability"}
     config = make_config({}, moe, micro_batch=4)
-    args = write_arguments(config, Layout())
+    args = write_arguments(config, FileLayout())
     assert args.moe_router_load_balancing_type == {"sequence": "seq_aux_loss", "micro_batch": "aux_loss",
                                                    "global_batch": "global_aux_loss"}[scope]
     found = read(args)
@@ -135,7 +135,7 @@ def test_the_balance_loss_goes_across(kind: str, scope: str) -> None:
         assert (found.data.micro_batch, found.data.global_batch) == (4, config.data.global_batch)
         args.micro_batch_size = 1
         assert read(args).moe.balance_over == "sequence"
-    idle = write_arguments(make_config({}, {**MODELS[kind], "load_balance_coefficient": 0.0}), Layout())
+    idle = write_arguments(make_config({}, {**MODELS[kind], "load_balance_coefficient": 0.0}), FileLayout())
     assert idle.moe_router_load_balancing_type == "none"
     assert read(args).moe.load_balance_coefficient == 0.02
 
@@ -160,5 +160,5 @@ def test_the_weight_of_one_expert(tmp_path: Path, router: str) -> None:
     """1 here; there the score as it is (sigmoid), or refused by Megatron itself or the share of all (softmax)."""
     one = write_run(tmp_path / "one", make_config({}, {"router": router, "top_k": 1}))
     with pytest.raises(ConfigError, match=r"moe\.top_k=1"):
-        convert(open_source(one), tmp_path / "there", "megatron", Layout())
+        convert(open_source(one), tmp_path / "there", "megatron", FileLayout())
     assert not (tmp_path / "there").exists()

@@ -18,7 +18,7 @@ import moescale
 from moescale.cli import app
 from moescale.config import ConfigError
 from moescale.convert.formats.megatron import files as megatron_files
-from moescale.convert.mapping.mapped import Layout
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.mapping.table import Row
 from moescale.convert.run import convert, open_source
 from moescale.verify import megatron
@@ -74,4 +74,4 @@ def test_a_wrong_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     wrong = {kind: tuple(exchanged(found) for found in rows) for kind, rows in megatron_files.DISTRIBUTED.items()}
     monkeypatch.setattr(megatron_files, "DISTRIBUTED", wrong)
     with pytest.raises(ConfigError, match="--verify: largest difference"):
-        convert(open_source(there), tmp_path / "run", "moescale", Layout(), check=compare_models)
+        convert(open_source(there), tmp_path / "run", "moescale", FileLayout(), check=compare_models)

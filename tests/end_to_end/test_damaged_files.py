@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moescale.cli import app
-from moescale.convert.mapping.mapped import Layout
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from tests.convert.models import make_config, write_run
 from tests.report.test_report import make_run, make_text
@@ -40,8 +40,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("whole")
     write_run(place / "native", make_config({"num_layers": 1, "window": None}))
     opened = open_source(place / "native")
-    for name, to, layout in (("hf", "hf", Layout()), ("megatron", "megatron", Layout()),
-                             ("ranks", "megatron", Layout(tp=2)), ("deepspeed", "deepspeed", Layout())):
+    for name, to, layout in (("hf", "hf", FileLayout()), ("megatron", "megatron", FileLayout()),
+                             ("ranks", "megatron", FileLayout(tp=2)), ("deepspeed", "deepspeed", FileLayout())):
         convert(opened, place / name, to, layout)
     make_text(make_run(place / "report", layers=2, experts=4, steps=5), 2, 4)
     return place

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moescale.files.locks import Lock, is_locked, lock
+from moescale.files.locks import FileLock, is_locked, lock
 from moescale.files.publish import temporary_beside
 from moescale.files.writing import replace_text, replacing
 
@@ -37,7 +37,7 @@ def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path: Path) -> None
     others = [tmp_path / "state.json.old.tmp", tmp_path / "state.json.copy-7.tmp"]
     for path in (left, at_work, *others):
         path.touch()
-    with Lock(at_work):
+    with FileLock(at_work):
         replace_text(place, "now")
         assert names(tmp_path) == sorted(path.name for path in (place, at_work, *others))
     replace_text(place, "then")
@@ -57,12 +57,12 @@ def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path: Path) -> No
     process.start()
     assert ready.wait(20)
     assert is_locked(path, unknown=False)
-    with Lock(path) as attempt:
+    with FileLock(path) as attempt:
         assert not attempt.taken
     process.kill()
     process.join(20)
     assert not is_locked(path, unknown=True)
-    with Lock(path, shared=True) as first, Lock(path, shared=True) as second:
+    with FileLock(path, shared=True) as first, FileLock(path, shared=True) as second:
         assert first.taken
         assert second.taken
         assert is_locked(path, unknown=False)

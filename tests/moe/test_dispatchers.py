@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moescale.comm.exchange import AllToAll, CommunicationError, Task, take_turns
+from moescale.comm.exchange import AllToAll, CommunicationError, Pausing, take_turns
 from moescale.comm.sequence_shards import Sequence
 from moescale.moe.budget import RowBudget
 from moescale.moe.dispatchers import Dispatcher
@@ -147,7 +147,7 @@ def test_every_dispatcher_equals_one_process(ranks: int) -> None:
     run_ranks(ranks, run_cases, cases)
 
 
-def do_nothing(dispatcher: Dispatcher, x: Tensor, routing: Routing) -> Task:
+def do_nothing(dispatcher: Dispatcher, x: Tensor, routing: Routing) -> Pausing:
     """Send tokens to their experts, each of which answers with what it was asked."""
     received, arrived, handle = yield from dispatcher.dispatch(x, routing)
     rows = permute(received, arrived.token, arrived.row)

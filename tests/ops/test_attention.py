@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moescale.ops import attention as module
 from moescale.ops import attention_chunked
 from moescale.ops.attention import attention, flex
-from moescale.ops.attention_pattern import Pattern
+from moescale.ops.attention_pattern import AttentionPattern
 from tests.ops.memory import Memory
 
 
@@ -80,7 +80,7 @@ def test_flex_says_the_same_pattern(causal: bool) -> None:
 
     q, k, v = (torch.randn(2, seq, heads, 16) for seq, heads in ((60, 4), (90, 2), (90, 2)))
     positions = torch.stack((torch.arange(90), torch.arange(90) % 31))
-    pattern = Pattern(causal, 40 if causal else None, positions, torch.rand(4), 0.2)
+    pattern = AttentionPattern(causal, 40 if causal else None, positions, torch.rand(4), 0.2)
     exact = module._BACKENDS["reference"](q, k, v, pattern)
     torch.testing.assert_close(flex(q, k, v, pattern, flex_attention), exact, atol=1e-5, rtol=1e-5)
 

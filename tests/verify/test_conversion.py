@@ -11,7 +11,7 @@ import torch
 from moescale.config import ConfigError
 from moescale.convert import copying
 from moescale.convert.formats.hf import weights as hf
-from moescale.convert.mapping.mapped import Layout
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.verify.conversion import compare_models
 from moescale.verify.transformers import logits_and_margins
@@ -23,7 +23,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve experts in four layers, of which rounding flips some of most sequences; in Hugging Face's format, too."""
     folder = tmp_path_factory.mktemp("mixture")
     run = write_run(folder / "run", make_config({"num_layers": 4, "window": 70}), std=0.4)
-    convert(open_source(run), folder / "hf", "hf", Layout())
+    convert(open_source(run), folder / "hf", "hf", FileLayout())
     return folder
 
 
@@ -34,7 +34,7 @@ def test_rounded_weights_are_held_to_rounded_weights(mixture: Path, tmp_path: Pa
     def check(*opened: Any) -> None:
         said.append(compare_models(*opened))
 
-    convert(open_source(mixture / source), tmp_path / "there", to, Layout(), torch.bfloat16, check=check)
+    convert(open_source(mixture / source), tmp_path / "there", to, FileLayout(), torch.bfloat16, check=check)
     assert float(said[0].split(" of the logits ")[1].split(",")[0]) < 1e-4
 
 
@@ -71,7 +71,7 @@ def test_a_wrong_conversion_is_found(
 ) -> None:
     planted(monkeypatch, fault)
     with pytest.raises(ConfigError, match=r"--verify: .* nothing was written"):
-        convert(open_source(mixture / "run"), tmp_path / "there", "hf", Layout(), dtype, check=compare_models)
+        convert(open_source(mixture / "run"), tmp_path / "there", "hf", FileLayout(), dtype, check=compare_models)
     assert not (tmp_path / "there").exists()
 
 
@@ -87,7 +87,7 @@ def test_a_row_of_the_vocabulary_is_looked_at(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(copying, "write_region", wrong)
     monkeypatch.setattr("moescale.verify.conversion.fingerprints", lambda weights, found: {})
     with pytest.raises(ConfigError, match="--verify"):
-        convert(open_source(run), tmp_path / "there", "hf", Layout(), check=compare_models)
+        convert(open_source(run), tmp_path / "there", "hf", FileLayout(), check=compare_models)
 
 
 def test_tokens_behind_a_tie_are_not_compared(
@@ -97,8 +97,8 @@ def test_tokens_behind_a_tie_are_not_compared(
     opened = open_source(mixture / "run")
     monkeypatch.setattr("moescale.verify.conversion.CERTAIN", 1e-3)
     said: list[str] = []
-    convert(opened, tmp_path / "some", "hf", Layout(), check=lambda *words: said.append(compare_models(*words)))
+    convert(opened, tmp_path / "some", "hf", FileLayout(), check=lambda *words: said.append(compare_models(*words)))
     assert "that follow a token" in said[0]
     monkeypatch.setattr("moescale.verify.conversion.CERTAIN", 1.0)
     with pytest.raises(ConfigError, match="at 0 positions"):
-        convert(opened, tmp_path / "none", "hf", Layout(), check=compare_models)
+        convert(opened, tmp_path / "none", "hf", FileLayout(), check=compare_models)

@@ -27,7 +27,7 @@ from moescale.config import Config, parse_config
 from moescale.convert.containers import Sizes
 from moescale.convert.formats.hf.weights import create, plan
 from moescale.convert.formats.native import native_weights
-from moescale.convert.mapping.mapped import Layout, Opened
+from moescale.convert.mapping.mapped import FileLayout, Opened
 from moescale.convert.run import convert, open_source
 
 MODEL = {"vocab_size": 32000, "d_model": 4096}
@@ -41,7 +41,7 @@ def make_checkpoint(folder: Path, size_bytes: float, dtype: torch.dtype) -> Conf
                 for layers in (1, 2))
     layers = max(1, round((size_bytes / dtype.itemsize - one) / (two - one)) + 1)
     config = _config(layers)
-    pieces = plan(config, Layout(), native_weights(config))
+    pieces = plan(config, FileLayout(), native_weights(config))
     folder.mkdir()
     sizes = {piece.key: (piece.shape, dtype) for piece in pieces}
     places = create_files(folder, config, sizes)
@@ -61,8 +61,8 @@ def make_checkpoint(folder: Path, size_bytes: float, dtype: torch.dtype) -> Conf
 
 def create_files(folder: Path, config: Config, sizes: Sizes) -> list[Stored]:
     """Lay out the files as an export would."""
-    opened = Opened("", folder, config, Layout(), {}, {}, [])
-    return list(create(folder, config, Layout(), [], sizes, opened).values())
+    opened = Opened("", folder, config, FileLayout(), {}, {}, [])
+    return list(create(folder, config, FileLayout(), [], sizes, opened).values())
 
 
 def _config(layers: int) -> Config:
@@ -91,7 +91,7 @@ def main() -> None:
     source, target = arguments.folder / "source", arguments.folder / "target"
     if arguments.only_convert:
         started = time.perf_counter()
-        convert(open_source(source), target, arguments.to, Layout())
+        convert(open_source(source), target, arguments.to, FileLayout())
         os.sync()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"seconds": time.perf_counter() - started, "peak_bytes": peak}))

@@ -21,7 +21,7 @@ from moescale.config import Config, ConfigError, load_config
 from moescale.convert.containers import Sizes, create_pickle, inside, open_pickle
 from moescale.convert.formats.megatron.arguments import refuse_changes, words
 from moescale.convert.formats.native import native_weights
-from moescale.convert.mapping.mapped import Layout, Opened
+from moescale.convert.mapping.mapped import FileLayout, Opened
 from moescale.convert.mapping.table import At, Cut, Piece, Weights, matches, piece, row, with_copies
 from moescale.files.reading import read_text
 
@@ -101,7 +101,7 @@ def open_checkpoint(path: Path) -> Opened:
     if zero and config.num_moe_layers:
         left_out |= dict.fromkeys(zero.values(), "float32 copies of a mixture of experts are not gathered")
     weights = native_weights(config)
-    layout = Layout(tp=len(ranks), etp=_expert_tensor(config, tensors, len(ranks)))
+    layout = FileLayout(tp=len(ranks), etp=_expert_tensor(config, tensors, len(ranks)))
     pieces = _pieces(config, weights, layout)
     return Opened(NAME, folder, config, layout, weights, tensors, pieces, left_out)
 
@@ -197,7 +197,7 @@ def _chunk(part: Stored, begin: int, goal: int, count: int) -> Chunk:
     return Chunk(place.path, place.offset + begin * part.dtype.itemsize, Region(goal, (count,), (1,)))
 
 
-def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
+def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None:
     """Refuse what DeepSpeed's gate cannot do, and layouts that its files cannot have."""
     if config.num_moe_layers and config.moe.router not in ROUTERS:
         raise ConfigError(f"moe.router={config.moe.router} cannot be expressed by DeepSpeed's gate: convert --to "
@@ -221,11 +221,11 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
             raise ConfigError(f"--{key} {getattr(layout, key)} must divide {name}={size}")
 
 
-def plan(config: Config, layout: Layout, weights: Weights) -> list[Piece]:
+def plan(config: Config, layout: FileLayout, weights: Weights) -> list[Piece]:
     return _pieces(config, weights, layout)
 
 
-def _pieces(config: Config, weights: Weights, layout: Layout) -> list[Piece]:
+def _pieces(config: Config, weights: Weights, layout: FileLayout) -> list[Piece]:
     mixtures = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
     found = []
     for rank in range(layout.tp):
@@ -239,7 +239,7 @@ def _pieces(config: Config, weights: Weights, layout: Layout) -> list[Piece]:
 
 
 def create(
-    folder: Path, config: Config, layout: Layout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
+    folder: Path, config: Config, layout: FileLayout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
 ) -> dict[str, Stored]:
     """Lay out one tag, and the files that name it and its model."""
     (folder / LATEST).write_text(TAG, encoding="utf-8")

@@ -23,9 +23,9 @@ from moescale.checkpoint.strided_view import Stored, region
 from moescale.config import Config, ConfigError, load_config
 from moescale.convert.companions import TOKENIZER, read_companions
 from moescale.convert.containers import Sizes, create_distributed, open_distributed
-from moescale.convert.mapping.mapped import Layout, Opened
+from moescale.convert.mapping.mapped import FileLayout, Opened
 from moescale.convert.mapping.table import NativeName, Piece, Weights
-from moescale.files.locks import Lock
+from moescale.files.locks import FileLock
 from moescale.optim.base import OPTIMIZERS
 from moescale.spec.model import describe
 from moescale.spec.weights import Weight
@@ -78,14 +78,14 @@ def open_checkpoint(path: Path) -> Opened:
 
 
 def _open(folder: Path) -> Opened:
-    hold, manifest = Lock(folder, shared=True), verify_checkpoint(folder)
+    hold, manifest = FileLock(folder, shared=True), verify_checkpoint(folder)
     config = load_config(folder / "config.yaml", whole=True)
     tensors = open_distributed(folder)
     weights = native_weights(config)
     if any(key.startswith(MOMENTS) for key in tensors):
         weights = with_moments(weights, config)
     files = read_companions(folder)
-    return Opened(NAME, folder, config, Layout(), weights, tensors, native_pieces(weights), files=files,
+    return Opened(NAME, folder, config, FileLayout(), weights, tensors, native_pieces(weights), files=files,
                   state=manifest["state"], hold=hold)
 
 
@@ -100,16 +100,16 @@ def check_model(folder: Path, config: Config) -> None:
             raise ConfigError(f"{folder} is a checkpoint of another model than its configuration says: {key} {there}")
 
 
-def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
+def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None:
     """Refuse what cannot be written."""
     if dtype not in (None, torch.float32):
         raise ConfigError("a native checkpoint holds float32 weights: write --dtype float32, or leave it out")
-    if layout != Layout():
+    if layout != FileLayout():
         raise ConfigError("a native checkpoint is not cut by a layout, and loads in every one: leave out "
                           "--ep, --tp, --pp, --etp and --style")
 
 
-def plan(config: Config, layout: Layout, weights: Weights) -> list[Piece]:
+def plan(config: Config, layout: FileLayout, weights: Weights) -> list[Piece]:
     return native_pieces(weights)
 
 
@@ -128,7 +128,7 @@ def _state(keys: Iterable[str], source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def create(
-    folder: Path, config: Config, layout: Layout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
+    folder: Path, config: Config, layout: FileLayout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
 ) -> dict[str, Stored]:
     """Lay out a run directory with one checkpoint, a file a block."""
     inner = folder / "checkpoints" / f"step_{_state(sizes, opened.state)['step']:08d}"

@@ -17,7 +17,7 @@ from moescale.convert.mapping.table import NativeName, Piece, Weights
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """Over how many ranks a format's files are cut, and which of its styles they have; None is its usual one."""
 
     ep: int = 1
@@ -40,7 +40,7 @@ class Opened:
     format: str
     path: Path
     config: Config
-    layout: Layout
+    layout: FileLayout
     weights: Weights
     tensors: Mapping[str, Stored]
     pieces: Sequence[Piece]

@@ -17,7 +17,7 @@ from moescale.convert.formats.hf.config import read_config, read_notes, write_co
 from moescale.convert.formats.hf.families import FAMILIES, family_of
 from moescale.convert.formats.hf.folder import CONFIG, INDEX, SINGLE, detect, open_tensors, read_object
 from moescale.convert.formats.native import native_weights
-from moescale.convert.mapping.mapped import Layout, Opened
+from moescale.convert.mapping.mapped import FileLayout, Opened
 from moescale.convert.mapping.table import At, Piece, Row, Weights, matches, piece
 
 NAME = "hf"
@@ -45,7 +45,7 @@ def open_checkpoint(path: Path) -> Opened:
     if config.model.tied_embeddings and "lm_head.weight" in tensors:
         tied = next(found for found in pieces if found.native.weight == ("embedding", "weight"))
         pieces.append(Piece(tied.native, tied.part, "lm_head.weight", tied.shape, tied.place, copy=True))
-    return Opened(NAME, path, config, Layout(style=style), weights, tensors, pieces, left_out,
+    return Opened(NAME, path, config, FileLayout(style=style), weights, tensors, pieces, left_out,
                   notes=[*notes, *read_notes(values)])
 
 
@@ -69,21 +69,21 @@ def _pieces(config: Config, weights: Weights, rows: Sequence[Row]) -> list[Piece
     return found
 
 
-def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
+def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None:
     """Refuse by name what MoEScale can express and the families of Hugging Face cannot. Raises ConfigError."""
     family_of(config)
     if layout.style not in (None, *STYLES):
         raise ConfigError(f"--style {layout.style}: a Hugging Face checkpoint is {' or '.join(STYLES)}")
-    if layout != Layout(style=layout.style):
+    if layout != FileLayout(style=layout.style):
         raise ConfigError("a Hugging Face checkpoint is not cut by a layout: leave out --ep, --tp, --pp and --etp")
 
 
-def plan(config: Config, layout: Layout, weights: Weights) -> list[Piece]:
+def plan(config: Config, layout: FileLayout, weights: Weights) -> list[Piece]:
     return _pieces(config, weights, family_of(config).table(layout.style))
 
 
 def create(
-    folder: Path, config: Config, layout: Layout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
+    folder: Path, config: Config, layout: FileLayout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
 ) -> dict[str, Stored]:
     """Lay out the files, each of at most LARGEST_FILE or one tensor, with index and config.json."""
     shards: list[dict[str, tuple[Shape, torch.dtype]]] = [{}]

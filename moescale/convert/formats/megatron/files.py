@@ -34,7 +34,7 @@ from moescale.convert.formats.megatron.names import (
     write_arguments,
 )
 from moescale.convert.formats.native import native_weights
-from moescale.convert.mapping.mapped import Layout, Opened
+from moescale.convert.mapping.mapped import FileLayout, Opened
 from moescale.convert.mapping.table import At, Cut, NativeName, Piece, Row, Weights, matches, piece, row, with_copies
 from moescale.files.reading import read_text
 
@@ -104,7 +104,7 @@ def _open_distributed(folder: Path) -> Opened:
     tensors = open_distributed(folder, metadata, left_out)
     weights = native_weights(config)
     pieces = _distributed_pieces(config, weights, _kind_of(tensors), tensors)
-    return Opened(NAME, folder, config, Layout(style="torch_dist"), weights, tensors, pieces, left_out)
+    return Opened(NAME, folder, config, FileLayout(style="torch_dist"), weights, tensors, pieces, left_out)
 
 
 def _kind_of(names: Iterable[str]) -> str:
@@ -173,10 +173,10 @@ def _open_ranks(folder: Path) -> Opened:
                   _left_out(list(tensors)))
 
 
-def _layout(args: Namespace, style: str) -> Layout:
+def _layout(args: Namespace, style: str) -> FileLayout:
     words = ("expert", "tensor", "pipeline")
     ep, tp, pp = (int(getattr(args, f"{word}_model_parallel_size", 1) or 1) for word in words)
-    return Layout(ep, tp, pp, int(getattr(args, "expert_tensor_parallel_size", None) or tp), style)
+    return FileLayout(ep, tp, pp, int(getattr(args, "expert_tensor_parallel_size", None) or tp), style)
 
 
 def _style(tensors: Mapping[str, Stored]) -> str:
@@ -186,7 +186,7 @@ def _style(tensors: Mapping[str, Stored]) -> str:
     return "te_grouped" if grouped else "sequential"
 
 
-def _place(numbers: tuple[int, ...], layout: Layout, name: str) -> tuple[int, int, int]:
+def _place(numbers: tuple[int, ...], layout: FileLayout, name: str) -> tuple[int, int, int]:
     """Read the ranks of tp, pp and ep from a file's name, which leaves out a number that is always 0."""
     rest = list(numbers[1:])
     if len(rest) != (layout.pp > 1) + (layout.ep > 1):
@@ -194,7 +194,7 @@ def _place(numbers: tuple[int, ...], layout: Layout, name: str) -> tuple[int, in
     return numbers[0], rest.pop(0) if layout.pp > 1 else 0, rest.pop(0) if layout.ep > 1 else 0
 
 
-def _files(layout: Layout) -> dict[str, tuple[int, int, int]]:
+def _files(layout: FileLayout) -> dict[str, tuple[int, int, int]]:
     """Name the file of each rank, with its ranks of tp, pp and ep."""
     files = {}
     for tp in range(layout.tp):
@@ -206,7 +206,7 @@ def _files(layout: Layout) -> dict[str, tuple[int, int, int]]:
 
 
 def _rank_pieces(
-    config: Config, weights: Weights, layout: Layout, files: Mapping[str, tuple[int, int, int]],
+    config: Config, weights: Weights, layout: FileLayout, files: Mapping[str, tuple[int, int, int]],
     present: Mapping[str, Any] | None = None,
 ) -> list[Piece]:
     """Say what each rank's file holds: layers and experts have the numbers that they have on that rank."""
@@ -230,7 +230,7 @@ def _rank_pieces(
 
 
 def _held(
-    rows: Sequence[Row], weights: Weights, config: Config, layout: Layout, pp: int, ep: int
+    rows: Sequence[Row], weights: Weights, config: Config, layout: FileLayout, pp: int, ep: int
 ) -> Iterator[tuple[Row, NativeName]]:
     layers, experts = config.model.num_layers // layout.pp, config.moe.num_experts // layout.ep
     for entry, native in matches(rows, weights, config):
@@ -242,13 +242,13 @@ def _held(
             yield entry, native
 
 
-def settled(layout: Layout) -> Layout:
+def settled(layout: FileLayout) -> FileLayout:
     """Choose a style where none is given: the distributed one, unless files of ranks are asked for."""
-    style = layout.style or ("torch_dist" if layout == Layout() else "sequential")
-    return Layout(layout.ep, layout.tp, layout.pp, layout.etp, style)
+    style = layout.style or ("torch_dist" if layout == FileLayout() else "sequential")
+    return FileLayout(layout.ep, layout.tp, layout.pp, layout.etp, style)
 
 
-def plan(config: Config, layout: Layout, weights: Weights) -> list[Piece]:
+def plan(config: Config, layout: FileLayout, weights: Weights) -> list[Piece]:
     layout = settled(layout)
     if layout.style != "torch_dist":
         return _rank_pieces(config, weights, layout, _files(layout))
@@ -260,7 +260,7 @@ def _kind(config: Config) -> str:
 
 
 def create(
-    folder: Path, config: Config, layout: Layout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
+    folder: Path, config: Config, layout: FileLayout, pieces: Sequence[Piece], sizes: Sizes, opened: Opened
 ) -> dict[str, Stored]:
     """Lay out one iteration and the file that names it."""
     layout = settled(layout)

@@ -10,7 +10,7 @@ import torch
 
 from moescale.config import Config, ConfigError, parse_config
 from moescale.convert.formats.megatron.arguments import refuse_unknown
-from moescale.convert.mapping.mapped import Layout
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.mapping.table import (
     Row,
     Transform,
@@ -249,7 +249,7 @@ def _read_balance(get: Any, data: dict[str, Any], source: str) -> dict[str, Any]
     return {"load_balance_coefficient": float(coefficient), "balance_over": scope}
 
 
-def write_arguments(config: Config, layout: Layout) -> Namespace:
+def write_arguments(config: Config, layout: FileLayout) -> Namespace:
     """Turn a run into the arguments that Megatron looks for in a checkpoint."""
     model, attention, moe = config.model, config.attention, config.moe
     values: dict[str, Any] = {
@@ -296,7 +296,7 @@ def _activation(config: Config) -> str:
     return config.moe.activation if config.num_moe_layers else config.feed_forward.activation
 
 
-def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
+def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None:
     """Refuse by name what MoEScale can express and Megatron-Core cannot."""
     model, moe, mixtures = config.model, config.moe, config.num_moe_layers
     attention, dense = config.attention, config.feed_forward
@@ -323,7 +323,7 @@ def refuse(config: Config, layout: Layout, dtype: torch.dtype | None) -> None:
                               "Megatron-Core: convert --to moescale or deepspeed")
     if layout.style not in (None, *STYLES):
         raise ConfigError(f"--style {layout.style}: a Megatron checkpoint is {', '.join(STYLES)}")
-    if layout.style == "torch_dist" and layout != Layout(style="torch_dist"):
+    if layout.style == "torch_dist" and layout != FileLayout(style="torch_dist"):
         raise ConfigError("--style torch_dist is not cut by a layout, and loads in every one: leave out --ep, --tp, "
                           "--pp and --etp, or write --style sequential, grouped or te_grouped")
     sizes = {"attention.num_kv_heads": (attention.num_kv_heads, "tp"), "model.vocab_size": (model.vocab_size, "tp"),

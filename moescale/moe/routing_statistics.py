@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from moescale.moe.dispatchers import Handle
+from moescale.moe.dispatchers import DispatchHandle
 from moescale.moe.routing import Routing
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Statistics(nn.Module):
             self.counts[4:] += (per_token > 0).sum(0)
         self.sums[2:] += torch.cat((losses, router.total_slots(valid_whole).unsqueeze(0)))
 
-    def travelled(self, handle: Handle, x: Tensor) -> None:
+    def travelled(self, handle: DispatchHandle, x: Tensor) -> None:
         """Count the rows that a dispatch sent, hop by hop. x: [tokens, d_model], what it sent rows of"""
         if self.training and self.counting and self.watching:
             self.row_bytes = x.shape[1] * x.element_size()
