@@ -110,8 +110,9 @@ def usual_context(config: Config) -> int | None:
 
     Linear biases and windows that training has filled hold beyond its sequences; None = without a bound.
     """
-    attention, seq_len = config.attention, config.data.seq_len
-    goes_on = attention.positions == "alibi" or (attention.window is not None and attention.window <= seq_len)
+    seq_len = config.data.seq_len
+    goes_on = all(layer.mixer.positions == "alibi" or (layer.mixer.window or seq_len + 1) <= seq_len
+                  for layer in config.layers)
     return None if goes_on else seq_len
 
 

@@ -45,7 +45,9 @@ def differing_keys(*configs: Config) -> dict[str, tuple[Any, ...]]:
 def written(value: Any) -> str:
     """Write a value as it may stand behind `group.key=`."""
     if isinstance(value, Group):
-        return "{" + ", ".join(f"{name}: {written(each)}" for name, each in value) + "}"
+        value = {name: each for name, each in value if each != {}}
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {written(each)}" for name, each in value.items()) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(written, value)) + "]"
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from moescale.config.groups import ParallelConfig
 from moescale.errors import any_of, divisors, factors, refuse, round_up
+from moescale.spec.feed_forward import FeedForwardConfig
+from moescale.spec.moe import MoEConfig
 
 if TYPE_CHECKING:
     from moescale.config.run import Config
@@ -58,9 +60,10 @@ def _check_experts(config: Config, parallel: ParallelConfig) -> None:
         refuse(degree > 1 and config.num_moe_layers == 0,
                 f"parallel.{key}={degree}, but model.pattern has no moe layer: write parallel.{key}=1")
     allowed = [n for n in factors(math.gcd(sharing, moe.num_experts)) if sharing % (n * etp) == 0]
-    refuse(sharing % etp != 0 or moe.d_ff % etp != 0,
-            f"parallel.etp={etp} must divide moe.d_ff={moe.d_ff} and dp_shard x cp x tp={sharing} "
-            f"(the ranks that share one copy of the model): use {divisors(math.gcd(sharing, moe.d_ff))}")
+    for d_ff in {layer.channel_mixer.d_ff for layer in config.layers if isinstance(layer.channel_mixer, MoEConfig)}:
+        refuse(sharing % etp != 0 or d_ff % etp != 0,
+               f"parallel.etp={etp} must divide moe.d_ff={d_ff} and dp_shard x cp x tp={sharing} "
+               f"(the ranks that share one copy of the model): use {divisors(math.gcd(sharing, d_ff))}")
     refuse(moe.num_experts % ep != 0,
             f"parallel.ep={ep} must divide moe.num_experts={moe.num_experts}: use {any_of(allowed)}")
     refuse(sharing % (ep * etp) != 0,
@@ -86,18 +89,20 @@ def _settle_nodes(parallel: ParallelConfig, started: int) -> ParallelConfig:
 
 
 def _check_tensor(config: Config, parallel: ParallelConfig) -> None:
-    model, attention, tp = config.model, config.attention, parallel.tp
+    model, tp, layers = config.model, parallel.tp, set(config.layers)
     if tp == 1:
         return
-    shared = {"attention.num_heads": attention.num_heads, "model.vocab_size": model.vocab_size}
-    if config.num_moe_layers < model.num_layers:
-        shared["feed_forward.d_ff"] = config.feed_forward.d_ff
-    for name, size in shared.items():
+    sizes = [("attention.num_heads", layer.mixer.num_heads) for layer in layers]
+    sizes += [("feed_forward.d_ff", layer.channel_mixer.d_ff) for layer in layers
+              if isinstance(layer.channel_mixer, FeedForwardConfig)]
+    sizes.append(("model.vocab_size", model.vocab_size))
+    for name, size in sizes:
         refuse(size % tp != 0, f"parallel.tp={tp} must divide {name}={size}: "
-                f"use {divisors(math.gcd(*shared.values()))}")
-    refuse(attention.num_kv_heads % tp != 0 and tp % attention.num_kv_heads != 0,
-            f"parallel.tp={tp} must divide attention.num_kv_heads={attention.num_kv_heads} or be a multiple of it: "
-            f"use {any_of([n for n in range(1, tp) if attention.num_kv_heads % n == 0])}")
+               f"use {divisors(math.gcd(*(size for _, size in sizes)))}")
+    for heads in {layer.mixer.num_kv_heads for layer in layers}:
+        refuse(heads % tp != 0 and tp % heads != 0,
+               f"parallel.tp={tp} must divide attention.num_kv_heads={heads} or be a multiple of it: "
+               f"use {any_of([n for n in range(1, tp) if heads % n == 0])}")
     fsdp = parallel.dp_shard * parallel.cp
     refuse(model.d_model % fsdp != 0,
             f"with parallel.tp={tp}, dp_shard x cp={fsdp} must divide model.d_model={model.d_model}: "
@@ -105,7 +110,7 @@ def _check_tensor(config: Config, parallel: ParallelConfig) -> None:
 
 
 def _check_context(config: Config, parallel: ParallelConfig) -> None:
-    pieces = sequence_pieces(parallel.cp, config.attention.window) * parallel.tp
+    pieces = sequence_pieces(parallel.cp, config.longest_window) * parallel.tp
     seq = config.data.seq_len
     refuse(seq % pieces != 0,
             f"data.seq_len={seq} must be a multiple of {pieces} for parallel.cp={parallel.cp} and "

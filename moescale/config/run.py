@@ -22,7 +22,7 @@ from moescale.errors import refuse
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.group import Group
-from moescale.spec.model import Layer, ModelConfig
+from moescale.spec.model import Layer, ModelConfig, with_changes
 from moescale.spec.moe import MoEConfig
 
 MOST_EXPERTS = 1_000_000  # of all layers
@@ -49,9 +49,22 @@ class Config(Group):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers of the model, each with the keys of its own kinds."""
-        channel_mixers: dict[str, FeedForwardConfig | MoEConfig] = {
-            "feed_forward": self.feed_forward, "moe": self.moe}
-        return tuple(Layer(self.attention, channel_mixers[layer.channel_mixer]) for layer in self.model.layers)
+        kinds = [self._layer(number) for number in range(len(self.model.pattern))]
+        return tuple(kinds[index % len(kinds)] for index in range(self.model.num_layers))
+
+    @property
+    def longest_window(self) -> int | None:
+        """The most positions that a query of any layer sees; None where one sees all before it."""
+        windows = [layer.mixer.window for layer in self.layers]
+        return None if None in windows else max(window for window in windows if window is not None)
+
+    def _layer(self, number: int) -> Layer:
+        """Lay the keys of an entry of the pattern over those of its kinds."""
+        entry, where = self.model.pattern[number], f"model.pattern.{number}"
+        attention = with_changes(self.attention, entry.attention, f"{where}.attention")
+        if entry.channel_mixer == "moe":
+            return Layer(attention, with_changes(self.moe, entry.moe, f"{where}.moe"))
+        return Layer(attention, with_changes(self.feed_forward, entry.feed_forward, f"{where}.feed_forward"))
 
     @property
     def num_moe_layers(self) -> int:
@@ -70,6 +83,7 @@ class Config(Group):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_allowed()
+        self.layers  # noqa: B018 - refuses what no kind of layer can be
         experts = self.model.num_layers * self.moe.num_experts
         refuse(experts > MOST_EXPERTS, f"model.num_layers={self.model.num_layers} x moe.num_experts="
                f"{self.moe.num_experts} is {experts:,} experts: write at most {MOST_EXPERTS:,}")

@@ -39,6 +39,8 @@ def read_node(node: yaml.Node, kind: Any, key: str) -> Any:
         return None
     if get_origin(kinds) is tuple:
         return _read_list(node, get_args(kinds), key, kind)
+    if get_origin(kinds) is dict:  # some keys of a group, for some layers
+        return _read_some(node, key)
     if isinstance(kinds, type) and issubclass(kinds, BaseModel):
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{key} must be {words(kind)}, e.g. {{{next(iter(kinds.model_fields))}: ...}}")
@@ -49,6 +51,16 @@ def read_node(node: yaml.Node, kind: Any, key: str) -> Any:
         raise ConfigError(f"{key} must be {words(kind)}, not {found}" + (
             ": put it in quotes if it is a text" if kinds is str else ""))
     return _read_scalar(node.value, kinds, key, kind)
+
+
+def _read_some(node: yaml.Node, key: str) -> dict[str, Any]:
+    """Read some keys of the group that the last part of `key` names."""
+    home = key.rpartition(".")[2]
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{key} must be keys of {home}, e.g. {{{next(iter(group(home).model_fields))}: ...}}")
+    fields = group(home).model_fields
+    return {name: read_node(value, fields[name].annotation, f"{key}.{name}")
+            for name, value in pairs(node, group(home), key)}
 
 
 def pairs(node: yaml.MappingNode, model: type[BaseModel], where: str) -> Iterator[tuple[str, yaml.Node]]:

@@ -114,6 +114,17 @@ def _open(module: Format, path: Path) -> Opened | None:
         raise ConfigError(f"{path} cannot be read as a checkpoint of {module.NAME}: {kind}{explain(error)}") from None
 
 
+def _refuse_differences(config: Config, to: str) -> None:
+    """Refuse layers of one kind with keys of their own, which no foreign format can say."""
+    for number, entry in enumerate(config.model.pattern):
+        for kind in ("attention", "feed_forward", "moe"):
+            for key, value in getattr(entry, kind).items():
+                if value != getattr(getattr(config, kind), key):
+                    raise ConfigError(f"model.pattern.{number}.{kind}.{key}={value} differs from {kind}.{key}="
+                                      f"{getattr(getattr(config, kind), key)}, which --to {to} cannot say: convert "
+                                      "--to moescale")
+
+
 def convert(
     source: Opened, destination: Path, to: str, layout: FileLayout, dtype: torch.dtype | None = None, *,
     change: Change | None = None, check: Check | None = None,
@@ -131,6 +142,7 @@ def convert(
     config, recipes = (source.config, _unchanged(source)) if change is None else (change.config, change.recipes)
     if to != native.NAME:  # no other format takes the optimizer's state
         recipes = {name: recipe for name, recipe in recipes.items() if name.moment is None}
+        _refuse_differences(config, to)
     target.refuse(config, layout, dtype)
     config = native.settled(config, destination, source.files)
     weights = native.native_weights(config)

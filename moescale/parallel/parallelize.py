@@ -93,7 +93,7 @@ def share_sequences(models: list[LanguageModel], config: Config, mesh: Mesh) -> 
     assert mesh.data is not None
     assert mesh.sequence is not None
     cp, tp = mesh.data["cp"], mesh.data["tp"]
-    pieces = deal_pieces(cp.size(), sequence_pieces(cp.size(), config.attention.window))
+    pieces = deal_pieces(cp.size(), sequence_pieces(cp.size(), config.longest_window))
     sequence = SharedSequence(
         pieces, cp.get_local_rank(), tp.get_local_rank(), tp.size(), tp_group=tp.get_group(),
         group=mesh.sequence["cp_tp"].get_group(),

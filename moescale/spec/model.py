@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from moescale.errors import check_width, refuse
+from moescale.errors import ConfigError, any_of, check_width, refuse
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.group import Group
-from moescale.spec.moe import MoEConfig
+from moescale.spec.moe import MAY_DIFFER, MoEConfig
 from moescale.spec.weights import Init, Weight, below, initial, norm
 
 
@@ -22,6 +22,30 @@ class LayerConfig(Group):
     """What mixes the positions of a sequence."""
     channel_mixer: Literal["feed_forward", "moe"] = "moe"
     """What mixes the features of a position: one feed-forward, or a mixture of experts."""
+    attention: dict[str, Any] = Field(default_factory=dict)
+    """Keys of attention that are others in these layers, e.g. {window: 512}."""
+    feed_forward: dict[str, Any] = Field(default_factory=dict)
+    """Keys of dense feed-forwards that are others in these layers."""
+    moe: dict[str, Any] = Field(default_factory=dict)
+    """Keys of mixtures that are others in these layers, e.g. {d_ff: 1024}."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for kind in ("attention", "feed_forward", "moe"):
+            keys = getattr(self, kind)
+            refuse(bool(keys) and kind not in (self.mixer, self.channel_mixer),
+                   f"model.pattern: an entry has keys of {kind}, but mixer={self.mixer} and "
+                   f"channel_mixer={self.channel_mixer}: leave out {kind}")
+            for key in keys:
+                refuse(kind == "moe" and key not in MAY_DIFFER,
+                       f"model.pattern: moe.{key} is the same in all layers: write it in the group moe; "
+                       f"{any_of(MAY_DIFFER)} may differ")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the keys of a kind only where there are some."""
+        return {key: value for key, value in handler(self).items() if value != {}}
 
 
 class ModelConfig(Group):
@@ -58,6 +82,22 @@ class ModelConfig(Group):
         check_width("model.d_model", self.d_model)
         refuse(not self.pattern, "model.pattern is empty: write at least one layer, e.g. [{channel_mixer: moe}]")
         return self
+
+
+Kind = TypeVar("Kind", bound=Group)
+
+
+def with_changes(kind: Kind, changes: dict[str, Any], where: str) -> Kind:
+    """Change some keys of a kind of layer. Raises ConfigError that names `where` they are written."""
+    if not changes:
+        return kind
+    try:
+        return type(kind).model_validate({**kind.model_dump(), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{where}: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)

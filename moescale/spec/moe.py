@@ -19,6 +19,7 @@ MEANS_NOTHING_ELSEWHERE = {  # a key of MoEConfig: the routers that it means som
     "drop_by": WITH_CAPACITY, "eval_capacity_factor": WITH_CAPACITY, "min_capacity": (*WITH_CAPACITY, "expert_choice"),
     "balance_over": ("mixtral", "sigmoid_bias", *WITH_CAPACITY),
 }
+MAY_DIFFER = ("d_ff", "activation", "num_shared_experts", "expert_dropout", "jitter")  # by layer; the rest is counted
 CAPACITY_KEYS = ("eval_capacity_factor", "min_capacity", "drop_by", "left_behind_choices")
 
 

@@ -51,7 +51,7 @@ def compare_models(source: Opened, written: Opened, found: Mapping[str, str], *,
     line = f"largest difference of the logits {difference:.3g}, of logits up to {size:.3g}, at {compared} positions"
     if compared < positions:
         line += f" (not at {positions - compared} that follow a token of which two experts are as good)"
-    window = source.config.attention.window
+    window = source.config.longest_window
     if window is not None and furthest <= window:
         line += f"; the window of {window} is longer than the {furthest} positions of a sequence that were compared"
     tolerance = TOLERANCE * _depth(source)
@@ -62,7 +62,7 @@ def compare_models(source: Opened, written: Opened, found: Mapping[str, str], *,
 
 def _tokens(config: Config) -> list[Tensor]:
     """Draw tokens, the ends of the vocabulary among them: some short sequences, and one longer than the window."""
-    vocab, window = config.model.vocab_size, config.attention.window
+    vocab, window = config.model.vocab_size, config.longest_window
     generator = torch.Generator().manual_seed(0)
     short = torch.randint(vocab, (SEQUENCES, SEQ), generator=generator)
     short[0, 1], short[1, 1] = 0, vocab - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from moescale.config import Config, ModelConfig, MoEConfig, sequence_pieces
 from moescale.optim.base import OPTIMIZERS
@@ -21,12 +22,23 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
     """
     micro_batch = 2 if config.moe.balance_over == "micro_batch" else None  # else any number of passes is the same
     share = max(MICRO_BATCHES) * (micro_batch or 1)
-    seq_len = _multiple(24, (sequence_pieces(layout.cp, config.attention.window) * layout.tp for layout in layouts))
-    update = {
-        "model": _shrink_model(config.model, layouts), "moe": _shrink_moe(config.moe, layouts),
-        "attention": _shrink_attention(config.attention, layouts, config.data.seq_len, seq_len),
-        "feed_forward": config.feed_forward.model_copy(update={
+    seq_len = _multiple(24, (sequence_pieces(layout.cp, config.longest_window) * layout.tp for layout in layouts))
+    shrinks: dict[str, Callable[[Any], Any]] = {  # of each kind of layer
+        "attention": lambda kind: _shrink_attention(kind, layouts, config.data.seq_len, seq_len),
+        "feed_forward": lambda kind: kind.model_copy(update={
             "d_ff": _multiple(32, (8, *(layout.tp for layout in layouts)))}),
+        "moe": lambda kind: _shrink_moe(kind, layouts),
+    }
+    pattern = []
+    for number, entry in enumerate(config.model.pattern):
+        layer = config.layers[number % config.model.num_layers]
+        small = {entry.mixer: shrinks[entry.mixer](layer.mixer),
+                 entry.channel_mixer: shrinks[entry.channel_mixer](layer.channel_mixer)}
+        pattern.append(entry.model_copy(update={
+            kind: {key: getattr(values, key) for key in getattr(entry, kind)} for kind, values in small.items()}))
+    update = {
+        "model": _shrink_model(config.model, layouts).model_copy(update={"pattern": tuple(pattern)}),
+        **{kind: shrinks[kind](getattr(config, kind)) for kind in shrinks},
         "data": config.data.model_copy(update={
             "seq_len": seq_len, "micro_batch": micro_batch, "tokenizer": "none.json",  # batches are made up
             "global_batch": _multiple(24, (share * each.dp_replicate * each.dp_shard for each in layouts)),

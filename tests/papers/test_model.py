@@ -12,6 +12,7 @@ from moescale.config import Config, parse_config
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
 from moescale.ops.token_random import uniform
+from moescale.spec.feed_forward import FeedForwardConfig
 from tests.papers import formulas
 from tests.support.groups import in_groups
 
@@ -40,6 +41,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "router": "sigmoid_bias", "num_experts": 16, "top_k": 6, "num_expert_groups": 4, "top_k_groups": 2, "d_ff": 8}},
     "sigmoid_bias, one of a group": {**in_groups(SERIAL), "moe": {
         "router": "sigmoid_bias", "num_experts": 12, "top_k": 2, "num_expert_groups": 4, "top_k_groups": 2, "d_ff": 8}},
+    "a window in every second layer": {
+        **in_groups({**SERIAL, "num_layers": 4, "pattern": [
+            {"channel_mixer": "feed_forward", "attention": {"window": 3, "num_kv_heads": 1}},
+            {"channel_mixer": "moe", "attention": {"positions": "none"}, "moe": {"d_ff": 24, "activation": "relu"}}]}),
+        "moe": {"num_experts": 4, "d_ff": 8}},
     "expert_choice": {**in_groups(SERIAL), "moe": {"router": "expert_choice", "num_experts": 4, "top_k": 2,
                                                "capacity_factor": 1.7, "d_ff": 8}},
 }
@@ -85,11 +91,12 @@ def _total(sums: Any, config: Config) -> Tensor:
 
 def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id: Tensor) -> list[Tensor]:
     """The four sums of one sequence. tokens: [seq + 1]"""
-    model, attention = config.model, config.attention
+    model = config.model
     norm = formulas.layer_norm if model.norm == "layernorm" else formulas.rms_norm
     x = weights["embedding.weight"][tokens[:-1]]
     losses = [torch.zeros((), dtype=x.dtype), torch.zeros((), dtype=x.dtype)]
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(config.layers):
+        attention, channel_mixer = layer.mixer, layer.channel_mixer
         of = f"blocks.{index}."
         own = {name.removeprefix(of): weight for name, weight in weights.items() if name.startswith(of)}
         h = norm(x, own["mixer_norm.weight"], model.norm_eps)
@@ -98,18 +105,18 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id:
             theta=attention.rope_theta if attention.positions == "rope" else None, window=attention.window,
             alibi=attention.positions == "alibi")
         if model.block == "parallel":  # y = x + MLP(norm(x)) + Attention(norm(x)) (PaLM, section 2)
-            x = x + mixed + formulas.feed_forward(h, _dense(own), config.feed_forward.activation)
+            x = x + mixed + formulas.feed_forward(h, _dense(own), channel_mixer.activation)
             continue
         x = x + mixed
         h = norm(x, own["channel_norm.weight"], model.norm_eps)
-        if layer.channel_mixer == "feed_forward":
-            x = x + formulas.feed_forward(h, _dense(own), config.feed_forward.activation)
+        if isinstance(channel_mixer, FeedForwardConfig):
+            x = x + formulas.feed_forward(h, _dense(own), channel_mixer.activation)
             continue
         router = own["channel_mixer.router.weight"]
         experts = [{part: own[f"channel_mixer.experts.{part}"][expert] for part in ("gate", "up", "down")
                     if f"channel_mixer.experts.{part}" in own} for expert in range(config.moe.num_experts)]
         salt = 2 * index + 1  # of the second expert's draws, with seed 0
-        y, balance = formulas.mixture(h, router, experts, config.moe.activation, config.moe.router,
+        y, balance = formulas.mixture(h, router, experts, channel_mixer.activation, config.moe.router,
                                       top_k=config.moe.top_k, capacity=config.moe.capacity_factor,
                                       draws=uniform(token_id, salt), bias=own.get("channel_mixer.router.expert_bias"),
                                       groups=(config.moe.num_expert_groups, config.moe.top_k_groups))

@@ -46,6 +46,10 @@ FAMILIES = {
     "sinkhorn": {**in_groups({**MODEL, "init": "fan_in", "pattern": [{"channel_mixer": "feed_forward"}, {}]}),
                  "moe": {"num_experts": 8, "top_k": 3, "router": "sinkhorn", "capacity_factor": 1.0, "d_ff": 16,
                          "drop_by": "probability", "balance_over": "global_batch"}},
+    "pattern": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
+                    {"channel_mixer": "feed_forward", "attention": {"window": 5, "num_heads": 8}},
+                    {"attention": {"rope_theta": 100.0}, "moe": {"d_ff": 24}}]}),
+                "moe": {"num_experts": 4, "d_ff": 16}},
     "palm": {**in_groups({**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
                        "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
                        "pattern": [{"channel_mixer": "feed_forward"}]})},
@@ -71,6 +75,7 @@ LAYOUTS_OF = {  # what is not named takes all
     "expert_choice": [CUT, GATHERED, PIPELINE],
     "surest": [(4, {"ep": 2, "recompute": "full"}), CUT, PIPELINE],
     "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), PIPELINE],
+    "pattern": [CUT, PIPELINE],
 }
 CASES = [(family, *layout) for family in FAMILIES for layout in LAYOUTS_OF.get(family, LAYOUTS)]
 STEPS = 3

@@ -154,7 +154,7 @@ class Least:
         if cp == 1:
             return
         assert self.mesh.data is not None
-        attention, num_pieces = config.attention, sequence_pieces(cp, config.attention.window)
+        attention, num_pieces = config.attention, sequence_pieces(cp, config.longest_window)
         pieces, rank = deal_pieces(cp, num_pieces), self.mesh.data.get_local_rank("cp")
         seq, length = config.data.seq_len, config.data.seq_len // num_pieces
         sent = 0  # positions, counted once for each other rank whose queries see them
