@@ -49,7 +49,7 @@ def load_experts(folder: Path, ep: int) -> dict[str, Tensor]:
 
     model = build_model(make_config(), "cpu")
     for block in model.blocks.values():
-        expert = FeedForward(16, 24, "swiglu", "normal")
+        expert = FeedForward(16, 24, "swiglu")
         block.channel_mixer = MoE(16, expert, num_experts=12, ep_size=ep, k=2)
     engine = engine_of(model)
     assert engine.load_checkpoint(str(folder), load_module_only=True)[0] is not None

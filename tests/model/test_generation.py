@@ -139,8 +139,8 @@ def test_bfloat16_casts_weights_once_and_routers_never() -> None:
 
 
 def test_a_window_keeps_its_size_and_no_more() -> None:
-    window = Attention(16, 4, 2, 8, window=6, init="normal")
-    whole = Attention(16, 4, 2, 8, window=None, init="normal")
+    window = Attention(16, 4, 2, 8, window=6)
+    whole = Attention(16, 4, 2, 8, window=None)
     assert window.new_state(3, 100_000).num_bytes() == 2 * 3 * 6 * 2 * 8 * 4
     assert window.new_state(3, 4).num_bytes() == 2 * 3 * 4 * 2 * 8 * 4
     state = whole.new_state(3, 10)

@@ -55,7 +55,7 @@ def make_router(kind: Kind, num_experts: int = 5, d_model: int = 8, balance_over
 
 
 def make_layer(kind: Kind, num_experts: int = 5) -> MoELayer:
-    experts = Experts(num_experts, 8, 16, "swiglu", "fan_in")
+    experts = Experts(num_experts, 8, 16, "swiglu")
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     return MoELayer(make_router(kind, num_experts), experts).train()

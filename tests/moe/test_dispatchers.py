@@ -71,7 +71,7 @@ def make_routing(tokens: int, load: str) -> tuple[Tensor, Tensor, Tensor]:
 def whole_layer(counts: tuple[int, ...], load: str) -> tuple[MoELayer, Tensor]:
     """-> one process's layer and its tokens, with a gradient to come"""
     torch.manual_seed(len(load) + sum(counts))
-    experts = Experts(EXPERTS, D_MODEL, D_FF, "swiglu", "fan_in")
+    experts = Experts(EXPERTS, D_MODEL, D_FF, "swiglu")
     for weight in experts.parameters():
         nn.init.normal_(weight, std=0.3)
     return MoELayer(GivenRouter(*make_routing(sum(counts), load)), experts), torch.randn(1, sum(counts), D_MODEL)
@@ -107,7 +107,7 @@ def cut(whole: MoELayer, counts: tuple[int, ...], etp: int) -> tuple[MoELayer, s
     router, size, features = whole.router, EXPERTS // owners, D_FF // etp
     mine = slice(rank // etp * size, (rank // etp + 1) * size)
     hidden = slice(rank % etp * features, (rank % etp + 1) * features)
-    experts = Experts(size, D_MODEL, features, "swiglu", "fan_in")
+    experts = Experts(size, D_MODEL, features, "swiglu")
     for name, weight in experts.named_parameters():
         full = getattr(whole.experts, name).data[mine]
         weight.data.copy_(full[:, :, hidden] if name == "down" else full[:, hidden])

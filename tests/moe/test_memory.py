@@ -35,7 +35,7 @@ def kept_by(experts: Experts) -> dict[int, int]:
 
 @pytest.mark.parametrize("extent", ["none", "selective"])
 def test_the_copies_of_tokens_are_not_kept_when_they_are_made_again(extent: str) -> None:
-    experts = Experts(EXPERTS, D_MODEL, D_FF, "swiglu", "fan_in")
+    experts = Experts(EXPERTS, D_MODEL, D_FF, "swiglu")
     for weight in experts.parameters():
         nn.init.normal_(weight)
     holder = nn.ModuleList([experts])

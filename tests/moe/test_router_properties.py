@@ -118,7 +118,7 @@ def test_shared_experts_answer_every_token_whatever_the_router_drops() -> None:
     x, token_id = torch.randn(2, 9, 8), torch.arange(18).view(2, 9)
     alone, _ = layer(x, token_id)
     assert not alone.any(-1).all()
-    layer.shared = FeedForward(8, 32, "swiglu", "fan_in")
+    layer.shared = FeedForward(8, 32, "swiglu")
     for weight in layer.shared.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     gate, up, down = (weight.view(2, 16, 8) if weight.shape[1] == 8 else weight.view(8, 2, 16).permute(1, 0, 2)
