@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moescale.config import ConfigError, load_config, parse_config, read_overrides
-from moescale.convert.mapping.mapped import Layout as Cut
+from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.verify.candidates import Layout
 from moescale.verify.shrink import shrink
@@ -67,6 +67,6 @@ def test_an_override_that_no_entry_can_have_is_refused(text: str) -> None:
 def test_formats_that_have_one_kind_of_layer_refuse_two(tmp_path: Path, to: str) -> None:
     run = write_run(tmp_path / "run", make_config({"pattern": [{}, {"attention": {"window": 5}}]}))
     with pytest.raises(ConfigError, match=r"model\.pattern\.1\.attention\.window=5"):
-        convert(open_source(run), tmp_path / "out", to, Cut())
-    convert(open_source(run), tmp_path / "same", "moescale", Cut())
+        convert(open_source(run), tmp_path / "out", to, FileLayout())
+    convert(open_source(run), tmp_path / "same", "moescale", FileLayout())
     assert open_source(tmp_path / "same").config.layers[1].mixer.window == 5
