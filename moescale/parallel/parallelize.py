@@ -71,7 +71,8 @@ def parallelize(model: LanguageModel, pieces: list[LanguageModel], config: Confi
         compile_blocks(model)
     if mesh.dense is not None and mesh.sparse is not None:
         shared = (mesh.dense, "fsdp") if mesh.shared is None else (mesh.shared, "fsdp_tp")
-        shard_parameters(pieces, _data_axes(mesh.dense, "fsdp"), _data_axes(*shared), _data_axes(mesh.sparse, "efsdp"))
+        shard_parameters(pieces, describe(config), _data_axes(mesh.dense, "fsdp"), _data_axes(*shared),
+                         _data_axes(mesh.sparse, "efsdp"))
 
 
 def compile_blocks(model: LanguageModel) -> None:

@@ -41,10 +41,10 @@ class AttentionConfig(Group):
         """Describe the matrices of queries, keys, values and outputs."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return (
-            matrix("q", (q, d_model), ("heads", "d_model"), "heads", init),
-            matrix("k", (kv, d_model), ("kv_heads", "d_model"), "kv_heads", init),
-            matrix("v", (kv, d_model), ("kv_heads", "d_model"), "kv_heads", init),
-            matrix("o", (d_model, q), ("d_model", "heads"), "heads", init),
+            matrix("q", (q, d_model), ("heads", "d_model"), "heads", init, unit=self.head_dim),
+            matrix("k", (kv, d_model), ("kv_heads", "d_model"), "kv_heads", init, unit=self.head_dim),
+            matrix("v", (kv, d_model), ("kv_heads", "d_model"), "kv_heads", init, unit=self.head_dim),
+            matrix("o", (d_model, q), ("d_model", "heads"), "heads", init, unit=self.head_dim),
         )
 
     def flops_per_token(self, d_model: int, context: int) -> int:

@@ -29,7 +29,8 @@ class Weight:
     dims: a word for each dim of the shape. cut: the dim over which ranks may share the weight, by tensor parallelism,
     or by expert-tensor parallelism where it belongs to experts; None where each has all of it. view: which ranks meet
     other tokens with it, and so add up its gradient: those of the mesh's dense, shared or sparse view. What is shared
-    stays whole in a run; only files of other programs cut it. decays: whether weight decay
+    stays whole in a run; only files of other programs cut it. unit: elements of the cut dim that stay together, as
+    those of a head do. decays: whether weight decay
     pulls at it. learns: whether it has a gradient; a buffer, such as an expert's bias, has none.
     """
 
@@ -41,11 +42,22 @@ class Weight:
     init: Init
     decays: bool = True
     learns: bool = True
+    unit: int = 1
 
     @property
     def size(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def cut_dim(self) -> int:
+        """The place of `cut` among the dims."""
+        assert self.cut is not None
+        return self.dims.index(self.cut)
+
+    def divides_among(self, ranks: int) -> bool:
+        """Say whether so many ranks can each have an equal part of the cut dim."""
+        return self.cut is not None and self.shape[self.cut_dim] // self.unit % ranks == 0
 
 
 def below(name: str, weights: Iterable[Weight]) -> tuple[Weight, ...]:
@@ -63,10 +75,11 @@ def initial(init: str, fan_in: int) -> Init:
 
 
 def matrix(
-    name: str, shape: tuple[int, int], dims: tuple[str, str], cut: str | None, init: str, view: View = "dense"
+    name: str, shape: tuple[int, int], dims: tuple[str, str], cut: str | None, init: str, view: View = "dense",
+    unit: int = 1,
 ) -> Weight:
     """Describe the matrix of a linear layer. shape: outputs, inputs."""
-    return Weight((name, "weight"), shape, dims, cut, view, initial(init, shape[1]))
+    return Weight((name, "weight"), shape, dims, cut, view, initial(init, shape[1]), unit=unit)
 
 
 def norm(name: str, d_model: int) -> Weight:

@@ -167,8 +167,7 @@ def piece(row: Row, native: NativeName, weight: Weight, key: str, at: At, cut: C
     """
     parts: list[View] = []
     if weight.cut is not None and cut.count > 1:
-        dim = weight.dims.index(weight.cut)
-        parts = [lambda tensor: tensor.chunk(cut.count, dim)[cut.index]]
+        parts = [lambda tensor: tensor.chunk(cut.count, weight.cut_dim)[cut.index]]
     part = region(weight.shape, *parts)
     shape = part.shape
     for transform in row.transforms:
