@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from moescale.errors import divisors, refuse
 from moescale.spec.group import Group
+from moescale.spec.small import Small, smallest_divisor
 from moescale.spec.weights import Weight, matrix
 
 
@@ -57,3 +58,24 @@ class AttentionConfig(Group):
         """Count the keys and values that generation keeps of the positions that a query may see."""
         kept = min(self.window or length, length)
         return 2 * batch * kept * self.num_kv_heads * self.head_dim * itemsize
+
+    def shrink(self, small: Small) -> Self:
+        """Make sizes small: key heads that are cut stay cut, and a window stays shorter than a sequence."""
+        group, kv_heads = self.num_heads // self.num_kv_heads, self.num_kv_heads
+        num_kv_heads = smallest_divisor(kv_heads, min(2, kv_heads), lambda heads: all(
+            _path(heads, tp) == _path(kv_heads, tp) and heads * group % tp == 0 for tp in small.tps))
+        group = smallest_divisor(
+            group, min(2, group), lambda each: all(num_kv_heads * each % tp == 0 for tp in small.tps))
+        window = self.window
+        if window is not None:
+            scaled = round(small.small_seq_len * window / small.seq_len)
+            window = min(max(scaled, 3), small.small_seq_len - 1) if window < small.seq_len else small.small_seq_len
+        return self.model_copy(update={
+            "head_dim": 8, "num_heads": num_kv_heads * group, "num_kv_heads": num_kv_heads, "window": window})
+
+
+def _path(kv_heads: int, tp: int) -> str:
+    """Name what tensor parallelism does with key heads."""
+    if kv_heads % tp == 0:
+        return "cut"
+    return "shared" if tp % kv_heads == 0 else "neither"

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from moescale.errors import check_width
 from moescale.spec.group import Group
+from moescale.spec.small import Small, smallest_multiple
 from moescale.spec.weights import View, Weight, matrix
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
@@ -36,6 +37,10 @@ class FeedForwardConfig(Group):
     def state_bytes(self, batch: int, length: int, itemsize: int) -> int:
         """Count what generation keeps: nothing, since no token asks for another."""
         return 0
+
+    def shrink(self, small: Small) -> Self:
+        """Make sizes small."""
+        return self.model_copy(update={"d_ff": smallest_multiple(32, (8, *small.tps))})
 
 
 def feed_forward_weights(

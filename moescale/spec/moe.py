@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from moescale.errors import ConfigError, any_of, check_width, divisors, refuse
 from moescale.spec.feed_forward import Activation, feed_forward_weights
 from moescale.spec.group import Group
+from moescale.spec.small import Small, smallest_divisor, smallest_multiple
 from moescale.spec.weights import Init, Weight, below, initial
 
 SIGMOID_BIAS_KEYS = ("num_expert_groups", "top_k_groups", "routed_scaling", "bias_update_rate")  # for that router alone
@@ -150,3 +151,14 @@ class MoEConfig(Group):
     def state_bytes(self, batch: int, length: int, itemsize: int) -> int:
         """Count what generation keeps: nothing, since no token asks for another."""
         return 0
+
+    def shrink(self, small: Small) -> Self:
+        """Make sizes small: experts stay more than top_k, and groups of them groups."""
+        enough = min(self.num_experts, max(
+            2 * self.top_k + 2, -(-self.top_k // self.top_k_groups) * self.num_expert_groups,
+            self.left_behind_choices + 1))
+        experts = smallest_divisor(self.num_experts, enough, lambda n: all(
+            n % group == 0 for group in (self.num_expert_groups, *small.eps)))
+        return self.model_copy(update={
+            "num_experts": experts, "min_capacity": min(self.min_capacity, 2),  # below what the factor gives, mostly
+            "d_ff": smallest_multiple(16, (8, *small.etps))})
