@@ -117,7 +117,7 @@ def usual_context(config: Config) -> int | None:
 
 
 def _start(tokenizer: Tokenizer, prompt: str, special: bool, num_rows: int) -> list[int]:
-    """-> the ids that a document with this prompt begins with"""
+    """Encode a prompt as the beginning of a document. -> token ids"""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -80,7 +80,7 @@ class Launch:
         return Launch(kernel, signature, constants, tuple(aligned), options["num_warps"], options["num_stages"])
 
     def compile(self, capability: int) -> tuple[int, int, int]:
-        """-> registers of a thread, bytes of its stack (what is spilled), bytes of shared memory of a block"""
+        """Compile a kernel. -> registers per thread, spilled bytes per thread, bytes of shared memory per block"""
         source = ASTSource(
             fn=self.kernel, signature=self.signature, constexprs=self.constants,
             attrs={(index,): [["tt.divisibility", 16]] for index in self.aligned},

@@ -57,7 +57,7 @@ def median_ms(call: Callable[[], Any], inputs: tuple[Tensor, ...] = ()) -> float
 
 
 def both_ms(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[float | str, float | str]:
-    """-> forward; forward and backward"""
+    """Time both. -> seconds of forward; of forward and backward"""
     def step() -> None:
         out = function(*inputs)
         out.backward(torch.ones_like(out))
@@ -66,7 +66,7 @@ def both_ms(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tupl
 
 
 def peak_mb(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
-    """-> the most that forward and backward hold beside the inputs"""
+    """Measure the most bytes that forward and backward hold next to the inputs."""
     for x in inputs:
         x.grad = None
     torch.cuda.reset_peak_memory_stats()
@@ -80,7 +80,7 @@ def randn(*shape: int, dtype: torch.dtype = BFLOAT16, scale: float = 1.0) -> Ten
 
 
 def error(ours: Callable[..., Any], exact: Callable[..., Any], inputs: tuple[Tensor, ...]) -> float:
-    """-> the worst relative error, by norm, of outputs and gradients, against float64"""
+    """Find the worst relative error, by norm, of outputs and gradients against float64."""
     results = []
     for function, wide in ((ours, False), (exact, True)):
         given = [x.detach().double().requires_grad_() if wide else x.detach().clone().requires_grad_() for x in inputs]

@@ -246,7 +246,7 @@ class Agreement:
             self._beating.set()
 
     def _claim(self, error: BaseException) -> tuple[BaseException, int | None]:
-        """-> the error as this rank should say it; the status of another rank's word, if there is one"""
+        """Choose what this rank reports. -> the error; the exit status of another rank's report, if there is one"""
         launch, store = self.launch, self.store
         assert store is not None
         victim = is_of_lost_ranks(error)

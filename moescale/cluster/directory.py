@@ -133,7 +133,7 @@ def _describe(folder: Path | None) -> tuple[str, str, bool] | None:
 
 
 def _lacking(folder: Path, manifest: str) -> str | None:
-    """-> what is not there of a checkpoint, or not as rank 0 sees it; None when it is whole"""
+    """Say what of a checkpoint is missing here, or differs from what rank 0 sees. -> None when it is whole"""
     try:
         if _hash(folder / MANIFEST) != manifest:
             return f"another {MANIFEST} in"

@@ -18,7 +18,7 @@ SHOWN_LETTERS = 100
 
 
 def describe_run(config: Config) -> dict[str, str]:
-    """-> all that decides what a run computes, by name: each key of a settled configuration, and the code"""
+    """Collect all that decides what a run computes, by name: each key of a settled configuration, and the code."""
     facts = {
         f"{group}.{key}": json.dumps(value)
         for group, values in config.model_dump(mode="json").items() for key, value in values.items()
@@ -45,8 +45,8 @@ def _refuse(said: Sequence[str], hosts: Sequence[str], advice: str) -> None:
             holders.setdefault(parsed[text].get(name, "missing"), []).append(rank)
         if len(holders) > 1:
             different.append(f"{name} is " + ", but ".join(_held(value, who, hosts) for value, who in holders.items()))
-    more = f"; and {len(different) - SHOWN_KEYS} more" if len(different) > SHOWN_KEYS else ""
-    raise ConfigError("ranks differ: " + "; ".join(different[:SHOWN_KEYS]) + more + f": {advice}")
+    others = f"; and {len(different) - SHOWN_KEYS} more" if len(different) > SHOWN_KEYS else ""
+    raise ConfigError("ranks differ: " + "; ".join(different[:SHOWN_KEYS]) + others + f": {advice}")
 
 
 def _held(value: str, who: Sequence[int], hosts: Sequence[str]) -> str:

@@ -142,7 +142,7 @@ class Orders:
         self._saved = time.monotonic()
 
     def _plan(self, step: int, now: float) -> int:
-        """-> the step after which to ask again"""
+        """Compute the step after which to ask again."""
         if self._asked_at is None or step <= self._asked_at:
             return step + 1
         pace = (now - self._asked) / (step - self._asked_at)

@@ -96,5 +96,5 @@ def _report(result: Result) -> None:
     for name, why in result.left_out.items():
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        print(visible(f"left out, {why}: {', '.join(names[:SHOWN])}{more}"))
+        others = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        print(visible(f"left out, {why}: {', '.join(names[:SHOWN])}{others}"))

@@ -211,12 +211,12 @@ def _dtypes(
     config: Config,
 ) -> dict[NativeName, torch.dtype]:
     """Choose what each native tensor is written as."""
-    wide = torch.float64 if config.precision.compute == "float64" else torch.float32
+    exact = torch.float64 if config.precision.compute == "float64" else torch.float32
     stored = {piece.native: source.tensors[piece.key].dtype for piece in source.pieces}
     chosen = {}
     for name, recipe in recipes.items():
         kept = [stored[part] for part in recipe.sources]
-        chosen[name] = wide if to == native.NAME or not weights[name].learns or not kept else dtype or kept[0]
+        chosen[name] = exact if to == native.NAME or not weights[name].learns or not kept else dtype or kept[0]
     return chosen
 
 

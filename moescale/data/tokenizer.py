@@ -38,7 +38,7 @@ class TextStream(Protocol):
         """Take a token. -> the text that is certain with it, empty where a character or run of bytes is not whole"""
 
     def rest(self) -> str:
-        """-> what was held back so far"""
+        """Return the text that was held back so far."""
 
 
 class Tokenizer(Protocol):
@@ -72,10 +72,10 @@ class Tokenizer(Protocol):
         """Encode a text as other programs do: the same, with the tokens that the tokenizer itself puts around it."""
 
     def special_tokens(self, text: str) -> list[str]:
-        """-> the special tokens whose names stand in the text"""
+        """Find the special tokens whose names occur in the text."""
 
     def token_name(self, index: int) -> str:
-        """-> the token of an id, as it stands in the vocabulary"""
+        """Look up the token of an id, as the vocabulary writes it."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids back into text, dropping beginnings and ends; what is not text becomes the replacement character."""
@@ -191,7 +191,7 @@ class HuggingFaceTokenizer:
         return first, last, frozenset((first, last, *stops))
 
     def _template(self) -> tuple[int | None, int | None]:
-        """-> the special tokens that the tokenizer itself puts before and after a text"""
+        """Find the special tokens that the tokenizer itself adds before and after a text."""
         encoding = self._backend.encode("a")
         special = encoding.special_tokens_mask
         if not encoding.ids or all(special):

@@ -27,9 +27,9 @@ class LayerNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., d_model], any dtype. -> the same"""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = self.weight.to(x.dtype).to(wide.dtype)
-        return F.layer_norm(wide, scale.shape, scale, None, self.eps).to(x.dtype)
+        upcast = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = self.weight.to(x.dtype).to(upcast.dtype)
+        return F.layer_norm(upcast, scale.shape, scale, None, self.eps).to(x.dtype)
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

@@ -85,5 +85,5 @@ class Attention(Mixer[KeyValueCache]):
         return self.attend(q, keys, values, window=self.window, positions=positions, alibi_slopes=slopes)
 
     def _slopes(self, q: Tensor) -> Tensor:
-        """-> those of the heads that lie here"""
+        """Compute the slopes of this rank's heads. -> [heads] float32"""
         return alibi_slopes(self.num_heads).to(q.device)[self.first_head : self.first_head + q.shape[2]]

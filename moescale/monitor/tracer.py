@@ -74,5 +74,5 @@ def write_trace(path: Path, step: int, seen: Sequence[Choices], batches: Sequenc
             columns[name].append(part.cpu())
     joined: dict[str, Any] = {name: torch.cat(parts).numpy() if parts else [] for name, parts in columns.items()}
     joined["step"] = [step] * len(joined["serial"])
-    joined["token"] = [tokens[int(serial)] for serial in joined["serial"]]
+    joined["token"] = [tokens[int(token_id)] for token_id in joined["serial"]]
     pyarrow.parquet.write_table(pyarrow.table(joined), path)

@@ -171,7 +171,7 @@ class Wandb:
                                     use_after_commit=True)
 
     def _checkpoint(self, checkpoint: Path) -> Any:
-        """-> an artifact that holds where each file lies, and no weights; the same one each time for the same folder"""
+        """Make an artifact that lists where each file lies, without weights; one folder gives one artifact."""
         artifact = self._wandb.Artifact(f"checkpoint-{self._run.id}", "model")
         artifact.add_reference(checkpoint.resolve().as_uri(), checksum=False)  # which would read all the weights
         return artifact

@@ -31,7 +31,7 @@ PICTURES = {"load of each layer and expert": of_all("load_map"), "busiest expert
 
 
 def make_workspace(entity: str, project: str) -> Any:
-    """-> the view, a `Workspace`. Needs no network. Raises ConfigError where wandb_workspaces is not installed."""
+    """Make the view, a `Workspace`, without network. Raises ConfigError when wandb_workspaces is not installed."""
     try:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces

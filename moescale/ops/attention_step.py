@@ -20,7 +20,7 @@ def attention_step(
     grouped = q.view(len(q), k.shape[1], -1, q.shape[3])  # the heads that a key head serves are its queries
     if alibi_slopes is None:
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=sees).view_as(q)
-    wide = torch.promote_types(q.dtype, torch.float32)  # distances are whole numbers beyond bfloat16's
-    bias = (-alibi_slopes.to(wide).view(1, k.shape[1], -1, 1) * age).masked_fill(~sees, float("-inf"))
-    out = F.scaled_dot_product_attention(grouped.to(wide), k.to(wide), v.to(wide), attn_mask=bias)
+    dtype = torch.promote_types(q.dtype, torch.float32)  # distances are whole numbers beyond bfloat16's
+    bias = (-alibi_slopes.to(dtype).view(1, k.shape[1], -1, 1) * age).masked_fill(~sees, float("-inf"))
+    out = F.scaled_dot_product_attention(grouped.to(dtype), k.to(dtype), v.to(dtype), attn_mask=bias)
     return out.to(q.dtype).view_as(q)

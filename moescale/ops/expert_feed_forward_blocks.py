@@ -96,7 +96,7 @@ class _Blocks(torch.autograd.Function):
             tokens, factors, grad_factors = token[share.rows], factor[share.rows], grad_weight[share.rows]
             for block in share.blocks:
                 own_tokens, expert, accumulate = tokens[block.rows], block.expert, not block.first
-                block_grads = borrowed if borrowed is not None and block.borrowed else grads.of_one(expert)
+                block_grads = borrowed if borrowed is not None and block.borrowed else grads.take(expert)
                 # Gather the rows and their gradients; zeros cancel the rows behind the block.
                 rows, grad_out = row_buffer[:, : block.length]
                 hidden, grad_hidden = hidden_buffer[:, : block.length]
@@ -140,7 +140,7 @@ class _Blocks(torch.autograd.Function):
         run_on_threads(run_share, shares, act_up, act_gate, sums, buffers, borrowed)
         for share, part in zip(shares, borrowed, strict=True):
             if part is not None:
-                grads.of_one(share.blocks[0].expert).add_(part)
+                grads.take(share.blocks[0].expert).add_(part)
         return _sum_shares(sums).to(x.dtype), grads.gate, grads.up, grads.down, grad_weight, None, None, None
 
 
@@ -162,7 +162,7 @@ class _ExpertGrads(NamedTuple):
         """Allocate the gradients of one expert, without values."""
         return _ExpertGrads.like(None if gate is None else gate[0], up[0], down[0])
 
-    def of_one(self, expert: int) -> _ExpertGrads:
+    def take(self, expert: int) -> _ExpertGrads:
         """Take the part of one expert."""
         return _ExpertGrads(None if self.gate is None else self.gate[expert], self.up[expert], self.down[expert])
 

@@ -41,7 +41,7 @@ def choices_counted(model: LanguageModel, config: Config, group: Group) -> Itera
 
 
 def _scopes(model: LanguageModel) -> dict[int, GlobalBatchScope]:
-    """-> by the block's index, in order"""
+    """Find the scopes of all routers, by the index of their block, in order."""
     mixers = {int(index): block.channel_mixer for index, block in model.blocks.items()}
     return {index: mixer.router.scope for index, mixer in mixers.items()
             if isinstance(mixer, MoELayer) and isinstance(mixer.router.scope, GlobalBatchScope)}

@@ -32,10 +32,10 @@ def shard_parameters(
     """
     # a pipeline's micro-batches take turns, and backward may come in two halves: weights stay gathered during a step
     reshard = all(piece.first and piece.norm is not None for piece in pieces)
-    wide = torch.promote_types(pieces[0].compute_dtype, torch.float32)
-    narrow = pieces[0].compute_dtype if pieces[0].compute_dtype != wide else None
-    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=wide, cast_forward_inputs=False)
-    exact = MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False)  # weights as they are
+    reduce_dtype = torch.promote_types(pieces[0].compute_dtype, torch.float32)
+    param_dtype = pieces[0].compute_dtype if pieces[0].compute_dtype != reduce_dtype else None
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)  # weights as they are
     tensor_parallel = shared.size() != dense.size()
     alone: set[nn.Parameter] = set()  # experts that no other rank holds: nothing to gather, nothing to add up
     described = {".".join(weight.name): weight for weight in spec.weights()}

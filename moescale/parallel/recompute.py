@@ -30,5 +30,5 @@ def recompute(model: nn.Module, extent: str) -> None:
 
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """-> what surrounds the first run, and the others"""
+    """Make the contexts of the first run, and of the second."""
     return nullcontext(), Uncounted([layer.statistics for layer in moe_layers(module)])

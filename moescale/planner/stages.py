@@ -18,7 +18,7 @@ def cut_into_stages(config: Config) -> list[range]:
 
     @cache
     def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """-> the cost of the worst of `left` stages from layer `first` on, and where they end"""
+        """Cut the layers from `first` on into `left` stages. -> the cost of the most expensive, and where each ends"""
         if left == 1:
             return sum(layers[first:]) + head, (count,)
         options = []

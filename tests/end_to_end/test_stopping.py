@@ -188,7 +188,7 @@ def launch(folder: Path, run: str, *words: str, restarts: int = 0) -> subprocess
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[int]:
-    """-> the processes that it started"""
+    """Find the processes that it started."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

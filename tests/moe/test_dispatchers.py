@@ -56,7 +56,7 @@ class GivenRouter(nn.Module):
 
 
 def make_routing(tokens: int, load: str) -> tuple[Tensor, Tensor, Tensor]:
-    """-> expert, weight, kept: [tokens, top_k]"""
+    """Choose experts, some of which are dropped. -> expert, weight, kept: [tokens, top_k]"""
     scores, kept = torch.rand(tokens, EXPERTS), torch.ones(tokens, TOP_K, dtype=torch.bool)
     if load == "one expert has none":
         scores[:, 5] = -1
@@ -69,7 +69,7 @@ def make_routing(tokens: int, load: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def whole_layer(counts: tuple[int, ...], load: str) -> tuple[MoELayer, Tensor]:
-    """-> one process's layer and its tokens, with a gradient to come"""
+    """Make the layer of one process, and its tokens, which need a gradient."""
     torch.manual_seed(len(load) + sum(counts))
     experts = Experts(EXPERTS, D_MODEL, D_FF, "swiglu")
     for weight in experts.parameters():
@@ -78,7 +78,7 @@ def whole_layer(counts: tuple[int, ...], load: str) -> tuple[MoELayer, Tensor]:
 
 
 def step(layer: MoELayer, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """-> the output, and the gradients of tokens, routing weights and experts"""
+    """Run forward and backward. -> the output, and the gradients of tokens, routing weights and experts"""
     x = x.clone().requires_grad_()
     y, _ = layer(x, torch.arange(x.shape[1]).unsqueeze(0))
     y.backward(grad)
@@ -100,7 +100,7 @@ def make_hops(kind: str, etp: int = 1) -> list[Hop]:
 
 
 def cut(whole: MoELayer, counts: tuple[int, ...], etp: int) -> tuple[MoELayer, slice]:
-    """-> this rank's part of the layer, and which tokens are its own"""
+    """Cut this rank's part of the layer. -> it, and which tokens belong to this rank"""
     rank, owners = dist.get_rank(), dist.get_world_size() // etp
     first = sum(counts[:rank])
     own = slice(first, first + counts[rank])
@@ -172,7 +172,7 @@ def test_equal_weights_and_no_experts_are_the_identity() -> None:
 
 
 def count_bytes() -> dict[str, tuple[int, int]]:
-    """-> by kind: bytes of tokens and answers that leave this rank (its node, if there are two), and the least"""
+    """Count bytes by kind of dispatcher. -> those that leave this rank (its node, if there are two), and the least"""
     dist.init_process_group("gloo")
     rank, sent, launch, figures = dist.get_rank(), Counter(), AllToAll._launch, {}
 

@@ -57,7 +57,7 @@ def make_corpus(folder: Path) -> None:
 
 
 def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
-    """-> each token's probabilities where this rank's router saw it, by token id"""
+    """Record the probabilities of each token that this rank's router sees, by token id."""
     config = make_config(folder, parallel)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)

@@ -19,7 +19,7 @@ from tests.ops.memory import Memory
 
 
 def peak(seq: int, backend: str, device: str = "cpu") -> int:
-    """-> bytes that forward and backward take at a time, inputs included"""
+    """Measure the most bytes that forward and backward hold at a time, inputs included."""
     with Memory() as memory:
         q, k, v = (torch.randn(1, seq, heads, 16, device=device, requires_grad=True) for heads in (4, 2, 2))
         attention(q, k, v, window=700, backend=backend).sum().backward()  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def part(bounds: list[int]) -> list[torch.Tensor]:
-    """-> both losses, the gradients of x (this rank's part of it) and of this rank's rows of the head"""
+    """Compute both losses. -> them, the gradients of x (this rank's part) and of this rank's rows of the head"""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     x, weight, targets = inputs()

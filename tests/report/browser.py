@@ -65,7 +65,7 @@ class Browser:
             self._receive()
 
     def value(self, expression: str) -> Any:
-        """-> what a line of JavaScript gives"""
+        """Evaluate a line of JavaScript."""
         result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
@@ -83,7 +83,7 @@ class Browser:
         path.write_bytes(base64.b64decode(picture["data"]))
 
     def complaints(self) -> list[str]:
-        """-> errors, console messages, and requests to anything but files and data since the page was opened"""
+        """Collect errors, console messages, and requests to anything but files and data since the page was opened."""
         found = []
         for method, parameters in self.events:
             if method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):

@@ -28,7 +28,7 @@ BACKENDS: tuple[Literal["auto", "sdpa"], ...] = ("auto", "sdpa")
 
 
 def run(backend: Literal["auto", "sdpa"], case: tuple, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
-    """-> seconds, the gradient of the queries"""
+    """Time forward and backward. -> seconds, the gradient of the queries"""
     batch, seq, heads, kv_heads, head_dim, window, document = case
     torch.manual_seed(0)
     counts = (heads, kv_heads, kv_heads)

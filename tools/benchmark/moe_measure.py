@@ -118,7 +118,7 @@ class Runner:
 
 
 def peak_bytes(profiler: profile) -> int:
-    """-> the most bytes alive at once of those that were allocated under the profiler"""
+    """Find the most bytes alive at once of those that were allocated under the profiler."""
     kineto: Any = profiler.profiler.kineto_results if profiler.profiler is not None else None
     events = [event for event in kineto.events() if event.name() == "[memory]"]
     alive = peak = 0

@@ -143,7 +143,7 @@ class Plain(Peer):
         self.module = nn.ParameterDict(self.leaf)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """-> expert, weight: [tokens, top_k]"""
+        """Choose experts. -> expert, weight: [tokens, top_k]"""
         chosen, expert = F.linear(x.float(), self.leaf["router"]).topk(self.case.top_k)
         return expert, chosen.softmax(-1)
 

@@ -49,7 +49,7 @@ class Bench:
             layer.router.look = layer.statistics.look
 
     def step(self, kind: str, batches: list[Batch]) -> tuple[float, float]:
-        """-> seconds of the whole step, and of what was inside it"""
+        """Time a step. -> seconds of the whole step, and of what was inside it"""
         for layer in moe_layers(self.engine.model):
             layer.statistics.counting = kind != "nothing counted"
         self.inside, started = 0.0, time.perf_counter()

@@ -88,7 +88,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def axis_names(mesh: Mesh) -> dict[str, list[str]]:
-    """-> the axes of each process group, by its name; axes of all ranks share one"""
+    """List the axes of each process group, by its name; axes of all ranks share one."""
     names: dict[str, list[str]] = defaultdict(list)
     for view in (mesh.data, mesh.dense, mesh.shared, mesh.sparse, mesh.expert, mesh.nodes):
         for axis in (view.mesh_dim_names or ()) if view is not None else ():

@@ -61,7 +61,7 @@ def _blocks(counts: Sequence[int], ep: int) -> list[int]:
 
 
 def balance(loads: Sequence[int], blocks: int) -> list[list[int]]:
-    """Share items out to blocks of equal count: the largest first, each to the lightest block that has room.
+    """Share items out to blocks of equal count: the largest first, each to the lightest block that is not full.
 
     Then any two blocks, the heaviest being one of them, exchange an item each for as long as that makes it lighter.
     A sharing that is no better than the given order leaves that order. Returns the items of each block, in order.
@@ -70,8 +70,8 @@ def balance(loads: Sequence[int], blocks: int) -> list[list[int]]:
     given = [list(range(block * size, (block + 1) * size)) for block in range(blocks)]
     shared: list[list[int]] = [[] for _ in range(blocks)]
     for item in sorted(range(len(loads)), key=lambda item: -loads[item]):
-        room = [block for block in shared if len(block) < size]
-        min(room, key=lambda block: sum(loads[other] for other in block)).append(item)
+        with_space = [block for block in shared if len(block) < size]
+        min(with_space, key=lambda block: sum(loads[other] for other in block)).append(item)
     while _exchange(shared, loads):
         pass
     best = min((given, shared), key=lambda found: max(sum(loads[item] for item in block) for block in found))

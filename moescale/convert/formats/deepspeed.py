@@ -259,8 +259,8 @@ def create(
         by_file.setdefault(file, {})[name] = size
     tensors: dict[str, Stored] = {}
     for file, own in by_file.items():
-        of_expert = EXPERT_FILE.fullmatch(file) is not None
-        places = create_pickle(inner / file, {} if of_expert else values, "" if of_expert else "module", own)
+        is_expert = EXPERT_FILE.fullmatch(file) is not None
+        places = create_pickle(inner / file, {} if is_expert else values, "" if is_expert else "module", own)
         tensors |= {f"{file}:{name}": stored for name, stored in places.items()}
     return tensors
 

@@ -34,7 +34,7 @@ def test_grouped_gemm(sizes: list[int], d_out: int, dtype: torch.dtype) -> None:
 
 
 def routing(tokens: int, choices: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> token, row, tokens_per_expert, of tokens some of whose choices are dropped"""
+    """Draw a routing with dropped choices. -> token, row, tokens_per_expert"""
     expert = torch.stack([torch.randperm(experts)[:choices] for _ in range(tokens)])
     expert = torch.where(torch.rand(expert.shape) < 0.2, experts, expert)
     order = expert.flatten().argsort(stable=True)[: int((expert < experts).sum())]
