@@ -15,7 +15,7 @@ from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
 from moescale.ops.permute import permute, unpermute
 from moescale.ops.product import linear
 
-FEW = 32  # rows up to which a processor computes without blocks and threads of our own
+FEW = 128  # rows up to which a processor computes without blocks and threads of our own
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
