@@ -17,6 +17,7 @@ from moescale.model.build import build_model
 from moescale.model.generation import Row, Sampling, draw, for_decoding
 from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
+from moescale.spec.attention import AttentionConfig
 from moescale.spec.model import describe
 from tests.support.groups import in_groups
 
@@ -141,10 +142,12 @@ def test_bfloat16_casts_weights_once_and_routers_never() -> None:
 def test_a_window_keeps_its_size_and_no_more() -> None:
     window = Attention(16, 4, 2, 8, window=6)
     whole = Attention(16, 4, 2, 8, window=None)
+    for mixer in (window, whole):
+        spec = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=mixer.window)
+        for length in (4, 6, 100):
+            assert mixer.new_state(3, length).num_bytes() == spec.state_bytes(3, length, 4)
     assert window.new_state(3, 100_000).num_bytes() == 2 * 3 * 6 * 2 * 8 * 4
-    assert window.new_state(3, 4).num_bytes() == 2 * 3 * 4 * 2 * 8 * 4
     state = whole.new_state(3, 10)
-    assert state.num_bytes() == 2 * 3 * 10 * 2 * 8 * 4
     with pytest.raises(AssertionError, match="fewer tokens"):
         whole(torch.zeros(3, 11, 16), torch.arange(11).expand(3, -1), state)
     with torch.no_grad():

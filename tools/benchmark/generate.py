@@ -1,6 +1,6 @@
 """The time that a generated token takes, beside the full forward over its context, in alternation.
 
-    python tools/benchmark/generate.py [--threads 1] [--rounds 15] [--contexts 256 1024 4096]
+    python tools/benchmark/generate.py [--threads 1] [--rounds 15] [--contexts 256 1024 4096] [--batches 1]
 
 The full forward is what a token costs without a state: all of the context anew, the head on every position. The
 prefill is what reading the context once takes. `state` is what all layers keep of it. Prints a table of medians.
@@ -22,17 +22,19 @@ from moescale.model.build import build_model
 from moescale.model.generation import Sampling, next_tokens
 from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
+from moescale.spec.model import describe
 
-MODEL = {"vocab_size": 1024, "d_model": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32}
+MODEL = {"vocab_size": 1024, "d_model": 256, "num_layers": 4}
+ATTENTION = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32}
 MOE = {"num_experts": 8, "top_k": 2, "d_ff": 512}
 WINDOW, STEPS = 128, 8  # steps to a round
 
 
 def make_model(compute: str, window: int | None) -> LanguageModel:
-    config = parse_config({"model": {**MODEL, "window": window}, "moe": MOE, "precision": {"compute": compute}},
-                          "benchmark").for_world(1)
+    config = parse_config({"model": MODEL, "attention": {**ATTENTION, "window": window}, "moe": MOE,
+                           "precision": {"compute": compute}}, "benchmark").for_world(1)
     model = build_model(config, "cpu")
-    initialize(model, 0)
+    initialize(model, describe(config), 0)
     return model.eval()
 
 
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     table = Table("compute", "window", "batch", "context", "full forward, ms", "prefill, ms", "a step, ms",
@@ -74,9 +77,9 @@ def main() -> None:
     for compute in ("float32", "bfloat16"):
         for window in (None, WINDOW):
             model = make_model(compute, window)
-            for context in arguments.contexts:
-                table.add_row(compute, str(window), *measure(model, 1, context, arguments.rounds))
-            table.add_row(compute, str(window), *measure(model, 8, 1024, max(1, arguments.rounds // 5)))
+            for batch in arguments.batches:
+                for context in arguments.contexts:
+                    table.add_row(compute, str(window), *measure(model, batch, context, arguments.rounds))
     Console(width=140).print(table)
 
 
