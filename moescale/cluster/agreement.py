@@ -35,7 +35,7 @@ EXIT_STATUS = ((ConfigError, 2), (KeyboardInterrupt, 130))
 
 
 class Agreement:
-    """This rank's side of what all ranks settle. On one process without a launcher there is nothing to ask."""
+    """What all ranks settle together, on the side of this rank; one process without a launcher settles alone."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
@@ -81,7 +81,7 @@ class Agreement:
         return self._server
 
     def _reach(self, where: str, deadline: float, timeout_seconds: float) -> None:
-        """Knock until somebody listens at rank 0's address; the library would fill the screen meanwhile."""
+        """Wait until rank 0's address accepts connections; the library would fill the screen meanwhile."""
         launch, named_by = self.launch, time.monotonic() + NAME_SECONDS
         while True:
             try:
@@ -144,7 +144,7 @@ class Agreement:
     # ---- settling
 
     def settle(self, value: Any, choose: Callable[[list[Any]], T]) -> T:
-        """Let rank 0 choose by what every rank says. value: JSON. -> the choice, the same on every rank
+        """Let rank 0 choose from the values of all ranks. value: JSON. -> the choice, the same on every rank
 
         A ConfigError of `choose` is raised on every rank. Ranks may take as long as they live.
         """
@@ -167,7 +167,7 @@ class Agreement:
         return cast(T, verdict["choice"])
 
     def together(self, work: Callable[[], T]) -> T:
-        """Let every rank do its part; a ConfigError of one is raised on all, with rank and host. -> what it gave"""
+        """Call a function on every rank; a ConfigError of one is raised on all, with rank and host. -> its result"""
         problem: str | None = None
         try:
             result = work()
@@ -179,7 +179,7 @@ class Agreement:
         return result
 
     def on_first(self, work: Callable[[], Any]) -> Any:
-        """Let rank 0 do something for all. -> what it gave, as JSON; its ConfigError is raised on every rank"""
+        """Call a function on rank 0 for all. -> its result, as JSON; its ConfigError is raised on every rank"""
         return self.settle(None, lambda _: work())
 
     def _refuse_first(self, problems: Sequence[str | None]) -> None:
@@ -191,7 +191,7 @@ class Agreement:
                           f"rank {rank} on {self.hosts[rank]}: {problems[rank]}")
 
     def _wait(self, key: str, rank: int) -> bytes:
-        """Wait for a key that a rank is to write, while it lives."""
+        """Wait for a key that a rank is to write, as long as that rank lives."""
         assert self.store is not None
         beats, heard = -1, time.monotonic()
         while not self.store.check([key]):

@@ -161,7 +161,7 @@ def _wait(there: Callable[[], bool]) -> bool:
 
 
 def _wait_for_nothing(missing: Callable[[], str | None]) -> str | None:
-    """Look again and again until nothing is missing, for a while. -> what still is"""
+    """Look repeatedly until nothing is missing, for a limited time. -> what is still missing"""
     deadline = time.monotonic() + SHARED_SECONDS
     while (lacking := missing()) is not None and time.monotonic() < deadline:
         time.sleep(0.1)

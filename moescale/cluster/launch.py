@@ -1,4 +1,4 @@
-"""Who started this process, and beside how many others: what the launcher says in the environment."""
+"""What the launcher says in the environment: who started this process, and together with how many others."""
 
 from __future__ import annotations
 

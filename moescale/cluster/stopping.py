@@ -57,7 +57,7 @@ class StopRequests:
             signal.signal(number, handler)
 
     def hold(self) -> None:
-        """From here on a signal is noted, so that the step under way can be finished and saved."""
+        """Note signals from now on, so that the step under way can be finished and saved."""
         self._held = True
 
     @contextmanager
@@ -97,12 +97,12 @@ class Order:
 
     @property
     def status(self) -> int:
-        """With which the process leaves."""
+        """The exit status of the process."""
         return INTERRUPTED_STATUS if self.stop == "SIGINT" else STOPPED_STATUS
 
 
 class Orders:
-    """Tells, after each step, whether to save or to stop; the same on every rank.
+    """Decides after each step whether to save or to stop, the same on every rank.
 
     started: when the process began, by time.monotonic. The limits are minutes, or None.
     """
@@ -117,7 +117,7 @@ class Orders:
         self._next: int | None = None
 
     def after(self, step: int) -> Order:
-        """Ask, if it is time to. step: how many are done"""
+        """Ask all ranks if it is time to. step: the number of steps done"""
         if dist.is_initialized() and self._next is not None and step < self._next:
             return Order()
         return self.ask(step)
@@ -138,7 +138,7 @@ class Orders:
         return Order(bool(due or code), REASONS[code])
 
     def saved(self) -> None:
-        """A checkpoint was written now."""
+        """Note that a checkpoint was written now."""
         self._saved = time.monotonic()
 
     def _plan(self, step: int, now: float) -> int:

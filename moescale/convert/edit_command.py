@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moescale.config import ConfigError
 from moescale.convert.command import Compare, refuse_format, with_source, write
-from moescale.convert.edits import placement
+from moescale.convert.edits import rank_balance
 from moescale.convert.edits.experts import permute, reduce, replicate, upcycle
 from moescale.convert.edits.loads import read_loads
 from moescale.convert.mapping.mapped import FileLayout, Opened
@@ -77,12 +77,12 @@ def _change(source: Path, opened: Opened, options: Options) -> Change:
     if options.merge_experts is not None:
         return reduce(opened, loads, options.merge_experts, merge=True)
     assert options.place_experts is not None
-    placed = placement.place(loads, opened.config, options.place_experts)
+    placed = rank_balance.balance_ranks(loads, opened.config, options.place_experts)
     _print_placement(placed)
-    return permute(opened, placed.orders, {placement.FILE: placed.to_json()})
+    return permute(opened, placed.orders, {rank_balance.FILE: placed.to_json()})
 
 
-def _print_placement(placed: placement.Placement) -> None:
+def _print_placement(placed: rank_balance.RankBalance) -> None:
     """The busiest rank's load over the mean, layer by layer; 1 is as good as can be."""
     table = Table("layer", "busiest rank before", "after", title="load of the busiest rank over the mean")
     for layer in placed.orders:

@@ -17,7 +17,7 @@ from moescale.cli import app
 from moescale.config import ConfigError
 from moescale.convert.edits.experts import permute, reduce, replicate, upcycle
 from moescale.convert.edits.loads import read_loads
-from moescale.convert.edits.placement import balance, place
+from moescale.convert.edits.rank_balance import balance, balance_ranks
 from moescale.convert.mapping.mapped import FileLayout, weights_of
 from moescale.convert.run import convert, open_source
 from tests.convert.models import DENSE, make_config, write_run
@@ -108,7 +108,7 @@ def test_balance_is_near_the_best(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("groups", "ep"), [(4, 2), (2, 4), (1, 6), (3, 3)])
 def test_groups_stay_groups(groups: int, ep: int) -> None:
     config = make_config(moe={"router": "sigmoid_bias", "num_expert_groups": groups, "top_k_groups": 1})
-    placed = place({0: [7, 1, 4, 9, 12, 3, 3, 20, 1, 5, 6, 2]}, config, ep)
+    placed = balance_ranks({0: [7, 1, 4, 9, 12, 3, 3, 20, 1, 5, 6, 2]}, config, ep)
     size = 12 // groups
     order = placed.orders[0]
     assert sorted(order) == list(range(12))
@@ -117,7 +117,7 @@ def test_groups_stay_groups(groups: int, ep: int) -> None:
     assert max(placed.after[0]) <= max(placed.before[0])
     assert sum(placed.after[0]) == sum(placed.before[0]) == 73
     with pytest.raises(ConfigError, match="must divide"):
-        place({0: [1] * 12}, config, 5)
+        balance_ranks({0: [1] * 12}, config, 5)
 
 
 def test_placed_experts_compute_the_same(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ FILE = "placement.json"
 
 
 @dataclass(frozen=True)
-class Placement:
-    """orders: old number of each new expert, by layer. before, after: rows of each rank, by layer"""
+class RankBalance:
+    """How experts are renumbered, and what that does to the ranks' loads.
+
+    orders: old number of each new expert, by layer. before, after: rows of each rank, by layer.
+    """
 
     orders: Mapping[int, Sequence[int]]
     before: Mapping[int, Sequence[int]]
@@ -26,7 +29,7 @@ class Placement:
             "rank_load_after": list(self.after[layer])} for layer, order in self.orders.items()}}, indent=1)
 
 
-def place(loads: Mapping[int, Sequence[int]], config: Config, ep: int) -> Placement:
+def balance_ranks(loads: Mapping[int, Sequence[int]], config: Config, ep: int) -> RankBalance:
     """Renumber each layer's experts so that `ep` blocks of them have equal loads. Groups of experts stay groups.
 
     loads: rows of each expert, by layer. Raises ConfigError.
@@ -38,7 +41,7 @@ def place(loads: Mapping[int, Sequence[int]], config: Config, ep: int) -> Placem
         raise ConfigError(f"--place-experts {ep} cuts through groups: it must divide moe.num_expert_groups={groups} or "
                           "be a multiple of it")
     orders = {layer: _order(counts, groups, ep) for layer, counts in loads.items()}
-    return Placement(
+    return RankBalance(
         orders,
         {layer: _blocks(counts, ep) for layer, counts in loads.items()},
         {layer: _blocks([loads[layer][old] for old in order], ep) for layer, order in orders.items()},
