@@ -21,7 +21,7 @@ from moescale.data.tokenizer import load_tokenizer
 from moescale.generate import usual_context
 from moescale.scoring import Scorer
 from tests.support.groups import in_groups
-from tests.tokenizers import write_metaspace
+from tests.support.tokenizers import write_metaspace
 
 WORDS = ("hello a", "a hello a", "hello hello")  # documents so short that their ends are learnt
 

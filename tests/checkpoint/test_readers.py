@@ -22,7 +22,7 @@ from moescale.cli import app
 from moescale.config import ConfigError, load_config
 from moescale.convert.run import open_source
 from moescale.files.locks import FileLock, is_locked
-from tests.convert.models import make_config, write_run
+from tests.support.models import make_config, write_run
 
 
 @contextmanager

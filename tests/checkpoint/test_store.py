@@ -31,19 +31,7 @@ from moescale.checkpoint.index import read_metadata
 from moescale.checkpoint.store import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from moescale.config import ConfigError, LostRanksError, TrainingError
 from moescale.parallel.ranks import run_ranks
-
-
-def make_tensors() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "model.a": torch.randn(6, 4, generator=generator),
-        "model.b": torch.randn(12, 8, 4, generator=generator),
-        "optim.c": torch.randn(7, generator=generator).to(torch.bfloat16),
-    }
-
-
-def save(run_dir: Path, step: int = 1, keep: int = 3) -> Path:
-    return save_checkpoint(run_dir, step, make_tensors(), {"seed": 5}, {"config.yaml": "x: 1\n"}, keep=keep)
+from tests.support.saved import make_tensors, save
 
 
 def empty() -> dict[str, torch.Tensor]:

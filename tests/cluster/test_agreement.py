@@ -17,6 +17,7 @@ from moescale.cluster.identity import describe_run, refuse_differences
 from moescale.cluster.launch import Launch, read_launch
 from moescale.config import Config, ConfigError, LostRanksError, Silenced, Stopped, parse_config
 from moescale.parallel.ranks import run_ranks
+from tests.support.saved import save
 
 
 def met(work: Callable[..., Any], *args: Any) -> tuple[str, int | str]:
@@ -191,8 +192,6 @@ def see(ranks: Agreement, places: list[Path]) -> Any:
 
 
 def make_checkpoint(run_dir: Path, step: int) -> Path:
-    from tests.checkpoint.test_store import save
-
     return save(run_dir, step, keep=9)
 
 

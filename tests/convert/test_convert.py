@@ -23,7 +23,7 @@ from moescale.convert.mapping.mapped import FileLayout, weights_of
 from moescale.convert.mapping.table import NativeName
 from moescale.convert.run import convert, open_source
 from moescale.verify import megatron
-from tests.convert.models import DENSE, MIXED, make_config, make_tensors, write_run
+from tests.support.models import DENSE, MIXED, make_config, make_tensors, write_run
 
 STYLES = ("sequential", "grouped", "te_grouped")
 FORMATS = {

@@ -20,8 +20,8 @@ from moescale.convert.edits.loads import read_loads
 from moescale.convert.edits.rank_balance import balance, balance_ranks
 from moescale.convert.mapping.mapped import FileLayout, weights_of
 from moescale.convert.run import convert, open_source
-from tests.convert.models import DENSE, make_config, write_run
-from tests.engine.test_resume import run_joined
+from tests.support.joined import run_joined
+from tests.support.models import DENSE, make_config, write_run
 
 TOKENS = torch.arange(60).view(2, 30) * 11 % 264
 

@@ -29,7 +29,7 @@ from moescale.convert.mapping.mapped import FileLayout, weights_of
 from moescale.convert.mapping.table import NativeName, Row
 from moescale.convert.run import convert, open_source
 from moescale.verify.conversion import compare_models
-from tests.convert.models import DENSE, make_config, write_run
+from tests.support.models import DENSE, make_config, write_run
 
 FILE = "model.safetensors"
 EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w{}.weight"

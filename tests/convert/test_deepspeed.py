@@ -18,7 +18,7 @@ from moescale.convert.run import convert, open_source
 from moescale.layers.feed_forward import FeedForward
 from moescale.model.build import build_model
 from moescale.parallel.ranks import run_ranks
-from tests.convert.models import DENSE, make_config, make_tensors, write_run
+from tests.support.models import DENSE, make_config, make_tensors, write_run
 
 pytestmark = [pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"),
               pytest.mark.slow]

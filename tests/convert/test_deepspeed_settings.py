@@ -19,7 +19,7 @@ from moescale.convert.mapping.table import Row
 from moescale.convert.run import convert, open_source
 from moescale.verify import deepspeed
 from moescale.verify.conversion import compare_models
-from tests.convert.models import DENSE, MIXED, make_config, write_run
+from tests.support.models import DENSE, MIXED, make_config, write_run
 
 TOKENS = torch.arange(80).view(2, 40) * 7 % 264
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from moescale.convert.formats.hf.base import COMMON
 from moescale.convert.formats.hf.config import HARMLESS, NEUTRAL, read_config, write_config
 from moescale.convert.formats.hf.families import FAMILIES
 from moescale.moe.losses import load_balance_loss
-from tests.convert.models import DENSE, make_config
+from tests.support.models import DENSE, make_config
 
 DEFAULTS = {name: {key.name: key.default for key in family.keys.values()} for name, family in FAMILIES.items()}
 CLASSES = {"mixtral": MixtralConfig, "mistral": MistralConfig, "llama": LlamaConfig}

@@ -22,8 +22,8 @@ from moescale.convert.companions import bytes_sentencepiece
 from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.data.tokenizer import ByteTokenizer, load_tokenizer
-from tests.convert.models import DENSE, make_config, make_tensors, write_run
-from tests.tokenizers import write_metaspace
+from tests.support.models import DENSE, make_config, make_tensors, write_run
+from tests.support.tokenizers import write_metaspace
 
 SETTINGS = {
     "tokenizer_config.json": json.dumps({"bos_token": "<s>", "eos_token": "</s>", "model_max_length": 77,

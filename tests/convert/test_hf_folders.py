@@ -17,7 +17,7 @@ from moescale.cli import app
 from moescale.convert.formats.hf.folder import INDEX, SINGLE
 from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
-from tests.convert.models import DENSE, make_config, write_run
+from tests.support.models import DENSE, make_config, write_run
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import moescale
 from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.parallel.ranks import run_ranks
-from tests.convert.models import make_config, write_run
+from tests.support.models import make_config, write_run
 
 pytestmark = [pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core"),
               pytest.mark.slow]

@@ -19,7 +19,7 @@ from moescale.convert.formats.megatron.names import read_arguments, write_argume
 from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.model.build import build_model
-from tests.convert.models import make_config, write_run
+from tests.support.models import make_config, write_run
 
 VERSIONS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "megatron/arguments.json").read_text())
 SIGMOID = {"router": "sigmoid_bias", "top_k": 3, "num_shared_experts": 1, "num_expert_groups": 4, "top_k_groups": 2}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from tests import tokenizers as tokenizer_files
+from tests.support import tokenizers as tokenizer_files
 
 TEXT = "def hello(name):\n    return f'hello {name}, this is a document'\n"
 
@@ -39,5 +39,5 @@ def train_tokenizer(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def write_metaspace(tmp_path: Path) -> Callable[..., Path]:
-    """Give a function from a folder's name, and what `tests.tokenizers` takes, to a tokenizer.json as Llama's."""
+    """Give a function from a folder's name, and what `tests.support.tokenizers` takes, to a file as Llama's."""
     return lambda folder, *others, **settings: tokenizer_files.write_metaspace(tmp_path / folder, *others, **settings)

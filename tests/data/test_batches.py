@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moescale.config import ConfigError
 from moescale.data.batches import Batch, Batches, Position, held_out_batches
 from moescale.data.split import TokenSplit
-from tests.data import make
+from tests.support import splits
 
 BOUNDARY = 256
 FIELDS = ("tokens", "targets", "positions", "token_id")
@@ -25,7 +25,7 @@ def make_split(num_tokens: int, seed: int = 0) -> TokenSplit:
     tokens = generator.integers(256, size=num_tokens).astype(np.uint16)
     tokens[starts] = BOUNDARY
     middle = starts[len(starts) // 3]
-    return make.make_split([tokens[:middle], tokens[middle:]],
+    return splits.make_split([tokens[:middle], tokens[middle:]],
                            [starts[starts < middle], starts[starts >= middle] - middle], 257)
 
 
@@ -155,7 +155,7 @@ def test_held_out_is_the_same_on_every_layout(
 
 def test_held_out_windows_are_spread_evenly() -> None:
     numbers = np.arange(1001, dtype=np.uint16)
-    tokens = make.make_split([numbers], [np.zeros(1, dtype=np.int64)], 2000)
+    tokens = splits.make_split([numbers], [np.zeros(1, dtype=np.int64)], 2000)
     (batch,) = held_out_batches(tokens, seq_len=10, num_sequences=4, rank=0, num_ranks=1, micro_batch=4)
     assert batch.tokens[:, 0].tolist() == [0, 250, 500, 750]
     assert batch.positions[3].tolist() == list(range(10))

@@ -18,30 +18,8 @@ from typer.testing import CliRunner
 import moescale
 from moescale.cli import app
 from moescale.config import memory_asked
-from tests.support.groups import in_groups
+from tests.support.command_line import ROOT
 from tests.support.runs import check_figures
-
-ROOT = Path(__file__).parent.parent.parent
-TINY = {
-    "run": {"steps": 40},
-    "data": {"files": ["text/*.txt"], "cache_dir": "cache", "seq_len": 32, "global_batch": 4, "micro_batch": 2},
-    **in_groups({"vocab_size": 264, "d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
-              "init": "fan_in"}),
-    "moe": {"num_experts": 4, "top_k": 2, "d_ff": 32},
-    "optim": {"lr": 5e-3, "warmup_steps": 3},
-    "checkpoint": {"every": 5, "keep": 3}, "monitor": {"every": 1, "eval_sequences": 4},
-}
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with text and a small configuration, as working directory."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").mkdir()
-    for number in range(8):
-        (tmp_path / "text" / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "run": {"dir": "run", "steps": 40}}))
-    return tmp_path
 
 
 def torchrun(ranks: int, *arguments: str) -> subprocess.Popen:

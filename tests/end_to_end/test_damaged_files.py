@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from moescale.cli import app
 from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
-from tests.convert.models import make_config, write_run
-from tests.report.test_report import make_run, make_text
+from tests.support.models import make_config, write_run
+from tests.support.reports import make_run, make_text
 
 COMMANDS = {  # a folder: what reads it
     "native": (["convert", "--inspect"], ["generate", "--tokens", "2"], ["convert", "THERE", "--to", "hf"]),

@@ -21,7 +21,7 @@ from moescale.checkpoint import store
 from moescale.cli import app
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
-from tests.end_to_end.test_command_line import ROOT, TINY
+from tests.support.command_line import ROOT, TINY
 
 STEPS = 12
 

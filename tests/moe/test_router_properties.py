@@ -12,8 +12,8 @@ from moescale.layers.feed_forward import FeedForward
 from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from moescale.spec.model import describe
-from tests.moe.make import KINDS, Kind, make_layer, make_router
 from tests.support.groups import in_groups
+from tests.support.mixtures import KINDS, Kind, make_layer, make_router
 
 SCOPES = ("sequence", "micro_batch", "global_batch")
 

@@ -14,7 +14,7 @@ from moescale.moe.routers import Router, SigmoidBiasRouter
 from moescale.moe.routers.sequence_choice import balanced_plan
 from moescale.moe.routing import Routing
 from moescale.ops.token_random import uniform
-from tests.moe.make import KINDS, Kind, make_layer, make_router
+from tests.support.mixtures import KINDS, Kind, make_layer, make_router
 
 LOOPED = [kind for kind in KINDS if kind.name in ("mixtral", "switch", "gshard", "sinkhorn")]
 

@@ -13,7 +13,6 @@ from moescale.config import load_config
 from moescale.engine.native import NativeEngine
 from moescale.parallel.expert import moe_layers
 from moescale.trainer import train
-from tests.end_to_end.test_command_line import here  # noqa: F401
 
 PLANTED = 60
 
@@ -41,7 +40,7 @@ def spike(engine: NativeEngine) -> None:
     ([collapse], ["dead experts: layer 0, 2 of 4 (2, 3)", "collapse: layer 0 uses 2"]), ([spike], ["loss spike: "]),
 ])
 def test_alerts_come_within_fifty_steps(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,  # noqa: F811
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     plants: list[Callable[[NativeEngine], None]], words: list[str],
 ) -> None:
     step = NativeEngine.step

@@ -22,7 +22,7 @@ from moescale.parallel.ranks import run_ranks
 from moescale.record.held_out import LIKELY, SHOWN_TOKENS, HeldOutRouting
 from moescale.report.content import content_classes, file_kinds
 from tests.support.groups import in_groups
-from tests.tokenizers import write_metaspace
+from tests.support.tokenizers import write_metaspace
 
 SEQ, EXPERTS = 32, 12
 LETTER = {".py": "p", ".md": "m", ".txt": "t", ".jsonl": "j", "Rust": "r"}  # all that a file of a kind holds

@@ -19,15 +19,15 @@ from moescale.monitor.routing_metrics import routing_metrics
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
 from moescale.record.held_out import moved
-from tests.data import make
 from tests.parallel.test_layouts import VOCAB, make_batches, make_config
+from tests.support import splits
 
 TOKENS = 400  # fewer than are followed, so that the last sequence ends in padding
 
 
 def make_split() -> TokenSplit:
     tokens = np.random.default_rng(7).integers(0, VOCAB, TOKENS).astype(np.uint16)
-    return make.make_split([tokens], [np.array([0, 31, 200])], VOCAB)
+    return splits.make_split([tokens], [np.array([0, 31, 200])], VOCAB)
 
 
 def run(folder: Path, family: str, parallel: dict[str, Any], follow: bool) -> dict[str, Any]:

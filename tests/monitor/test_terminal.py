@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from moescale.monitor.terminal import Terminal
-from tests.end_to_end.test_command_line import ROOT, TINY
+from tests.support.command_line import ROOT, TINY
 
 FIGURES = {"loss": 1.0, "tokens": 10, "tokens_per_second": 5.0}
 

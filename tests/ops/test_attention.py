@@ -15,7 +15,7 @@ from moescale.ops import attention as module
 from moescale.ops import attention_chunked
 from moescale.ops.attention import attention, flex
 from moescale.ops.attention_pattern import AttentionPattern
-from tests.ops.memory import Memory
+from tests.support.memory import Memory
 
 
 def peak(seq: int, backend: str, device: str = "cpu") -> int:

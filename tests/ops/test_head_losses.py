@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moescale.ops.head_losses import head_losses, head_losses_reference
 from moescale.parallel.ranks import run_ranks
-from tests.ops.memory import Memory
+from tests.support.memory import Memory
 
 VOCAB, TOKENS = 11, 9
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moescale.cli import app
 from moescale.record import held_out
 from moescale.record.held_out import FILE, HeldOutRouting
-from tests.report.test_report import make_run, make_text
+from tests.support.reports import make_run, make_text
 
 TURNED = "\N{RIGHT-TO-LEFT OVERRIDE}"
 FIGURES = ("loss", "tokens_per_second", "moe/max_load", "moe/min_load", "moe/dropped_share", "moe/bytes_sent",

@@ -12,7 +12,7 @@ from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.verify.candidates import Layout
 from moescale.verify.shrink import shrink
-from tests.convert.models import make_config, write_run
+from tests.support.models import make_config, write_run
 
 PATTERN = [
     {"channel_mixer": "feed_forward", "attention": {"window": 600, "num_kv_heads": 1}},

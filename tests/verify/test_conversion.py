@@ -15,7 +15,7 @@ from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
 from moescale.verify.conversion import compare_models
 from moescale.verify.transformers import logits_and_margins
-from tests.convert.models import DENSE, make_config, write_run
+from tests.support.models import DENSE, make_config, write_run
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from moescale.ops.attention import attention
-from tests.ops.interpreted.exact import TOLERANCE, check
+from tests.support.exact import TOLERANCE, check
 
 DTYPES = st.sampled_from(list(TOLERANCE))
 

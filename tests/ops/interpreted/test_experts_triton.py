@@ -16,7 +16,7 @@ from moescale.ops.expert_feed_forward_triton import fused_experts
 from moescale.ops.grouped_gemm import grouped_gemm_reference
 from moescale.ops.grouped_gemm_triton import grouped_gemm
 from moescale.ops.permute_triton import permute, unpermute
-from tests.ops.interpreted.exact import TOLERANCE, check
+from tests.support.exact import TOLERANCE, check
 
 QUICK = settings(deadline=None, phases=(Phase.explicit, Phase.generate))  # shrinking would take minutes
 DTYPES = st.sampled_from(list(TOLERANCE))

@@ -15,7 +15,7 @@ from moescale.moe.routers.token_choice import MixtralRouter
 from moescale.ops import router as ops_router
 from moescale.ops.router import route_reference, rows_by_expert_reference
 from moescale.ops.router_triton import route, rows_by_expert
-from tests.ops.interpreted.exact import check
+from tests.support.exact import check
 
 QUICK = settings(deadline=None, phases=(Phase.explicit, Phase.generate))  # shrinking would take minutes
 

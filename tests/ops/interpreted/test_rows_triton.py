@@ -13,7 +13,7 @@ from moescale.ops import rotary
 from moescale.ops.head_losses import head_losses, head_losses_reference
 from moescale.ops.rms_norm import rms_norm_reference
 from moescale.ops.rms_norm_triton import rms_norm
-from tests.ops.interpreted.exact import TOLERANCE, check
+from tests.support.exact import TOLERANCE, check
 
 QUICK = settings(deadline=None, phases=(Phase.explicit, Phase.generate))  # shrinking would take minutes
 DTYPES = st.sampled_from(list(TOLERANCE))

@@ -7,7 +7,7 @@ import torch
 
 from moescale.ops.scan import selective_scan_reference
 from moescale.ops.scan_triton import selective_scan
-from tests.ops.interpreted.exact import check
+from tests.support.exact import check
 
 
 @pytest.mark.parametrize(
