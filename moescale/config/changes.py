@@ -88,7 +88,7 @@ def _acts(key: str, config: Config) -> bool:
         return config.num_moe_layers > 0
     if key.startswith("feed_forward."):
         return config.num_moe_layers < config.model.num_layers
-    return key != "attention.rope_theta" or config.attention.positions == "rope"
+    return key != "attention.rope_theta" or any(layer.mixer.positions == "rope" for layer in config.layers)
 
 
 def _written(value: Any) -> str:

@@ -49,7 +49,7 @@ class Config(Group):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers of the model, each with the keys of its own kinds."""
-        kinds = [self._layer(number) for number in range(len(self.model.pattern))]
+        kinds = [self.layer_of(number) for number in range(len(self.model.pattern))]
         return tuple(kinds[index % len(kinds)] for index in range(self.model.num_layers))
 
     @property
@@ -58,7 +58,7 @@ class Config(Group):
         windows = [layer.mixer.window for layer in self.layers]
         return None if None in windows else max(window for window in windows if window is not None)
 
-    def _layer(self, number: int) -> Layer:
+    def layer_of(self, number: int) -> Layer:
         """Lay the keys of an entry of the pattern over those of its kinds."""
         entry, where = self.model.pattern[number], f"model.pattern.{number}"
         attention = with_changes(self.attention, entry.attention, f"{where}.attention")

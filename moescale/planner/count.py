@@ -40,6 +40,5 @@ def layer_flops_per_token(config: Config) -> tuple[list[int], int]:
 
 def model_flops_per_token(config: Config) -> int:
     """Count forward and backward of one token by PaLM's formula: 6 N + 12 L H Q T, N active (PaLM, appendix B)."""
-    model = config.model
-    attention = 12 * model.num_layers * config.attention.num_heads * config.attention.head_dim * config.data.seq_len
-    return 6 * count_parameters(config).active + attention
+    heads = sum(layer.mixer.num_heads * layer.mixer.head_dim for layer in config.layers)
+    return 6 * count_parameters(config).active + 12 * heads * config.data.seq_len

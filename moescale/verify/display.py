@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from moescale.config import Config
+from moescale.config import Config, any_of
 from moescale.verify.candidates import Layout
 from moescale.verify.compare import TOLERANCES, Deviation, worst, worst_scale
 from moescale.verify.run import LayoutResult
@@ -25,13 +25,15 @@ def estimate_seconds(layouts: Iterable[Layout], num_layers: int, cores: int) -> 
 
 def describe(config: Config) -> str:
     """Say in a line what the shrunk run is."""
-    model, moe = config.model, config.moe
-    parts = [f"{model.num_layers} layers", f"d_model {model.d_model}",
-             f"{config.attention.num_heads} heads on {config.attention.num_kv_heads} key heads"]
+    model, moe, mixers = config.model, config.moe, [layer.mixer for layer in config.layers]
+    heads = sorted({f"{mixer.num_heads} heads on {mixer.num_kv_heads} key heads" for mixer in mixers})
+    parts = [f"{model.num_layers} layers", f"d_model {model.d_model}", any_of(heads)]
     if config.num_moe_layers:
         parts.append(f"{moe.num_experts} experts, {moe.router} top-{moe.top_k}")
-    if config.attention.window is not None:
-        parts.append(f"window {config.attention.window}")
+    windows = [mixer.window for mixer in mixers if mixer.window is not None]
+    if windows:
+        some = f" in {len(windows)} layers" if len(windows) < len(mixers) else ""
+        parts.append(f"window {any_of(sorted(set(windows)))}{some}")
     return f"{', '.join(parts)}; {config.data.global_batch} sequences of {config.data.seq_len} tokens"
 
 

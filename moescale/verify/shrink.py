@@ -27,7 +27,7 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
         tuple(layout.etp for layout in layouts), config.data.seq_len, seq_len)
     pattern = []
     for number, entry in enumerate(config.model.pattern):
-        layer = config.layers[number % config.model.num_layers]
+        layer = config.layer_of(number)
         shrunk = {entry.mixer: layer.mixer.shrink(small), entry.channel_mixer: layer.channel_mixer.shrink(small)}
         pattern.append(entry.model_copy(update={
             kind: {key: getattr(values, key) for key in getattr(entry, kind)} for kind, values in shrunk.items()}))

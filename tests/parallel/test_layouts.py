@@ -50,6 +50,9 @@ FAMILIES = {
                     {"channel_mixer": "feed_forward", "attention": {"window": 5, "num_heads": 8}},
                     {"attention": {"rope_theta": 100.0}, "moe": {"d_ff": 24}}]}),
                 "moe": {"num_experts": 4, "d_ff": 16}},
+    "windows": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
+                    {"attention": {"window": 3}}, {"attention": {"window": 14, "num_kv_heads": 4}}]}),
+                "moe": {"num_experts": 4, "d_ff": 16}},
     "palm": {**in_groups({**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
                        "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
                        "pattern": [{"channel_mixer": "feed_forward"}]})},
@@ -75,7 +78,7 @@ LAYOUTS_OF = {  # what is not named takes all
     "expert_choice": [CUT, GATHERED, PIPELINE],
     "surest": [(4, {"ep": 2, "recompute": "full"}), CUT, PIPELINE],
     "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), PIPELINE],
-    "pattern": [CUT, PIPELINE],
+    "pattern": [CUT, PIPELINE], "windows": [(2, {"cp": 2})],
 }
 CASES = [(family, *layout) for family in FAMILIES for layout in LAYOUTS_OF.get(family, LAYOUTS)]
 STEPS = 3

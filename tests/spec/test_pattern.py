@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import moescale
 from moescale.config import ConfigError, load_config, parse_config, read_overrides
+from moescale.config.changes import is_harmless
+from moescale.convert.edits.experts import upcycle
 from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
+from moescale.planner.count import model_flops_per_token
+from moescale.verify import display
 from moescale.verify.candidates import Layout
 from moescale.verify.shrink import shrink
 from tests.support.models import make_config, write_run
@@ -70,3 +76,27 @@ def test_formats_that_have_one_kind_of_layer_refuse_two(tmp_path: Path, to: str)
         convert(open_source(run), tmp_path / "out", to, FileLayout())
     convert(open_source(run), tmp_path / "same", "moescale", FileLayout())
     assert open_source(tmp_path / "same").config.layers[1].mixer.window == 5
+
+
+def test_all_that_counts_and_compares_layers_asks_each() -> None:
+    alone = parse([{"channel_mixer": "feed_forward"}])
+    more = parse([{"channel_mixer": "feed_forward"}, {"channel_mixer": "feed_forward", "attention": {"num_heads": 16}}])
+    wider = 2 * 2 * 256 * 8 * 32  # q and o of two layers
+    assert model_flops_per_token(more) - model_flops_per_token(alone) == 6 * wider + 12 * 2 * 8 * 32 * 1200
+    turned = parse([{}, {"attention": {"positions": "rope"}}], positions="none")
+    assert not is_harmless("attention.rope_theta", turned, turned)
+    assert is_harmless("attention.rope_theta", parse([{}], positions="none"), parse([{}], positions="none"))
+    assert "window 600 in 2 layers" in display.describe(parse(PATTERN))
+    short = parse_config({"model": {"num_layers": 1, "pattern": list(PATTERN)}}, "test")  # longer than the model
+    assert shrink(short, [Layout()]).layers[1].channel_mixer.d_ff == 16
+
+
+def test_upcycling_keeps_what_differs_between_layers(tmp_path: Path) -> None:
+    pattern = [{"channel_mixer": "feed_forward", "attention": {"window": 5}},
+               {"channel_mixer": "feed_forward", "feed_forward": {"d_ff": 48, "activation": "gelu"}}]
+    run = write_run(tmp_path / "run", make_config({"pattern": pattern}))
+    opened = open_source(run)
+    convert(opened, tmp_path / "there", "moescale", FileLayout(), change=upcycle(opened, 4, None, 2, 0.0))
+    tokens = torch.arange(20).view(1, 20)
+    new, old = (moescale.load(folder).logits(tokens) for folder in (tmp_path / "there", run))
+    torch.testing.assert_close(new, old, rtol=0, atol=1e-5)

@@ -154,26 +154,25 @@ class Least:
         if cp == 1:
             return
         assert self.mesh.data is not None
-        attention, num_pieces = config.attention, sequence_pieces(cp, config.longest_window)
+        num_pieces = sequence_pieces(cp, config.longest_window)
         pieces, rank = deal_pieces(cp, num_pieces), self.mesh.data.get_local_rank("cp")
-        seq, length = config.data.seq_len, config.data.seq_len // num_pieces
-        sent = 0  # positions, counted once for each other rank whose queries see them
+        length = config.data.seq_len // num_pieces
+        for stage in self.engine.pieces:
+            for index in stage.blocks:
+                mixer = config.layers[int(index)].mixer
+                heads = max(1, mixer.num_kv_heads // config.parallel.tp)
+                features = 2 * heads * mixer.head_dim * (config.data.micro_batch or 1)
+                positions = self._exchanged(pieces, rank, length, mixer.window or config.data.seq_len)
+                self.sent["cp"] += self.passes * features * self.size * positions
+
+    def _exchanged(self, pieces: list[list[int]], rank: int, length: int, window: int) -> int:
+        """Count positions: keys and values sent, once per rank that sees them, and gradients of those received."""
+        count = 0
         for other, theirs in enumerate(pieces):
             seen = {key for piece in theirs for query in range(piece * length, (piece + 1) * length)
-                    for key in range(max(0, query + 1 - (attention.window or seq)), query + 1)}
-            sent += sum(key // length in pieces[rank] for key in seen) if other != rank else 0
-        heads = max(1, attention.num_kv_heads // config.parallel.tp)
-        features = 2 * heads * attention.head_dim * (config.data.micro_batch or 1)
-        layers = sum(len(piece.blocks) for piece in self.engine.pieces)
-        # keys and values out, and the gradients of those received back
-        positions = sent + self._received(pieces, rank, length)
-        self.sent["cp"] = self.passes * layers * features * self.size * positions
-
-    def _received(self, pieces: list[list[int]], rank: int, length: int) -> int:
-        window = self.config.attention.window or self.config.data.seq_len
-        seen = {key for piece in pieces[rank] for query in range(piece * length, (piece + 1) * length)
-                for key in range(max(0, query + 1 - window), query + 1)}
-        return sum(key // length not in pieces[rank] for key in seen)
+                    for key in range(max(0, query + 1 - window), query + 1)}
+            count += sum((key // length in pieces[rank]) == (other != rank) for key in seen)
+        return count
 
     def _pipeline(self) -> None:
         config = self.config

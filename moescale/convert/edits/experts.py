@@ -31,10 +31,16 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
     top_k = 2 * parts if top_k is None else top_k
     if config.num_moe_layers:
         raise ConfigError("--upcycle takes a dense model; this one has experts: write --experts N for more of them")
-    for key, number in (("--upcycle", num_experts), ("--top-k", top_k), ("feed_forward.d_ff", dense.d_ff)):
+    widths = {layer.channel_mixer.d_ff for layer in config.layers}
+    for key, number in (("--upcycle", num_experts), ("--top-k", top_k),
+                        *(("feed_forward.d_ff", width) for width in widths)):
         if number % parts:
             raise ConfigError(f"--granularity {parts} must divide {key} {number}")
-    changed = _with(config, model={"pattern": [{"channel_mixer": "moe"}]}, moe={
+    pattern = []
+    for entry in config.model.pattern:
+        own = {key: value // parts if key == "d_ff" else value for key, value in entry.feed_forward.items()}
+        pattern.append({"channel_mixer": "moe", "attention": entry.attention, "moe": own})
+    changed = _with(config, model={"pattern": pattern}, moe={
         "num_experts": num_experts, "top_k": top_k, "d_ff": dense.d_ff // parts, "router": "mixtral",
         "activation": dense.activation,
     })

@@ -256,7 +256,7 @@ def plan(config: Config, layout: FileLayout, weights: Weights) -> list[Piece]:
 
 
 def _kind(config: Config) -> str:
-    return "stacked" if len(set(config.model.layers)) == 1 else "numbered"
+    return "stacked" if len(set(config.layers)) == 1 else "numbered"
 
 
 def create(
