@@ -16,8 +16,10 @@ from moescale.record.figures import parse
 from moescale.verify.observation import Observation
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
-PARTS = {".experts.": "expert", ".shared.": "shared expert", ".router.": "router", ".mixer.": "attention",
-         "norm": "norm", ".channel_mixer.": "feed-forward", "embedding": "embedding", "head": "head"}
+PARTS = {  # of a parameter's name, the first that is in it: what users call it
+    "experts": "expert", "shared": "shared expert", "router": "router", "mixer": "attention", "mixer_norm": "norm",
+    "channel_norm": "norm", "norm": "norm", "channel_mixer": "feed-forward", "embedding": "embedding", "head": "head",
+}
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ def _parameters(wrong: Sequence[Deviation]) -> str:
 
 
 def _kind(parameter: str) -> str:
-    return next(kind for part, kind in PARTS.items() if part in parameter)
+    parts = parameter.split(".")
+    return next(kind for part, kind in PARTS.items() if part in parts)
 
 
 def _times(scale: float) -> str:
