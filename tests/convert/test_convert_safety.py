@@ -11,7 +11,7 @@ import pickle
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from moescale.convert.run import convert, open_source
 from moescale.verify.conversion import compare_models
 from tests.support.models import DENSE, make_config, write_run
 
+Native = tuple[str, ...]  # the name of a weight
 FILE = "model.safetensors"
 EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w{}.weight"
 
@@ -208,12 +209,9 @@ def test_a_folder_beside_the_destination_stays(source: Path) -> None:
     assert not mine.exists()
 
 
-def exchanged(rows: tuple[Row, ...], one: str, two: str) -> tuple[Row, ...]:
-    first, second = (tuple(name.split(".")) for name in (one, two))
-    names = {first: second, second: first}
-    found = {row.native: row for row in rows}
-    return tuple(Row(row.native, found[names[row.native]].foreign, row.transforms) if row.native in names else row
-                 for row in rows)
+def exchanged(rows: Mapping[Native, Row], one: Native, two: Native) -> dict[Native, Row]:
+    return {**rows, one: Row(one, rows[two].foreign, rows[one].transforms),
+            two: Row(two, rows[one].foreign, rows[two].transforms)}
 
 
 class Swapped(str):
@@ -227,12 +225,12 @@ class Swapped(str):
 def test_a_wrong_mapping_does_not_land(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """The table is broken for writing and for reading back alike: only the other side's own code can tell."""
     opened = open_source(write_run(tmp_path / "run", make_config({"num_layers": 1, "window": None})))
-    table, experts = mixtral.EXPERTS["published"], mixtral.MIXTURE + "experts."
+    table, experts = mixtral.EXPERTS["published"], (*mixtral.MIXTURE.split(".")[:-1], "experts")
     if fault == "gate and up":
-        rows = exchanged(table, experts + "gate", experts + "up")
+        rows = exchanged(table, (*experts, "gate"), (*experts, "up"))
         monkeypatch.setitem(mixtral.EXPERTS, "published", rows)
     elif fault == "two experts":
-        rows = tuple(Row(row.native, Swapped(row.foreign), row.transforms) for row in table)
+        rows = {name: Row(name, Swapped(row.foreign), row.transforms) for name, row in table.items()}
         monkeypatch.setitem(mixtral.EXPERTS, "published", rows)
     else:
         real = copying.write_region

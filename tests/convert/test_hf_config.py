@@ -34,7 +34,7 @@ def test_a_key_that_is_absent_has_the_default_of_its_class(kind: str) -> None:
     theirs = CLASSES[kind]().to_dict()
     theirs["rope_theta"] = theirs["rope_parameters"]["rope_theta"]
     theirs["head_dim"] = None  # which the class works out from other keys
-    theirs["num_key_value_heads"] = None if kind == "llama" else theirs["num_key_value_heads"]
+    theirs["num_key_value_heads"] = DEFAULTS[kind]["num_key_value_heads"] and theirs["num_key_value_heads"]
     told = {key: value for key, value in DEFAULTS[kind].items() if not key.startswith(("rope_sc", "rope_p", "layer_t"))}
     assert told == {key: theirs.get(key) for key in told}
     of_weights = theirs.keys() - told.keys() - HARMLESS - NEUTRAL.keys()
@@ -47,8 +47,10 @@ def test_a_key_that_is_absent_has_the_default_of_its_class(kind: str) -> None:
 def test_an_empty_configuration_is_the_class(kind: str) -> None:
     config, theirs = read_config({"model_type": kind}, "config.json", None), CLASSES[kind]()
     model = config.model
-    assert (model.d_model, config.attention.num_heads, model.num_layers) == (4096, 32, 32)
-    assert (config.attention.num_kv_heads, config.attention.head_dim) == (theirs.num_key_value_heads, 128)
+    assert (model.d_model, config.attention.num_heads, model.num_layers) == (
+        theirs.hidden_size, theirs.num_attention_heads, theirs.num_hidden_layers)
+    assert (config.attention.num_kv_heads, config.attention.head_dim) == (
+        theirs.num_key_value_heads, theirs.hidden_size // theirs.num_attention_heads)
     assert (config.attention.rope_theta, model.norm_eps) == (theirs.rope_parameters["rope_theta"], theirs.rms_norm_eps)
     assert config.attention.window == getattr(theirs, "sliding_window", None)
 

@@ -205,12 +205,17 @@ class Key:
     alias: str | None = None
 
 
-def table(*keys: Key) -> dict[str, Key]:
-    """Order keys by name. Later ones replace earlier ones of the same name."""
-    return {key.name: key for key in keys}
+def keys(*entries: Key) -> dict[str, Key]:
+    """Order keys by name, so that `COMMON | keys(...)` replaces those of the same name."""
+    return {entry.name: entry for entry in entries}
 
 
-COMMON = table(
+def rows(*entries: Row) -> dict[tuple[str, ...], Row]:
+    """Order rows by the native weight that they are about, so that they are replaced as keys are."""
+    return {entry.native: entry for entry in entries}
+
+
+COMMON = keys(
     Key("vocab_size", 32000, "model.vocab_size"),
     Key("hidden_size", 4096, "model.d_model", POSITIVE),
     Key("num_hidden_layers", 32, "model.num_layers", POSITIVE),
@@ -225,8 +230,8 @@ COMMON = table(
 DECODER = {"model.block": "serial", "model.norm": "rmsnorm", "attention.positions": "rope", "model.scale_logits": False}
 
 LAYER = "model.layers.{layer}."
-EMBEDDING = (row("embedding.weight", "model.embed_tokens.weight"),)
-ATTENTION = (
+EMBEDDING = rows(row("embedding.weight", "model.embed_tokens.weight"))
+ATTENTION = rows(
     row("blocks.{layer}.mixer_norm.weight", LAYER + "input_layernorm.weight"),
     row("blocks.{layer}.mixer.q.weight", LAYER + "self_attn.q_proj.weight"),
     row("blocks.{layer}.mixer.k.weight", LAYER + "self_attn.k_proj.weight"),
@@ -234,12 +239,12 @@ ATTENTION = (
     row("blocks.{layer}.mixer.o.weight", LAYER + "self_attn.o_proj.weight"),
     row("blocks.{layer}.channel_norm.weight", LAYER + "post_attention_layernorm.weight"),
 )
-FEED_FORWARD = (
+FEED_FORWARD = rows(
     row("blocks.{layer}.channel_mixer.gate.weight", LAYER + "mlp.gate_proj.weight"),
     row("blocks.{layer}.channel_mixer.up.weight", LAYER + "mlp.up_proj.weight"),
     row("blocks.{layer}.channel_mixer.down.weight", LAYER + "mlp.down_proj.weight"),
 )
-HEAD = (row("norm.weight", "model.norm.weight"), row("head.weight", "lm_head.weight"))
+HEAD = rows(row("norm.weight", "model.norm.weight"), row("head.weight", "lm_head.weight"))
 
 
 @dataclass(frozen=True)
@@ -255,16 +260,16 @@ class Family:
     name: str
     title: str
     channel_mixer: str
-    keys: Mapping[str, Key]
-    rows: tuple[Row, ...]
-    experts: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    keys: dict[str, Key]
+    rows: dict[tuple[str, ...], Row]
+    experts: Mapping[str, Mapping[tuple[str, ...], Row]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=lambda: DECODER)
     begins: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
 
     def table(self, style: str | None) -> tuple[Row, ...]:
         """List all rows, with the experts' in the given style or the usual one."""
-        return (*self.rows, *self.experts.get(style or STYLES[0], ()))
+        return (*self.rows.values(), *self.experts.get(style or STYLES[0], {}).values())
 
     def read(self, values: ConfigJson) -> dict[str, dict[str, Any]]:
         """Turn a config.json into the keys of a run, by groups. Raises ConfigError."""

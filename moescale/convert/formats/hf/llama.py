@@ -17,13 +17,13 @@ from moescale.convert.formats.hf.base import (
     Family,
     Key,
     Translation,
-    table,
+    keys,
 )
 
 HEADS = Translation(ConfigJson.positive, fits=lambda value, config: config.model.d_model % value == 0)
 FAMILY = Family(
     "llama", "Llama", "feed_forward",
-    keys=COMMON | table(
+    keys=COMMON | keys(
         Key("num_attention_heads", 32, "attention.num_heads", HEADS),  # its class wants hidden_size to be a multiple
         Key("intermediate_size", 11008, "feed_forward.d_ff"),
         Key("num_key_value_heads", None, "attention.num_kv_heads", KEY_HEADS),
@@ -31,7 +31,7 @@ FAMILY = Family(
         Key("rms_norm_eps", 1e-6, "model.norm_eps", NUMBER),
         Key("rope_theta", 1e4, "attention.rope_theta", THETA),
     ),
-    rows=(*EMBEDDING, *ATTENTION, *FEED_FORWARD, *HEAD),
+    rows=EMBEDDING | ATTENTION | FEED_FORWARD | HEAD,
     fixed={**DECODER, "attention.window": None},
     constants={"attention_bias": False, "mlp_bias": False},
 )

@@ -15,12 +15,12 @@ from moescale.convert.formats.hf.base import (
     WINDOW_ALWAYS,
     Family,
     Key,
-    table,
+    keys,
 )
 
 FAMILY = Family(
     "mistral", "Mistral", "feed_forward",
-    keys=COMMON | table(
+    keys=COMMON | keys(
         Key("intermediate_size", 14336, "feed_forward.d_ff"),
         Key("num_key_value_heads", 8, "attention.num_kv_heads", KEY_HEADS),
         Key("max_position_embeddings", 131072, "data.seq_len", SEQ_LEN),
@@ -28,5 +28,5 @@ FAMILY = Family(
         Key("rope_theta", 1e4, "attention.rope_theta", THETA),
         Key("sliding_window", 4096, "attention.window", WINDOW_ALWAYS),
     ),
-    rows=(*EMBEDDING, *ATTENTION, *FEED_FORWARD, *HEAD),
+    rows=EMBEDDING | ATTENTION | FEED_FORWARD | HEAD,
 )

@@ -18,19 +18,20 @@ from moescale.convert.formats.hf.base import (
     WINDOW,
     Family,
     Key,
-    table,
+    keys,
+    rows,
 )
 from moescale.convert.mapping.table import half, row, stacked_experts
 
 MIXTURE, PUBLISHED, FUSED = "blocks.{layer}.channel_mixer.", LAYER + "block_sparse_moe.", LAYER + "mlp."
 EXPERTS = {
-    "published": (
+    "published": rows(
         row(MIXTURE + "router.weight", PUBLISHED + "gate.weight"),
         row(MIXTURE + "experts.gate", PUBLISHED + "experts.{expert}.w1.weight"),
         row(MIXTURE + "experts.up", PUBLISHED + "experts.{expert}.w3.weight"),
         row(MIXTURE + "experts.down", PUBLISHED + "experts.{expert}.w2.weight"),
     ),
-    "fused": (
+    "fused": rows(
         row(MIXTURE + "router.weight", FUSED + "gate.weight"),
         row(MIXTURE + "experts.gate", FUSED + "experts.gate_up_proj", half(0), stacked_experts()),
         row(MIXTURE + "experts.up", FUSED + "experts.gate_up_proj", half(1), stacked_experts()),
@@ -39,7 +40,7 @@ EXPERTS = {
 }
 FAMILY = Family(
     "mixtral", "Mixtral", "moe",
-    keys=COMMON | table(
+    keys=COMMON | keys(
         Key("hidden_act", "silu", "moe.activation feed_forward.activation", ACTIVATION),
         Key("intermediate_size", 14336, "moe.d_ff"),
         Key("num_key_value_heads", 8, "attention.num_kv_heads", KEY_HEADS),
@@ -52,7 +53,7 @@ FAMILY = Family(
         Key("router_aux_loss_coef", 0.001, "moe.load_balance_coefficient", BALANCE),
         Key("router_jitter_noise", 0.0, "moe.jitter", NUMBER),
     ),
-    rows=(*EMBEDDING, *ATTENTION, *HEAD), experts=EXPERTS,
+    rows=EMBEDDING | ATTENTION | HEAD, experts=EXPERTS,
     fixed={**DECODER, "moe.router": "mixtral", "moe.num_shared_experts": 0},
     begins={"moe.balance_over": "global_batch"},
 )
