@@ -34,12 +34,14 @@ from moescale.monitor.routing_metrics import routing_metrics
 from moescale.monitor.terminal import Terminal
 from moescale.monitor.tracer import Tracer
 from moescale.monitor.wandb import Wandb
+from moescale.optim.base import OPTIMIZERS
 from moescale.parallel.lost_ranks import name_lost_ranks
 from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
 from moescale.record.metrics import FILE, JsonLines, Sink
 from moescale.resume import Standing, go_on
+from moescale.spec.model import describe
 
 LIBRARY_EPOCHS = 50.0  # of Python's own library, which is there to try things out
 MISTAKE_SECONDS = 10.0  # that a rank waits for the others before it says alone what is wrong
@@ -104,10 +106,13 @@ def _named_memory(config: Config) -> Iterator[None]:
         smaller = max((n for n in range(1, micro_batch) if micro_batch % n == 0), default=None)
         advice = [f"data.micro_batch={smaller}"] if smaller else []
         advice += ["parallel.recompute=full"] if parallel.recompute != "full" else []
+        moments = OPTIMIZERS[config.optim.name].moments
+        kept = sum(moment.size for weight in describe(config).weights() if weight.learns for moment in moments(weight))
+        state_bytes = 4 * (2 * count.total + kept)
         advice += [f"a data.seq_len below {data.seq_len}", "more ranks for parallel.dp_shard", "a smaller model"]
         raise TrainingError(f"out of memory: {asked} could not be had, with data.micro_batch={micro_batch}, "
                             f"data.seq_len={data.seq_len} and parallel.recompute={parallel.recompute}; weights, "
-                            f"gradients and optimizer state take {16 * count.total / 2**30:,.1f} GiB over all ranks: "
+                            f"gradients and optimizer state take {state_bytes / 2**30:,.1f} GiB over all ranks: "
                             f"write {any_of(advice)}") from None
 
 

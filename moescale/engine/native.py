@@ -174,10 +174,11 @@ class NativeEngine:
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name; sharded tensors as DTensors."""
         tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        moments = OPTIMIZERS[self.config.optim.name].moments
-        for name, parameter in self.model.named_parameters():
-            for moment in moments(tuple(parameter.shape)):
-                tensors[f"optim.{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        moments, parameters = OPTIMIZERS[self.config.optim.name].moments, self.parameters()
+        for weight in describe(self.config).weights():
+            name = ".".join(weight.name)
+            for moment in moments(weight) if name in parameters else ():
+                tensors["optim." + ".".join(moment.name)] = self.optimizer.state[parameters[name]][moment.name[0]]
         return tensors
 
 

@@ -7,15 +7,16 @@ Checkpoints, conversions and proofs read this table and know no optimizer by nam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moescale.config import OptimConfig
+from moescale.spec.weights import Init, Weight
 
 if TYPE_CHECKING:
     import torch
 
-Shape = tuple[int, ...]
+Moments = Callable[[Weight], tuple[Weight, ...]]
 Groups = list[dict[str, Any]]
 """Parameters in `params`, and the `weight_decay` that they share."""
 
@@ -24,21 +25,23 @@ Groups = list[dict[str, Any]]
 class Optimizer:
     """What others may know of an optimizer.
 
-    moments: gives the tensors that are kept beside a weight of this shape, by name, with theirs; names have no dots. A
-    checkpoint holds each as `optim.MOMENT.WEIGHT`.
-    make: builds it, its moments zeros in `state` under these names, so that a checkpoint can be read into them.
+    moments: describes the tensors that are kept beside a weight, whole or of one expert. The name of each is a word of
+    its own before the weight's, and its dims are some of the weight's; a checkpoint holds it as `optim.MOMENT.WEIGHT`.
+    make: builds it, its moments zeros in `state` under their words, so that a checkpoint can be read into them.
     proof: keys of `optim` with which a first step multiplies no rounding error by more than one, and yet moves weights
     far beyond the tolerance of `moescale verify`.
     """
 
-    moments: Callable[[Shape], dict[str, Shape]]
+    moments: Moments
     make: Callable[[Groups, OptimConfig], torch.optim.Optimizer]
     proof: Mapping[str, float]
 
 
-def shaped_as_weight(*names: str) -> Callable[[Shape], dict[str, Shape]]:
+def shaped_as_weight(*words: str) -> Moments:
     """Describe moments that have an element for each element of the weight."""
-    return lambda shape: dict.fromkeys(names, shape)
+    zeros = Init("zeros")
+    return lambda weight: tuple(
+        replace(weight, name=(word, *weight.name), init=zeros, decays=False, learns=False) for word in words)
 
 
 def _adamw(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:

@@ -74,12 +74,15 @@ def test_every_optimizer_keeps_what_its_description_says(name: str) -> None:
     optimizer = build_optimizer(model, describe(config), config.optim)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
+    described = {".".join(weight.name): weight for weight in describe(config).weights()}
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     for _ in range(2):  # what is there from the start, and after a step
         for key, parameter in model.named_parameters():
             kept = {moment: tuple(tensor.shape) for moment, tensor in optimizer.state[parameter].items()
                     if moment != "step"}
-            assert kept == OPTIMIZERS[name].moments(tuple(parameter.shape)), key
+            moments = OPTIMIZERS[name].moments(described[key])
+            assert kept == {moment.name[0]: moment.shape for moment in moments}, key
+            assert all(moment.name[1:] == described[key].name and not moment.learns for moment in moments)
         optimizer.step()
     assert all((parameter != before[key]).any() for key, parameter in model.named_parameters())
     count_from(optimizer, 7)

@@ -49,9 +49,8 @@ def native_weights(config: Config) -> dict[NativeName, Weight]:
 def with_moments(weights: Weights, config: Config) -> dict[NativeName, Weight]:
     """Add what the run's optimizer keeps beside each weight that learns."""
     moments = OPTIMIZERS[config.optim.name].moments
-    return {**weights, **{native._replace(moment=moment): replace(weight, shape=shape)
-                          for native, weight in weights.items() if weight.learns
-                          for moment, shape in moments(weight.shape).items()}}
+    return {**weights, **{native._replace(moment=moment.name[0]): moment
+                          for native, weight in weights.items() if weight.learns for moment in moments(weight)}}
 
 
 def native_pieces(weights: Weights) -> list[Piece]:
