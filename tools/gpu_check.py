@@ -2,7 +2,7 @@
 
     python tools/gpu_check.py [exact] [attention] [experts] [scan] [step]
 
-Writes benchmark/results/<device>.json and .md; a part that runs alone replaces its own figures there. Times are medians
+Writes <device>.json and .md into tools/benchmark/results; a part run alone replaces its own figures. Times are medians
 of milliseconds; a peer that cannot do what is asked has its reason in place of a time.
 """
 
@@ -41,7 +41,7 @@ from moescale.parallel.mesh import start_mesh
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
 
-RESULTS = Path("benchmark/results")
+RESULTS = Path(__file__).parent / "benchmark/results"
 Row = dict[str, Any]
 BFLOAT16 = torch.bfloat16
 

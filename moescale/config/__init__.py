@@ -30,10 +30,9 @@ from moescale.errors import (
     memory_asked,
 )
 from moescale.spec.model import LayerConfig, ModelConfig
-from moescale.spec.moe import SIGMOID_BIAS_KEYS, MoEConfig
+from moescale.spec.moe import MoEConfig
 
 __all__ = [
-    "SIGMOID_BIAS_KEYS",
     "CheckpointConfig",
     "Config",
     "ConfigError",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from moescale.config import SIGMOID_BIAS_KEYS, Config
+from moescale.config import Config
 from moescale.layers.feed_forward import FeedForward
 from moescale.layers.linear import Embedding, Linear
 from moescale.layers.norm import NORMS
@@ -18,6 +16,7 @@ from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS, Capacity
 from moescale.spec.feed_forward import FeedForwardConfig
+from moescale.spec.moe import OWN_KEYS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -59,11 +58,7 @@ def _channel_mixer(config: Config, index: int) -> nn.Module:
     model, moe = config.model, config.layers[index].channel_mixer
     if isinstance(moe, FeedForwardConfig):
         return FeedForward(model.d_model, moe.d_ff, moe.activation)
-    own: dict[str, Any] = {}  # arguments of one router alone
-    if moe.router == "sigmoid_bias":
-        own = {key: getattr(moe, key) for key in SIGMOID_BIAS_KEYS}
-    elif moe.router == "switch":
-        own = {"left_behind_choices": moe.left_behind_choices}
+    own = {key: getattr(moe, key) for key in OWN_KEYS.get(moe.router, ())}
     capacity = Capacity(
         moe.capacity_factor, moe.eval_capacity_factor, moe.min_capacity, by_probability=moe.drop_by == "probability")
     router = ROUTERS[moe.router](

@@ -13,10 +13,13 @@ from moescale.spec.group import Group
 from moescale.spec.small import Small, smallest_divisor, smallest_multiple
 from moescale.spec.weights import Init, Weight, below, initial
 
-SIGMOID_BIAS_KEYS = ("num_expert_groups", "top_k_groups", "routed_scaling", "bias_update_rate")  # for that router alone
+OWN_KEYS: dict[str, tuple[str, ...]] = {  # a router: its arguments that no other router has
+    "sigmoid_bias": ("num_expert_groups", "top_k_groups", "routed_scaling", "bias_update_rate"),
+    "switch": ("left_behind_choices",),
+}
 WITH_CAPACITY = ("switch", "gshard", "sinkhorn")
 MEANS_NOTHING_ELSEWHERE = {  # a key of MoEConfig: the routers that it means something to
-    **dict.fromkeys(SIGMOID_BIAS_KEYS, ("sigmoid_bias",)), "left_behind_choices": ("switch",),
+    **{key: (router,) for router, keys in OWN_KEYS.items() for key in keys},
     "drop_by": WITH_CAPACITY, "eval_capacity_factor": WITH_CAPACITY, "min_capacity": (*WITH_CAPACITY, "expert_choice"),
     "balance_over": ("mixtral", "sigmoid_bias", *WITH_CAPACITY),
 }

@@ -28,12 +28,9 @@ sigmoid_bias chooses by score plus a bias, which moves once a step, against the 
 """
 
 from moescale.moe.routers.base import Capacity, Router
-from moescale.moe.routers.sequence_choice import ExpertChoiceRouter, SinkhornRouter
-from moescale.moe.routers.token_choice import GShardRouter, MixtralRouter, SigmoidBiasRouter, SwitchRouter
+from moescale.moe.routers.sequence_choice import SEQUENCE_CHOICE
+from moescale.moe.routers.token_choice import TOKEN_CHOICE, SigmoidBiasRouter
 
-ROUTERS: dict[str, type[Router]] = {
-    "mixtral": MixtralRouter, "switch": SwitchRouter, "gshard": GShardRouter, "sigmoid_bias": SigmoidBiasRouter,
-    "expert_choice": ExpertChoiceRouter, "sinkhorn": SinkhornRouter,
-}
+ROUTERS: dict[str, type[Router]] = TOKEN_CHOICE | SEQUENCE_CHOICE
 
 __all__ = ["ROUTERS", "Capacity", "Router", "SigmoidBiasRouter"]

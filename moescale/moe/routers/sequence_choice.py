@@ -95,3 +95,6 @@ def balanced_plan(logits: Tensor, valid: Tensor) -> Tensor:
         even = load.logsumexp(-1, keepdim=True) - math.log(logits.shape[-1])
         plan = (plan + (even - load).nan_to_num(0.0)).log_softmax(-1)  # nan: no token at all
     return plan
+
+
+SEQUENCE_CHOICE: dict[str, type[Router]] = {"expert_choice": ExpertChoiceRouter, "sinkhorn": SinkhornRouter}

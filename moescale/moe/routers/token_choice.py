@@ -130,3 +130,8 @@ class SigmoidBiasRouter(Router):
         """
         above = (load * self.num_experts - load.sum()).sign()  # above the mean, in integers: the same on every rank
         self.expert_bias -= self.bias_update_rate * above
+
+
+TOKEN_CHOICE: dict[str, type[Router]] = {
+    "mixtral": MixtralRouter, "switch": SwitchRouter, "gshard": GShardRouter, "sigmoid_bias": SigmoidBiasRouter,
+}
