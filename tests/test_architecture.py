@@ -88,6 +88,16 @@ def test_nobody_looks_behind_an_engine() -> None:
     assert not found
 
 
+def test_no_test_reaches_into_another_or_into_private_names() -> None:
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in {"moescale", "tests"}:
+                where = f"{path.name}, line {node.lineno}"
+                assert ".test_" not in f".{node.module}", f"{where}: what tests share lies in tests/support"
+                private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                assert not private, f"{where}: {private} is another file's own"
+
+
 def test_import_needs_torch_alone() -> None:
     code = """
 import sys

@@ -212,7 +212,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, or its kind."""
+    """Give the first line of an error, or its kind."""
     return next((line.strip()[:120] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -27,7 +27,7 @@ def curve(values: Sequence[float], width: int = 40) -> str:
 
 
 def furthest(loads: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """The experts furthest from the mean. loads: [layers, experts]. -> row and column of each, the worst first"""
+    """List the experts furthest from the mean. loads: [layers, experts]. -> row and column of each, the worst first"""
     order = np.abs(np.log2(np.maximum(loads, 1e-3))).argsort(axis=None, kind="stable")[::-1][:count]
     return [(int(row), int(column)) for row, column in zip(*np.unravel_index(order, loads.shape), strict=True)]
 

@@ -107,5 +107,5 @@ def _alike(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
 
 
 def _counts(expert: np.ndarray, num_experts: int) -> np.ndarray:
-    """[layers, tokens, top_k] -> [layers, experts] int64"""
+    """Count the tokens of each expert. expert: [layers, tokens, top_k]. Returns [layers, experts] int64."""
     return np.stack([np.bincount(each[each >= 0], minlength=num_experts) for each in expert])

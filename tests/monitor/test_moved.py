@@ -19,8 +19,8 @@ from moescale.monitor.routing_metrics import routing_metrics
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
 from moescale.record.held_out import moved
-from tests.parallel.test_layouts import VOCAB, make_batches, make_config
 from tests.support import splits
+from tests.support.layouts import VOCAB, make_batches, make_config
 
 TOKENS = 400  # fewer than are followed, so that the last sequence ends in padding
 

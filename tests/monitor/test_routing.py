@@ -16,7 +16,7 @@ from moescale.monitor.routing_metrics import routing_metrics
 from moescale.monitor.tracer import Tracer
 from moescale.parallel.mesh import start_mesh
 from moescale.parallel.ranks import run_ranks
-from tests.parallel.test_layouts import make_batches, make_config
+from tests.support.layouts import make_batches, make_config
 from tests.support.mixtures import KINDS, Kind, make_layer
 from tests.support.runs import check_figures
 

@@ -12,7 +12,7 @@ from moescale.engine.native import NativeEngine
 from moescale.monitor.tracer import Tracer
 from moescale.parallel.mesh import start_mesh
 from moescale.parallel.ranks import run_ranks
-from tests.parallel.test_layouts import make_batches, make_config
+from tests.support.layouts import make_batches, make_config
 
 
 def profile(run_dir: Path, ranks: int, last: int) -> None:

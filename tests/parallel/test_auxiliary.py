@@ -12,7 +12,7 @@ from moescale.engine.native import NativeEngine
 from moescale.moe.routers import Router
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
-from tests.parallel.test_layouts import FAMILIES, _whole, make_batches, make_config
+from tests.support.layouts import FAMILIES, make_batches, make_config, whole
 
 LAYOUTS = [(2, {"ep": 2}), (4, {"tp": 2, "ep": 4}), (4, {"pp": 2, "cp": 2, "ep": 2})]
 
@@ -24,7 +24,7 @@ def without_a_task(family: str, parallel: dict[str, Any]) -> tuple[list[float], 
     batches = [replace(batch, targets=torch.full_like(batch.targets, -100))
                for batch in make_batches(0, mesh.batch_rank, mesh.batch_size)]
     losses = engine.forward_backward(batches)
-    gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
+    gradients = {name: whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
     figures = [float(x) for x in (losses.cross_entropy, losses.load_balance, losses.router_z, engine.step())]
     stop_mesh()
     return figures, gradients
@@ -54,7 +54,7 @@ def all_to_one(family: str, parallel: dict[str, Any]) -> list[tuple[str, float, 
         if isinstance(module, Router):
             torch.nn.init.zeros_(module.weight)
     engine.forward_backward(make_batches(0, mesh.batch_rank, mesh.batch_size))
-    norms = {name: [float(expert.norm()) for expert in _whole(p.grad)]
+    norms = {name: [float(expert.norm()) for expert in whole(p.grad)]
              for name, p in engine.model.named_parameters() if ".experts." in name}
     engine.step()
     steps = {name: int(engine.optimizer.state[p]["step"]) for name, p in engine.model.named_parameters()}

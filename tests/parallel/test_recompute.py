@@ -6,7 +6,7 @@ import pytest
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from moescale.parallel.ranks import run_ranks
-from tests.parallel.test_layouts import compare, run_steps
+from tests.support.layouts import compare, run_steps
 
 
 def run_to_the_end(family: str, extent: str) -> dict:
