@@ -209,6 +209,15 @@ def test_a_folder_beside_the_destination_stays(source: Path) -> None:
     assert not mine.exists()
 
 
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_layers_with_keys_of_their_own_do_not_lose_them(tmp_path: Path, to: str) -> None:
+    pattern = [{"channel_mixer": "feed_forward"}, {"channel_mixer": "feed_forward", "attention": {"window": 3}}]
+    opened = open_source(write_run(tmp_path / "run", make_config({"pattern": pattern})))
+    with pytest.raises(ConfigError, match=r"model\.pattern\.1\.attention\.window=3 .*--to moescale"):
+        convert(opened, tmp_path / "there", to, FileLayout())
+    assert not (tmp_path / "there").exists()
+
+
 def exchanged(rows: Mapping[Native, Row], one: Native, two: Native) -> dict[Native, Row]:
     return {**rows, one: Row(one, rows[two].foreign, rows[one].transforms),
             two: Row(two, rows[one].foreign, rows[two].transforms)}
