@@ -87,7 +87,7 @@ FAULTS = {  # what is planted: where, what to replace, what with, the layout, an
         NativeEngine, "forward_backward", lambda whole: lambda engine, batches: double_expert_gradients(
             engine, batches, whole), Layout(dp_shard=2, ep=2), ["expert gradients 2.000 times too large"]),
     "router gradients not added up over tp": (
-        fsdp, "_shard_shared", lambda whole: partial(leave_routers_out, whole), Layout(tp=2),
+        fsdp, "_shard_uncut", lambda whole: partial(leave_routers_out, whole), Layout(tp=2),
         ["router gradients", "channel_mixer.router.weight"]),
     "balance loss divided by ep": (
         base, "load_balance_loss", lambda whole: lambda *arguments: whole(*arguments) / 2,
