@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ FREE = {"cli", "trainer", "evaluate", "generate", "scoring", "resume", "__init__
 FOREIGN = {"deepspeed", "megatron", "wandb", "wandb_workspaces", "transformers", "triton"}
 ENVIRONMENT = {"cluster/launch.py", "parallel/ranks.py", "cli.py"}
 AT_HOME = {"fcntl": "files/locks.py", "fsync": "files/writing.py"}  # a name and the one file that may say it
+FOREIGN_ATTRIBUTES = {"sys.stdout", "self._backend.encode_special_tokens"}  # switches of others without a method
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -65,6 +67,43 @@ def test_file_keeps_to_its_room(path: Path) -> None:
         assert path.as_posix().endswith(AT_HOME.get(name, "")), f"{name} belongs into {AT_HOME[name]}"
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}:
             assert path.relative_to(PACKAGE).as_posix() in ENVIRONMENT, "environment read elsewhere"
+
+
+def pokes(scope: ast.AST, function: ast.FunctionDef | None = None) -> Iterator[tuple[int, str]]:
+    """Find where an attribute of another object is set, or `forward` of one's own.
+
+    Allowed are attributes of `self`, of what `cls(...)` made in the same function, and of the `ctx` of an autograd
+    function.
+    """
+    owners = set()
+    if function is not None:
+        owners = {"self", "ctx"} & {argument.arg for argument in function.args.args[:1]}
+        for node in function.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("cls("):
+                owners |= {ast.unparse(target) for target in node.targets}
+    for node in ast.iter_child_nodes(scope):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if ast.unparse(node.value) not in owners or node.attr == "forward":
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Call) and re.match(r".*\bsetattr\(|.*__setattr__\((?!self,)", ast.unparse(node)):
+            yield node.lineno, ast.unparse(node)
+        yield from pokes(node, node if isinstance(node, ast.FunctionDef) else function)
+
+
+def test_attributes_are_set_by_their_own_object() -> None:
+    found = [(f"{path.relative_to(PACKAGE).as_posix()}:{line}: sets {poke}", poke)
+             for path in FILES for line, poke in pokes(ast.parse(path.read_text()))]
+    assert not [where for where, poke in found if poke not in FOREIGN_ATTRIBUTES], "give the object a method for it"
+
+
+@pytest.mark.parametrize("line", [
+    "router.look = look", "scope.counted += own", "model.head: Linear = head", "setattr(joined, name, part)",
+    "self.statistics.watching = True", "self.forward = again", "for layer.chunks in range(3): pass",
+    "with checkpoint() as block.state: pass", "a, (b, layer.budget) = parts",
+])
+def test_setting_what_belongs_to_another_object_is_found(line: str) -> None:
+    assert list(pokes(ast.parse(f"def attach(self):\n    {line}")))
+    assert not list(pokes(ast.parse("def attach(self):\n    self.chunks, self.budget = parts")))
 
 
 def test_every_room_is_known_and_imports_only_run_downhill() -> None:

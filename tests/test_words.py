@@ -38,8 +38,6 @@ INSTEAD = {  # a pattern that no identifier may match: what to write
 }
 ALLOWED = {  # a file and an identifier
     ("checkpoint/index.py", "narrow"), ("data/corpus.py", "walk"),  # torch's and Python's own
-    *((file, name) for name in ("Sequence", "widen", "narrow", "wide") for file in (
-        "comm/sequence_shards.py", "model/block.py", "model/language_model.py", "parallel/parallelize.py")),
 }
 TENSORS = ("ops/", "moe/", "comm/", "layers/", "mixers/")  # where of_x would be a tensor
 STANDARD = {name for module in (builtins, collections, collections.abc, contextlib, dataclasses, enum, pathlib, pickle,

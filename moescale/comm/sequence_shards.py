@@ -7,7 +7,7 @@ Between blocks a rank holds its *own* positions. A mixer's matrices are cut over
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Row
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from moescale.comm.collectives import Group, all_gather, all_reduce_sum, gather_sequence, scatter_sequence
 
 
-class Sequence:
+class SequenceShards:
     """All positions are on this rank: nothing to do."""
 
     def part(self, whole: Tensor) -> Tensor:
@@ -26,12 +26,12 @@ class Sequence:
         """[batch, seq, ...] -> [batch, seq/cp/tp, ...]"""
         return whole
 
-    def widen(self, own: Tensor) -> Tensor:
+    def gather(self, own: Tensor) -> Tensor:
         """Gather the part from its ranks. [batch, seq/cp/tp, d_model] -> [batch, seq/cp, d_model]"""
         return own
 
-    def narrow(self, part: Tensor) -> Tensor:
-        """Add up the part over its ranks, and keep the own positions. The reverse of `widen`, as its gradient is."""
+    def scatter(self, part: Tensor) -> Tensor:
+        """Add up the part over its ranks, and keep the own positions. The reverse of `gather`, as its gradient is."""
         return part
 
     def whole(self, own: Tensor) -> Tensor:
@@ -43,15 +43,19 @@ class Sequence:
         return tensor
 
 
-class SharedSequence(Sequence):
+class SharedSequenceShards(SequenceShards):
     """Pieces of equal length are dealt out over `cp`; each rank's pieces, in order, are its part, cut over `tp`."""
 
     def __init__(
-        self, pieces: Row[Row[int]], cp_rank: int, tp_rank: int, tp: int, *, tp_group: Group, group: Group
+        self, pieces: Sequence[Sequence[int]], cp_rank: int, tp_rank: int, tp: int, *, tp_group: Group, group: Group,
+        compiled: bool = False,
     ) -> None:
-        """pieces: for each rank of cp, the pieces that it holds. group: all ranks of cp and tp."""
+        """pieces: for each rank of cp, the pieces that it holds. group: all ranks of cp and tp. compiled: callers."""
         self.pieces, self.cp_rank, self.tp_rank, self.tp = pieces, cp_rank, tp_rank, tp
         self.tp_group, self.group = tp_group, group
+        self._gather, self._scatter = gather_sequence, scatter_sequence
+        if compiled:
+            self._gather, self._scatter = torch.compiler.disable(self._gather), torch.compiler.disable(self._scatter)
 
     @property
     def num_pieces(self) -> int:
@@ -64,11 +68,11 @@ class SharedSequence(Sequence):
     def own(self, whole: Tensor) -> Tensor:
         return self.part(whole).chunk(self.tp, 1)[self.tp_rank]
 
-    def widen(self, own: Tensor) -> Tensor:
-        return gather_sequence(own, self.tp_group) if self.tp > 1 else own
+    def gather(self, own: Tensor) -> Tensor:
+        return self._gather(own, self.tp_group) if self.tp > 1 else own
 
-    def narrow(self, part: Tensor) -> Tensor:
-        return scatter_sequence(part, self.tp_group) if self.tp > 1 else part
+    def scatter(self, part: Tensor) -> Tensor:
+        return self._scatter(part, self.tp_group) if self.tp > 1 else part
 
     def whole(self, own: Tensor) -> Tensor:
         gathered = all_gather(own, self.group).transpose(0, 1).flatten(1, 2)  # [batch, seq, ...], rank by rank

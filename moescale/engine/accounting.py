@@ -72,7 +72,7 @@ def mixtures(model: LanguageModel) -> dict[int, MoELayer]:
 def begin_statistics(layers: Mapping[int, MoELayer], *, watch: bool) -> None:
     """Begin the counts of a step anew. watch: whether more than the load is counted"""
     for layer in layers.values():
-        layer.statistics.watching = watch
+        layer.statistics.watch(watch)
         layer.statistics.reset()
 
 
@@ -115,7 +115,7 @@ def _row(layer: MoELayer, rank: int) -> Tensor:
     statistics, router = layer.statistics, layer.router
     bias = router.expert_bias if isinstance(router, SigmoidBiasRouter) else None
     away = sum(number for receiver, number in statistics.sent.items() if receiver != rank)
-    facts = (1, layer.budget is not None, statistics.elsewhere is not None, bias is not None,
+    facts = (1, layer.budget is not None, statistics.away is not None, bias is not None,
              away * statistics.row_bytes)
     load, sums = statistics.tokens_per_expert.double(), statistics.sums
     return torch.cat((load, statistics.counts.double(), sums, sums.new_tensor(facts),

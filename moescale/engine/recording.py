@@ -35,18 +35,14 @@ def recording(
 @contextmanager
 def _choices(index: int, layer: MoELayer, take: Callable[[Choices], None], training: bool) -> Iterator[None]:
     router = layer.router
-    look, choose = router.look, router.choose  # the statistics', or those of another recording
     probs: list[Tensor] = []
     scores: list[Tensor] = []
 
-    def looks(each: Tensor, valid: Tensor) -> None:
+    def see_probs(each: Tensor, valid: Tensor) -> None:
         probs[:] = [each.detach().flatten(0, 1)]
-        if look is not None:
-            look(each, valid)
 
-    def chooses(logits: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+    def see_scores(logits: Tensor) -> None:
         scores[:] = [logits.detach().flatten(0, 1)]
-        return choose(logits, each)
 
     def see(router: nn.Module, inputs: tuple[Tensor, Tensor], outputs: Any) -> None:
         if layer.statistics.counting and router.training == training == torch.is_grad_enabled():
@@ -60,13 +56,11 @@ def _choices(index: int, layer: MoELayer, take: Callable[[Choices], None], train
             take(Choices(index, token_id, expert[row].masked_fill(none, -1), weight[row].masked_fill(none, 0),
                          probs.pop(), scores.pop() if scores else None))
 
-    router.look, router.choose = looks, chooses  # type: ignore[method-assign, assignment]
-    hook = router.register_forward_hook(see)
-    try:
+    with ExitStack() as ends:
+        ends.callback(router.observe(see_probs))
+        ends.callback(router.observe_scores(see_scores))
+        ends.callback(router.register_forward_hook(see).remove)
         yield
-    finally:
-        hook.remove()
-        router.look, router.choose = look, choose  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moescale.comm.collectives import local_tensor
+from moescale.comm.placement import Placement, Share
 from moescale.ops.product import linear
 
 T = TypeVar("T")
@@ -21,13 +22,12 @@ class Linear(nn.Module):
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
-        self.rows = slice(None)  # of those of the weight that lie here, which to use
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., d_in]. -> [..., d_out] in the dtype of x"""
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """Multiply. x: [..., d_in]. rows: of the weight here, which to use. Returns [..., d_out] in the dtype of x."""
         weight = local_tensor(self.weight)
-        if self.rows != slice(None):  # or the gradient would be a copy
-            weight = weight[self.rows]
+        if rows is not None:  # slice(None) would make the gradient a copy
+            weight = weight[rows]
         return linear(x, weight.to(x.dtype))
 
 
@@ -37,14 +37,17 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-        self.first_token: int | None = None  # of those whose rows lie here, where the vocabulary is cut
+        self.vocabulary = Share()
+
+    def attach(self, placement: Placement) -> None:
+        self.vocabulary = placement.tp
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """tokens: [...] int64. -> [..., d_model] in dtype; zeros for tokens whose rows lie elsewhere"""
         weight = local_tensor(self.weight)
-        if self.first_token is None:
+        if self.vocabulary.size == 1:
             return F.embedding(tokens, weight).to(dtype)
-        row = tokens - self.first_token
+        row = tokens - self.vocabulary.first(self.vocabulary.size * len(weight))
         elsewhere = (row < 0) | (row >= len(weight))
         return F.embedding(row.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0).to(dtype)
 

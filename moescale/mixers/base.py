@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
+from moescale.comm.placement import Placement
+
 
 class State(ABC):
     """What a mixer keeps of the tokens of a batch for those that follow, row by row."""
@@ -33,6 +35,10 @@ class Mixer(nn.Module, ABC, Generic[S]):
         x: [batch, seq, d_model]. positions: [batch, seq] int64, restart at 0 with a document. state: of the tokens
         before these, from which it goes on; it then holds these, too. Returns features like x.
         """
+
+    @abstractmethod
+    def attach(self, placement: Placement) -> None:
+        """Learn which positions are here and which share of the weights."""
 
     @abstractmethod
     def new_state(self, batch: int, length: int) -> S:

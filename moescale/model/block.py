@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from contextlib import AbstractContextManager, nullcontext
 
-from moescale.comm.sequence_shards import Sequence
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moescale.comm.placement import Placement
+from moescale.comm.sequence_shards import SequenceShards
 from moescale.layers.feed_forward import FeedForward
 from moescale.mixers.base import State
+from moescale.moe.layer import MoELayer
+from moescale.moe.routing_statistics import Uncounted
 
 
 class Block(nn.Module):
@@ -22,24 +28,41 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm, self.mixer = mixer_norm, mixer
         self.channel_norm, self.channel_mixer = channel_norm, channel_mixer
-        self.sequence = Sequence()
+        self.sequence, self.recomputes = SequenceShards(), False
+
+    def attach(self, placement: Placement) -> None:
+        self.sequence, self.recomputes = placement.sequence, placement.recompute == "full"
+        if placement.compiled:
+            self.compile()
 
     def forward(
         self, x: Tensor, positions: Tensor, token_id: Tensor, state: State | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x: [batch, seq/cp/tp, d_model]. positions, token_id: [batch, seq] int64. state: of the mixer.
+        """Apply both sublayers.
 
-        -> like x; [2] the router's two losses
+        x: [batch, seq/cp/tp, d_model]. positions, token_id: [batch, seq] int64. state: of the mixer.
+        Returns features like x; [2] the router's two losses.
         """
-        widen, narrow = self.sequence.widen, self.sequence.narrow
+        if not self.recomputes:
+            return self._mix(x, positions, token_id, state)
+        return checkpoint(self._mix, x, positions, token_id, state, use_reentrant=False, preserve_rng_state=False,
+                          context_fn=self._contexts)
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return what surrounds the first run, and those in backward."""
+        counted = [self.channel_mixer.statistics] if isinstance(self.channel_mixer, MoELayer) else []
+        return nullcontext(), Uncounted(counted)
+
+    def _mix(self, x: Tensor, positions: Tensor, token_id: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
+        gather, scatter = self.sequence.gather, self.sequence.scatter
         dense = isinstance(self.channel_mixer, FeedForward)
         h = self.mixer_norm(x)
-        wide = widen(h)  # [batch, seq/cp, d_model]
-        mixed = self.mixer(wide, positions, state)
+        part = gather(h)  # [batch, seq/cp, d_model]
+        mixed = self.mixer(part, positions, state)
         if self.channel_norm is None:
-            y, losses = self.channel_mixer(wide if dense else h, token_id)
-            return x + (narrow(mixed + y) if dense else narrow(mixed) + y), losses
-        x = x + narrow(mixed)
+            y, losses = self.channel_mixer(part if dense else h, token_id)
+            return x + (scatter(mixed + y) if dense else scatter(mixed) + y), losses
+        x = x + scatter(mixed)
         h = self.channel_norm(x)
-        y, losses = self.channel_mixer(widen(h) if dense else h, token_id)
-        return x + (narrow(y) if dense else y), losses
+        y, losses = self.channel_mixer(gather(h) if dense else h, token_id)
+        return x + (scatter(y) if dense else y), losses

@@ -146,7 +146,7 @@ def for_decoding(model: LanguageModel) -> LanguageModel:
     model = copy.deepcopy(model, memo).eval()
     for module in model.modules():
         if isinstance(module, Router):
-            module.dropless = True
+            module.set_dropless(True)
     return model
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moescale.comm.collectives import local_tensor
-from moescale.comm.sequence_shards import Sequence
+from moescale.comm.placement import Placement, Share
+from moescale.comm.sequence_shards import SequenceShards
 from moescale.layers.linear import Embedding, Linear
 from moescale.mixers.base import Mixer, State
 from moescale.model import generation
@@ -57,8 +58,10 @@ class LanguageModel(nn.Module):
         self.norm = norm
         self.head = head
         self.first, self.logit_scale, self.compute_dtype = first, logit_scale, compute_dtype
-        self.sequence = Sequence()
-        self.sum_losses: Callable[..., tuple[Tensor, Tensor]] = head_losses
+        self.sequence, self.vocabulary = SequenceShards(), Share()
+
+    def attach(self, placement: Placement) -> None:
+        self.sequence, self.vocabulary = placement.sequence, placement.tp
 
     def forward(
         self, x: Tensor, router_losses: Tensor | None = None, *, targets: Tensor, positions: Tensor, token_id: Tensor
@@ -72,8 +75,10 @@ class LanguageModel(nn.Module):
         if self.norm is None:
             return x, router_losses
         wanted = self.sequence.part(targets).flatten()
-        loss, z = self._head(x, lambda x, weight: self.sum_losses(
-            x.flatten(0, 1), weight, wanted, logit_scale=self.logit_scale))
+        share = self.vocabulary
+        loss, z = self._head(x, lambda x, weight: head_losses(
+            x.flatten(0, 1), weight, wanted, logit_scale=self.logit_scale, group=share.group,
+            first_token=share.first(share.size * len(weight))))
         load_balance, router_z = (loss.clone() for loss in router_losses.unbind())  # FSDP hangs hooks on them: no views
         return loss, z, load_balance, router_z
 
@@ -87,14 +92,14 @@ class LanguageModel(nn.Module):
         training, routers = self.training, [module for module in self.modules() if isinstance(module, Router)]
         self.eval()
         for router in routers:
-            router.dropless = True
+            router.set_dropless(True)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         try:
             x, _ = self._features(tokens, None, positions, positions)
             return self._scores(x)
         finally:  # a router left so would train without its capacity
             for router in routers:
-                router.dropless = False
+                router.set_dropless(False)
             self.train(training)
 
     def generate(
@@ -148,7 +153,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if self.first:
             assert self.embedding is not None
-            x = self.sequence.narrow(self.embedding(self.sequence.part(x), self.compute_dtype))
+            x = self.sequence.scatter(self.embedding(self.sequence.part(x), self.compute_dtype))
         if router_losses is None:
             router_losses = x.new_zeros(2, dtype=torch.promote_types(x.dtype, torch.float32))
         for index, block in enumerate(self.blocks.values()):
@@ -159,7 +164,7 @@ class LanguageModel(nn.Module):
     def _head(self, x: Tensor, score: Callable[[Tensor, Tensor], T]) -> T:
         """Let `score` have the normed features [batch, seq/cp, d_model] and the head's weight [vocab/tp, d_model]."""
         assert self.norm is not None
-        x = self.sequence.widen(self.norm(x))
+        x = self.sequence.gather(self.norm(x))
         if self.head is not None:
             return score(x, local_tensor(self.head.weight))
         assert self.embedding is not None

@@ -10,13 +10,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from moescale.comm.collectives import Group, all_reduce_sum
-from moescale.comm.sequence_shards import Sequence
+from moescale.comm.sequence_shards import SequenceShards
 
 
 class SequenceScope:
     """Balances each sequence by itself, whichever ranks hold its positions."""
 
-    def total(self, choices: Tensor, sequence: Sequence) -> Tensor:
+    def total(self, choices: Tensor, sequence: SequenceShards) -> Tensor:
         """Add up choices over the scope.
 
         choices: [groups, experts] int64, of own tokens. -> [groups or 1, experts] int64
@@ -27,7 +27,7 @@ class SequenceScope:
 class MicroBatchScope(SequenceScope):
     """Balances the sequences of one pass together: `data.micro_batch` consecutive ones of the global batch."""
 
-    def total(self, choices: Tensor, sequence: Sequence) -> Tensor:
+    def total(self, choices: Tensor, sequence: SequenceShards) -> Tensor:
         return sequence.sum(choices.sum(0, keepdim=True))
 
 
@@ -44,7 +44,19 @@ class GlobalBatchScope(SequenceScope):
         self.counted: Tensor | None = None
         self.counting = False  # True while those passes run: each adds its own tokens' choices to `counted`
 
-    def total(self, choices: Tensor, sequence: Sequence) -> Tensor:
+    def count_over(self, group: Group) -> None:
+        """Add up the choices over the ranks of the group in the one pass that there is."""
+        self.counted, self.group = None, group
+
+    def begin_counting(self) -> None:
+        """Count own tokens' choices in the passes to come."""
+        self.counted, self.counting = None, True
+
+    def end_counting(self, total: Tensor) -> None:
+        """Take the choices of all ranks, [1, experts] int64, for the passes to come."""
+        self.counted, self.counting = total, False
+
+    def total(self, choices: Tensor, sequence: SequenceShards) -> Tensor:
         own = choices.sum(0, keepdim=True)
         if self.counting:
             self.counted = own if self.counted is None else self.counted + own

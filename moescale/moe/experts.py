@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moescale.comm.collectives import local_tensor
+from moescale.comm.placement import Placement
 from moescale.layers.feed_forward import ACTIVATIONS, GATED
 from moescale.moe.routing import Routing
 from moescale.ops.expert_feed_forward import expert_feed_forward
@@ -23,14 +25,24 @@ class Experts(nn.Module):
         self, num_experts: int, d_model: int, d_ff: int, activation: str, *, dropout: float = 0.0, salt: int = 0,
     ) -> None:
         super().__init__()
-        self.num_experts, self.d_ff, self.dropout, self.salt, self.first = num_experts, d_ff, dropout, salt, (0, 0)
+        self.num_experts, self.d_ff, self.dropout, self.salt = num_experts, d_ff, dropout, salt
+        self.first, self.recomputes = (0, 0), False
         self.activation = ACTIVATIONS[activation]
         self.gate = nn.Parameter(torch.empty(num_experts, d_ff, d_model)) if activation in GATED else None
         self.up = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
 
+    def attach(self, placement: Placement) -> None:
+        self.first = (placement.experts.ep.first(self.num_experts), placement.experts.etp.first(self.d_ff))
+        self.recomputes = placement.recompute == "selective"
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Apply each token's experts, and sum their weighed outputs. x: [tokens, d_model]. -> like x"""
+        """Apply each token's experts, and sum their weighed outputs. x: [tokens, d_model]. Returns features like x."""
+        if self.recomputes:
+            return checkpoint(self._apply_experts, x, routing, use_reentrant=False, preserve_rng_state=False)
+        return self._apply_experts(x, routing)
+
+    def _apply_experts(self, x: Tensor, routing: Routing) -> Tensor:
         gate = None if self.gate is None else local_tensor(self.gate).to(x.dtype)
         up, down = local_tensor(self.up).to(x.dtype), local_tensor(self.down).to(x.dtype)
         keep = self._keep(routing, up.shape[1]).to(x.dtype) if self.training and self.dropout else None

@@ -12,10 +12,12 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from moescale.comm.exchange import Pausing, Result, take_turns
+from moescale.comm.placement import Placement, call
 from moescale.layers.feed_forward import FeedForward
 from moescale.moe.budget import RowBudget
 from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.experts import Experts
+from moescale.moe.hops import Hop
 from moescale.moe.routers import Router
 from moescale.moe.routing import Routing
 from moescale.moe.routing_statistics import Statistics, Uncounted
@@ -37,13 +39,28 @@ class MoELayer(nn.Module):
         self.dispatcher, self.chunks = Dispatcher(), 1
         self.budget: RowBudget | None = None
         self.statistics = Statistics(router.num_experts)
-        router.look = self.statistics.look
+        self.call_mixture = call
+        router.observe(self.statistics.look)
+
+    def attach(self, placement: Placement) -> None:
+        experts = placement.experts
+        self.dispatcher = Dispatcher([Hop(hop.group, etp=hop.etp, to_all=hop.to_all, label=placement.label + hop.where)
+                                      for hop in experts.hops])
+        self.chunks = experts.chunks
+        if (ceiling := experts.ceiling) is not None:
+            self.budget = RowBudget(ceiling.share, self.router.top_k, ceiling.drop, experts.group, experts.etp.size,
+                                    ceiling.replica_groups)
+        self.call_mixture = placement.call_eagerly  # it looks at numbers on the host, and sends
 
     def forward(self, x: Tensor, token_id: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [batch, seq/cp/tp, d_model]; a sequence is a routing group. token_id: [batch, seq] int64, -1 = padding.
+        """Let each token's experts answer.
 
-        -> like x; [2] float32: load-balance and router z-loss, summed over own valid tokens
+        x: [batch, seq/cp/tp, d_model]; a sequence is a routing group. token_id: [batch, seq] int64, -1 = padding.
+        Returns features like x; [2] float32: load-balance and router z-loss, summed over own valid tokens.
         """
+        return self.call_mixture(self._route_and_mix, x, token_id)
+
+    def _route_and_mix(self, x: Tensor, token_id: Tensor) -> tuple[Tensor, Tensor]:
         with record_function("route"):
             routing, losses = self.router(x, token_id)
         valid, token_id = token_id >= 0, self.router.sequence.own(token_id)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from moescale.comm.placement import Placement
 from moescale.moe.dispatchers import DispatchHandle
 from moescale.moe.routing import Routing
 
@@ -34,9 +35,6 @@ class Statistics(nn.Module):
     tokens_per_expert: Tensor
     counts: Tensor
     sums: Tensor
-    counting = True  # False while a part of the forward pass runs again in backward
-    watching = True  # False in steps of which nobody reads more than the load
-    elsewhere: list[tuple[bool, bool]] | None = None  # for each expert: on another rank, on another node; None = here
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -45,6 +43,22 @@ class Statistics(nn.Module):
         self.register_buffer("sums", torch.zeros(len(SUMS), dtype=torch.float64), persistent=False)
         self.sent: Counter[int] = Counter()
         self.row_bytes = 0
+        self.counting = True  # False while a part of the forward pass runs again in backward
+        self.watching = True  # False in steps of which nobody reads more than the load
+        self.away: list[tuple[bool, bool]] | None = None  # per expert: on another rank, on another node; None = here
+
+    def attach(self, placement: Placement) -> None:
+        if (away := placement.experts.away) is not None:
+            local_experts = len(self.tokens_per_expert) // len(away)
+            self.away = [home for home in away for _ in range(local_experts)]
+
+    def watch(self, on: bool) -> None:
+        """Count everything in the steps to come, or the load alone, which costs less."""
+        self.watching = on
+
+    def count(self, on: bool) -> None:
+        """Count what runs from here on, or let it pass."""
+        self.counting = on
 
     @property
     def dropped(self) -> Tensor:
@@ -84,8 +98,8 @@ class Statistics(nn.Module):
         self.counts[:4] += torch.stack((
             router.dropped(routing, valid) + left_out, torch.full_like(tokens, surplus), tokens,
             router.wanted_rows(tokens)))
-        if self.elsewhere is not None:
-            far = tokens.new_tensor(self.elsewhere)[routing.expert]  # [assignments, 2]
+        if self.away is not None:
+            far = tokens.new_tensor(self.away)[routing.expert]  # [assignments, 2]
             per_token = far.new_zeros(len(routing.row), 2).index_add_(0, routing.token, far)
             self.counts[4:] += (per_token > 0).sum(0)
         self.sums[2:] += torch.cat((losses, router.total_slots(valid_whole).unsqueeze(0)))
@@ -111,8 +125,8 @@ class Uncounted(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         for each in self.statistics:
-            each.counting = False
+            each.count(False)
 
     def __exit__(self, *error: object) -> None:
         for each in self.statistics:
-            each.counting = True
+            each.count(True)

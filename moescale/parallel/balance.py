@@ -17,7 +17,7 @@ from moescale.moe.layer import MoELayer
 def count_as_it_goes(model: LanguageModel, group: Group) -> None:
     """Let each router add up its choices over the ranks that share the global batch, in the one pass that there is."""
     for scope in _scopes(model).values():
-        scope.counted, scope.group = None, group
+        scope.count_over(group)
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def choices_counted(model: LanguageModel, config: Config, group: Group) -> Itera
     """
     scopes = _scopes(model)
     for scope in scopes.values():
-        scope.counted, scope.counting = None, True
+        scope.begin_counting()
     yield
     counts = torch.zeros(config.model.num_layers, config.moe.num_experts, dtype=torch.int64,
                          device=next(model.parameters()).device)
@@ -37,7 +37,7 @@ def choices_counted(model: LanguageModel, config: Config, group: Group) -> Itera
         counts[index] = scope.counted
     all_reduce_sum(counts, group)
     for index, scope in scopes.items():
-        scope.counted, scope.counting = counts[index : index + 1], False
+        scope.end_counting(counts[index : index + 1])
 
 
 def _scopes(model: LanguageModel) -> dict[int, GlobalBatchScope]:

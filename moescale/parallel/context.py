@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moescale.comm.collectives import Group
 from moescale.comm.exchange import AllToAll, AsyncExchange
@@ -38,15 +38,16 @@ class _Plan:
     keys: list[tuple[int, int]]
 
 
-class ContextAttention:
+class ContextAttention(nn.Module):
     """Attention of this rank's queries to the keys of all ranks, each of which sends what is looked at and no more."""
 
     def __init__(self, pieces: list[list[int]], rank: int, group: Group) -> None:
         """pieces: for each rank of the group, the pieces that it holds, in order."""
+        super().__init__()
         self.pieces, self.rank, self.group = pieces, rank, group
         self._plans: dict[tuple[int, int | None, torch.device], _Plan] = {}
 
-    def __call__(
+    def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, positions: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
     ) -> Tensor:

@@ -6,67 +6,61 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from moescale.moe.budget import RowBudget
-from moescale.moe.dispatchers import Dispatcher
-from moescale.moe.hops import Hop
+from moescale.comm.placement import ExpertPlacement, HopPlan, RowCeiling
 from moescale.moe.layer import MoELayer
-from moescale.parallel.mesh import Mesh, node_ranks
+from moescale.parallel.mesh import Mesh, node_ranks, take_share
 
 HIDDEN = {"gate": 1, "up": 1, "down": 2}  # the dim of the hidden features, which `etp` cuts
 
 
 def spread_experts(model: nn.Module, mesh: Mesh) -> None:
-    """Keep this rank's experts, or its share of them, as DTensors, and let tokens travel to the others."""
+    """Keep this rank's experts, or its share of them, as DTensors."""
     assert mesh.sparse is not None
-    ranks, etp = mesh.sparse["ep", "etp"], mesh.parallel.etp
-    for number, layer in enumerate(moe_layers(model)):
+    ranks = mesh.sparse["ep", "etp"]
+    for layer in moe_layers(model):
         experts = layer.experts
-        experts.first = (experts.num_experts // mesh.parallel.ep * ranks.get_local_rank("ep"),
-                         experts.d_ff // etp * ranks.get_local_rank("etp"))
         for name, weight in experts.named_parameters():
             part = distribute_tensor(weight.data, ranks, [Shard(0), Shard(HIDDEN[name])], src_data_rank=None)
             experts.register_parameter(name, nn.Parameter(part))
-        layer.dispatcher = Dispatcher(DISPATCHERS[mesh.parallel.dispatcher](mesh, f"MoE layer {number}"))
-        layer.chunks = mesh.parallel.dispatch_chunks
-        layer.statistics.elsewhere = _elsewhere(experts.num_experts, mesh)
 
 
-def _elsewhere(num_experts: int, mesh: Mesh) -> list[tuple[bool, bool]]:
-    """Say of each expert whether a token of this rank must travel to another rank for it, and to another node."""
+def place_experts(mesh: Mesh) -> ExpertPlacement:
+    """Say where experts lie, how tokens travel there, and how many rows a rank takes at a time."""
+    parallel, group, ceiling = mesh.parallel, mesh.expert_group, None
+    if parallel.row_budget is not None:
+        axes = [] if mesh.sparse is None else [mesh.sparse["dp_replicate"], mesh.sparse["efsdp"]]
+        replica_groups = tuple(axis.get_group() for axis in axes if axis.size() > 1)
+        ceiling = RowCeiling(parallel.row_budget, parallel.over_budget == "drop", replica_groups)
+    if mesh.sparse is None or parallel.ep * parallel.etp == 1:
+        return ExpertPlacement(group=group, ceiling=ceiling)
+    return ExpertPlacement(
+        take_share(mesh.sparse["ep"]), take_share(mesh.sparse["etp"]), group, DISPATCHERS[parallel.dispatcher](mesh),
+        parallel.dispatch_chunks, _away(mesh), ceiling,
+    )
+
+
+def _away(mesh: Mesh) -> tuple[tuple[bool, bool], ...]:
+    """Say per rank of ep whether a token of this rank must travel to another rank for its experts, and node."""
     ranks, node = dist.get_process_group_ranks(mesh.expert_group), mesh.parallel.node_ranks or node_ranks()
-    etp, local_experts = mesh.parallel.etp, num_experts // mesh.parallel.ep
+    etp = mesh.parallel.etp
     homes = [ranks[owner * etp : (owner + 1) * etp] for owner in range(mesh.parallel.ep)]
-    away = [(any(rank != mesh.rank for rank in home), any(rank // node != mesh.rank // node for rank in home))
-            for home in homes]
-    return [away[expert // local_experts] for expert in range(num_experts)]
+    return tuple((any(rank != mesh.rank for rank in home), any(rank // node != mesh.rank // node for rank in home))
+                 for home in homes)
 
 
-def limit_rows(model: nn.Module, mesh: Mesh) -> None:
-    """Give each layer's experts the ceiling of rows that the run asks for."""
-    parallel = mesh.parallel
-    if parallel.row_budget is None:
-        return
-    axes = [] if mesh.sparse is None else [mesh.sparse["dp_replicate"], mesh.sparse["efsdp"]]
-    replica_groups = [axis.get_group() for axis in axes if axis.size() > 1]
-    for layer in moe_layers(model):
-        layer.budget = RowBudget(parallel.row_budget, layer.router.top_k, parallel.over_budget == "drop",
-                                 mesh.expert_group, parallel.etp, replica_groups)
+def _all_to_all(mesh: Mesh) -> tuple[HopPlan, ...]:
+    return (HopPlan(mesh.expert_group, mesh.parallel.etp),)
 
 
-def _all_to_all(mesh: Mesh, label: str) -> list[Hop]:
-    return [Hop(mesh.expert_group, etp=mesh.parallel.etp, label=label)]
-
-
-def _hierarchical(mesh: Mesh, label: str) -> list[Hop]:
+def _hierarchical(mesh: Mesh) -> tuple[HopPlan, ...]:
     if mesh.nodes is None:  # all of them are on one node
-        return _all_to_all(mesh, label)
+        return _all_to_all(mesh)
     among, within = mesh.nodes["ep_nodes"].get_group(), mesh.nodes["ep_node"].get_group()
-    return [Hop(among, label=f"{label}, among nodes"),
-            Hop(within, etp=mesh.parallel.etp, label=f"{label}, within the node")]
+    return (HopPlan(among, where=", among nodes"), HopPlan(within, mesh.parallel.etp, where=", within the node"))
 
 
-def _all_gather(mesh: Mesh, label: str) -> list[Hop]:
-    return [Hop(mesh.expert_group, etp=mesh.parallel.etp, to_all=True, label=label)]
+def _all_gather(mesh: Mesh) -> tuple[HopPlan, ...]:
+    return (HopPlan(mesh.expert_group, mesh.parallel.etp, to_all=True),)
 
 
 DISPATCHERS = {"all_to_all": _all_to_all, "hierarchical": _hierarchical, "all_gather": _all_gather}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moescale.cluster.launch import read_launch
+from moescale.comm.placement import Share
 from moescale.config import Config, ConfigError, ParallelConfig
 
 
@@ -78,6 +79,11 @@ class Mesh:
     def world_group(self) -> dist.ProcessGroup | None:
         """The ranks over which losses and counts are added up; None on one process."""
         return None if self.dense is None else dist.group.WORLD
+
+
+def take_share(axis: DeviceMesh) -> Share:
+    """Say which share of what this axis cuts lies here."""
+    return Share(axis.get_local_rank(), axis.size(), axis.get_group() if axis.size() > 1 else None)
 
 
 def world_size() -> int:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from moescale.comm.sequence_shards import SharedSequence
+from moescale.comm.placement import Attachable, Placement
+from moescale.comm.sequence_shards import SharedSequenceShards
 from moescale.config import Config, sequence_pieces
-from moescale.mixers.attention import Attention
-from moescale.model.block import Block
 from moescale.model.build import build_model
 from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
 from moescale.moe.layer import MoELayer
 from moescale.parallel.context import ContextAttention, deal_pieces
-from moescale.parallel.expert import limit_rows, spread_experts
+from moescale.parallel.expert import place_experts, spread_experts
 from moescale.parallel.fsdp import shard_parameters
-from moescale.parallel.mesh import Mesh
-from moescale.parallel.recompute import recompute
-from moescale.parallel.tensor import spread_losses, spread_matrices
+from moescale.parallel.mesh import Mesh, take_share
+from moescale.parallel.tensor import spread_matrices
 from moescale.planner.stages import cut_into_stages
 from moescale.spec.model import describe
 
@@ -58,53 +55,43 @@ def parallelize(model: LanguageModel, pieces: list[LanguageModel], config: Confi
     parallel = mesh.parallel
     if parallel.tp > 1 and mesh.dense is not None:
         spread_matrices(model, mesh.dense["tp"])
-        for piece in pieces:
-            spread_losses(piece, mesh.dense["tp"])
     if parallel.ep * parallel.etp > 1 and mesh.sparse is not None:
         spread_experts(model, mesh)
-    limit_rows(model, mesh)
-    if mesh.sequence_size > 1:
-        share_sequences([model, *pieces], config, mesh)
-    if parallel.recompute != "none":
-        recompute(model, parallel.recompute)
-    if parallel.compile:
-        compile_blocks(model)
+    attach([model, *pieces], make_placement(config, mesh))
     if mesh.dense is not None and mesh.sparse is not None:
         shared = (mesh.dense, "fsdp") if mesh.shared is None else (mesh.shared, "fsdp_tp")
         shard_parameters(pieces, describe(config), _data_axes(mesh.dense, "fsdp"), _data_axes(*shared),
                          _data_axes(mesh.sparse, "efsdp"))
 
 
-def compile_blocks(model: LanguageModel) -> None:
-    """Compile each block, but for what looks at numbers on the host or sends them: mixtures and attention's tiles."""
-    for sequence in {id(block.sequence): block.sequence for block in model.blocks.values()}.values():
-        sequence.widen = torch.compiler.disable(sequence.widen)  # type: ignore[union-attr]
-        sequence.narrow = torch.compiler.disable(sequence.narrow)  # type: ignore[method-assign]
-    for module in model.modules():
+def attach(models: list[LanguageModel], placement: Placement) -> None:
+    """Tell every module that takes part, once, where its part of the model lies."""
+    modules = dict.fromkeys(module for model in models for module in model.modules())
+    number = 0
+    for module in modules:
         if isinstance(module, MoELayer):
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-        elif isinstance(module, Attention):
-            module.attend = torch.compiler.disable(module.attend)
-        elif isinstance(module, Block):
-            module.compile()
+            module.attach(replace(placement, label=f"MoE layer {number}"))
+            number += 1
+        elif isinstance(module, Attachable):
+            module.attach(placement)
 
 
-def share_sequences(models: list[LanguageModel], config: Config, mesh: Mesh) -> None:
-    """Tell every module that asks where positions lie, and let attention look across ranks."""
+def make_placement(config: Config, mesh: Mesh) -> Placement:
+    """Say where this rank's part of the model lies, and how it runs there."""
+    parallel = mesh.parallel
+    placement = Placement(experts=place_experts(mesh), recompute=parallel.recompute, compiled=parallel.compile)
+    if mesh.sequence_size == 1:
+        return placement
     assert mesh.data is not None
     assert mesh.sequence is not None
-    cp, tp = mesh.data["cp"], mesh.data["tp"]
+    cp, tp = mesh.data["cp"], take_share(mesh.data["tp"])
     pieces = deal_pieces(cp.size(), sequence_pieces(cp.size(), config.longest_window))
-    sequence = SharedSequence(
-        pieces, cp.get_local_rank(), tp.get_local_rank(), tp.size(), tp_group=tp.get_group(),
-        group=mesh.sequence["cp_tp"].get_group(),
+    sequence = SharedSequenceShards(
+        pieces, cp.get_local_rank(), tp.rank, tp.size, tp_group=tp.group, group=mesh.sequence["cp_tp"].get_group(),
+        compiled=parallel.compile,
     )
-    for model in models:
-        for module in model.modules():
-            if hasattr(module, "sequence"):
-                module.sequence = sequence  # type: ignore[assignment]
-            if isinstance(module, Attention) and cp.size() > 1:
-                module.attend = ContextAttention(pieces, cp.get_local_rank(), cp.get_group())
+    core = ContextAttention(pieces, cp.get_local_rank(), cp.get_group()) if cp.size() > 1 else None
+    return replace(placement, sequence=sequence, tp=tp, attention_core=core)
 
 
 def _data_axes(view: DeviceMesh, shard_axis: str) -> DeviceMesh:

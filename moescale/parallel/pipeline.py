@@ -41,27 +41,18 @@ def take_stages(whole: LanguageModel, layers: Sequence[range], stages: Sequence[
 
 def join(pieces: Sequence[LanguageModel]) -> LanguageModel:
     """Put pieces under the names that their parts have in the whole model."""
+    one, last = pieces[0], pieces[-1]
     blocks = {int(index): block for piece in pieces for index, block in piece.blocks.items()}
-    joined = _copy(pieces[0], blocks, first=pieces[0].first)
-    for piece in pieces:
-        for name in ("embedding", "norm", "head"):
-            if getattr(piece, name) is not None:
-                setattr(joined, name, getattr(piece, name))
-    return joined
+    return LanguageModel(one.embedding or last.embedding, blocks, last.norm, last.head, first=one.first,
+                         logit_scale=one.logit_scale, compute_dtype=one.compute_dtype)
 
 
 def _take(whole: LanguageModel, layers: range, *, first: bool, last: bool, tied: bool) -> LanguageModel:
-    piece = _copy(whole, {index: whole.blocks[str(index)] for index in layers}, first=first)
-    if first or (last and tied):
-        piece.embedding = whole.embedding
-    if last:
-        piece.norm, piece.head = whole.norm, whole.head
-    return piece
-
-
-def _copy(model: LanguageModel, blocks: dict[int, nn.Module], *, first: bool) -> LanguageModel:
     return LanguageModel(
-        None, blocks, None, None, first=first, logit_scale=model.logit_scale, compute_dtype=model.compute_dtype,
+        whole.embedding if first or (last and tied) else None,
+        {index: whole.blocks[str(index)] for index in layers},
+        whole.norm if last else None, whole.head if last else None,
+        first=first, logit_scale=whole.logit_scale, compute_dtype=whole.compute_dtype,
     )
 
 

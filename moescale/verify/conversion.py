@@ -116,5 +116,5 @@ def _run(model: LanguageModel, tokens: Tensor, certain: float) -> tuple[Tensor, 
                 best = probs.topk(top_k + 1, -1).values
                 sure.logical_and_(best[..., -2] - best[..., -1] > certain)
 
-        router.look = look
+        router.observe(look)
     return model.logits(tokens), sure

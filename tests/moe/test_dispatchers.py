@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moescale.comm.exchange import AllToAll, CommunicationError, Pausing, take_turns
-from moescale.comm.sequence_shards import Sequence
+from moescale.comm.sequence_shards import SequenceShards
 from moescale.moe.budget import RowBudget
 from moescale.moe.dispatchers import Dispatcher
 from moescale.moe.experts import Experts
@@ -39,11 +40,14 @@ class GivenRouter(nn.Module):
 
     def __init__(self, expert: Tensor, weight: Tensor, kept: Tensor) -> None:
         super().__init__()
-        self.num_experts, self.sequence = EXPERTS, Sequence()
+        self.num_experts, self.sequence = EXPERTS, SequenceShards()
         self.expert, self.weight, self.kept = expert, nn.Parameter(weight), kept
 
     def forward(self, x: Tensor, token_id: Tensor) -> tuple[Routing, Tensor]:
         return sort_by_expert(self.expert, self.weight, self.kept, EXPERTS), x.new_zeros(2)
+
+    def observe(self, observer: Callable[[Tensor, Tensor], None]) -> None:
+        """Show no probabilities: there are none."""
 
     def dropped(self, routing: Routing, valid: Tensor) -> Tensor:
         return valid.new_zeros((), dtype=torch.int64)

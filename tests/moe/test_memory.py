@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moescale.comm.placement import Placement
 from moescale.moe.experts import Experts
 from moescale.moe.routing import sort_by_expert
-from moescale.parallel.recompute import recompute
 
 TOKENS, EXPERTS, TOP_K, D_MODEL, D_FF = 96, 8, 3, 32, 48
 
@@ -38,9 +38,7 @@ def test_the_copies_of_tokens_are_not_kept_when_they_are_made_again(extent: str)
     experts = Experts(EXPERTS, D_MODEL, D_FF, "swiglu")
     for weight in experts.parameters():
         nn.init.normal_(weight)
-    holder = nn.ModuleList([experts])
-    if extent == "selective":
-        recompute(holder, extent)
+    experts.attach(Placement(recompute=extent))
     kept = sum(kept_by(experts).values())
     rows = TOKENS * TOP_K
     assert kept <= (0 if extent == "selective" else rows * 2 * D_FF)

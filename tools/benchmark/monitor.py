@@ -46,12 +46,12 @@ class Bench:
         for layer in moe_layers(self.engine.model):
             for name in TIMED:
                 setattr(layer.statistics, name, partial(self._timed, getattr(layer.statistics, name)))
-            layer.router.look = layer.statistics.look
+            layer.router.observers[:] = [layer.statistics.look]
 
     def step(self, kind: str, batches: list[Batch]) -> tuple[float, float]:
         """Time a step. -> seconds of the whole step, and of what was inside it"""
         for layer in moe_layers(self.engine.model):
-            layer.statistics.counting = kind != "nothing counted"
+            layer.statistics.count(kind != "nothing counted")
         self.inside, started = 0.0, time.perf_counter()
         losses = self.engine.forward_backward(batches, watch=kind == "logged")
         self.engine.step()

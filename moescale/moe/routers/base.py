@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moescale.comm.sequence_shards import Sequence
+from moescale.comm.placement import Placement
+from moescale.comm.sequence_shards import SequenceShards
 from moescale.moe.balance_scopes import SCOPES
 from moescale.moe.capacity import best_first, coarse, within_capacity
 from moescale.moe.losses import load_balance_loss, router_z_loss
@@ -32,6 +34,10 @@ class Capacity:
     by_probability: bool = False
 
 
+Observer = Callable[[Tensor, Tensor], None]
+"""Sees the probabilities [groups, tokens, experts] of own tokens, and which of them are valid, [groups, tokens]."""
+
+
 class Router(nn.Module, ABC):
     """Chooses experts for tokens. weight: [experts, d_model]"""
 
@@ -47,10 +53,28 @@ class Router(nn.Module, ABC):
         self.jitter, self.salt = jitter, salt
         self.num_choices = top_k  # choices that `choose` returns; a token may keep fewer
         self.dropless = False  # True while decoding
-        self.look: Callable[[Tensor, Tensor], None] | None = None  # sees the probabilities
-        self.sequence = Sequence()
+        self.observers: list[Observer] = []
+        self.score_observers: list[Callable[[Tensor], None]] = []
+        self.sequence = SequenceShards()
         self.scope = SCOPES[balance_over]()
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+
+    def attach(self, placement: Placement) -> None:
+        self.sequence = placement.sequence
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Show the probabilities of each pass to the observer. Returns what ends this."""
+        self.observers.append(observer)
+        return partial(self.observers.remove, observer)
+
+    def observe_scores(self, observer: Callable[[Tensor], None]) -> Callable[[], None]:
+        """Show what tokens choose by: logits, which some routers balance, [groups, tokens, experts]."""
+        self.score_observers.append(observer)
+        return partial(self.score_observers.remove, observer)
+
+    def set_dropless(self, on: bool) -> None:
+        """Drop nothing from here on, as in decoding, or heed the capacity."""
+        self.dropless = on
 
     def forward(self, x: Tensor, token_id: Tensor) -> tuple[Routing, Tensor]:
         """Route the tokens of each group.
@@ -78,8 +102,8 @@ class Router(nn.Module, ABC):
         -> expert, weight, kept: [groups, tokens, choices]; [2] losses, as in `forward`
         """
         probs, valid = self.probabilities(logits), token_id >= 0
-        if self.look is not None:
-            self.look(probs, valid)
+        for observe in self.observers:
+            observe(probs, valid)
         expert, weight, kept = self.decide(logits, probs, token_id, valid_whole)
         if self.dropless:  # nobody reads them
             return expert, weight, kept, logits.new_zeros(2)
@@ -94,6 +118,8 @@ class Router(nn.Module, ABC):
         logits, probs: [groups, tokens, experts]. token_id: [groups, tokens] int64, of this rank's positions.
         valid_whole: [groups, seq] bool, of the whole sequences. -> expert, weight, kept: [groups, tokens, choices]
         """
+        for observe in self.score_observers:
+            observe(logits)
         expert, weight = self.choose(logits, probs)
         wanted = self.wanted(weight, token_id) & (token_id >= 0).unsqueeze(-1)
         factor = self.capacity.factor if self.training else self.capacity.eval_factor

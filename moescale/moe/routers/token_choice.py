@@ -29,8 +29,10 @@ class MixtralRouter(Router):
         from moescale.ops.router_triton import route  # the choice and all sums in one pass
 
         valid = token_id >= 0
-        if self.look is not None:
-            self.look(self.probabilities(logits.detach()), valid)
+        if self.observers:
+            probs = self.probabilities(logits.detach())
+            for observe in self.observers:
+                observe(probs, valid)
         weight, mass, z, expert, choices = route(logits, valid, self.top_k, True)
         balance = load_balance_loss(mass, self.scope.total(choices, self.sequence))
         return expert, weight, valid.unsqueeze(-1).expand_as(expert), torch.stack((balance, z.sum()))

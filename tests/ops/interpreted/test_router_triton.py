@@ -72,7 +72,7 @@ def test_a_router_with_the_kernels_equals_one_without(
     token_id = torch.where(torch.rand(groups, tokens) < 0.8, torch.arange(groups * tokens).view(groups, tokens), -1)
     results: list[tuple[torch.Tensor, ...]] = []
     looks: list[torch.Tensor] = []
-    router.look = lambda probs, valid: looks.append(probs.detach() * valid.unsqueeze(-1))
+    router.observe(lambda probs, valid: looks.append(probs.detach() * valid.unsqueeze(-1)))
     for runs in (False, True):
         with mock.patch.object(token_choice, "triton_runs", lambda x, runs=runs: runs), \
              mock.patch.object(ops_router, "triton_runs", lambda x, runs=runs: runs):
