@@ -86,9 +86,12 @@ def sort_by_expert(
     return Routing(order // expert.shape[1], weight.flatten().take(order), counts, row)
 
 
-def num_valid(token_id: Tensor) -> int:
-    """Count the tokens that are not padding; the host waits for the device once for a tensor, not for each layer."""
-    known = vars(token_id)
+def num_valid(whole: Tensor, own: Tensor) -> int:
+    """Count this rank's tokens that are not padding; the host waits for the device once a micro-batch.
+
+    whole: [batch, seq] int64, token ids, the same tensor in every layer, which keeps the count. own: of those here.
+    """
+    known = vars(whole)
     if "num_valid" not in known:
-        known["num_valid"] = int((token_id >= 0).sum())
+        known["num_valid"] = int((own >= 0).sum())
     return int(known["num_valid"])

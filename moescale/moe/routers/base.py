@@ -83,14 +83,15 @@ class Router(nn.Module, ABC):
         token_id: [groups, seq] int64, of the whole sequences; -1 = padding, which goes nowhere.
         -> Routing of the flattened tokens; [2] float32: load-balance and router z-loss, summed over own valid tokens
         """
-        valid_whole, token_id = token_id >= 0, self.sequence.own(token_id)
+        whole, token_id = token_id, self.sequence.own(token_id)
+        valid_whole = whole >= 0
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 router diverges (Switch, sec. 2.4)
         if self.training and self.jitter:
             noise = uniform_features(token_id, self.salt, x.shape[-1])
             x = x * (1 + self.jitter * (2 * noise - 1))
         logits = F.linear(x, self.weight.to(x.dtype))  # [groups, tokens, experts]
         expert, weight, kept, losses = self.settle(logits, token_id, valid_whole)
-        num_kept = num_valid(token_id) * self.top_k if self.drops_nothing else None
+        num_kept = num_valid(whole, token_id) * self.top_k if self.drops_nothing else None
         routing = sort_by_expert(
             expert.flatten(0, 1), weight.flatten(0, 1), kept.flatten(0, 1), self.num_experts, num_kept
         )
