@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -84,7 +85,7 @@ class Placement:
     @property
     def call_eagerly(self) -> Callable[..., Any]:
         """Call a function as `call` does, outside of what `torch.compile` makes of its surroundings."""
-        return torch.compiler.disable(call) if self.compiled else call
+        return _uncompiled_call() if self.compiled else call
 
 
 @runtime_checkable
@@ -98,3 +99,9 @@ class Attachable(Protocol):
 def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Call the function with the arguments."""
     return function(*arguments, **named)
+
+
+@cache
+def _uncompiled_call() -> Callable[..., Any]:
+    """Make it once: each one more would have every block compiled anew."""
+    return torch.compiler.disable(call)

@@ -12,7 +12,7 @@ from moescale.config import parse_config
 from moescale.engine.native import NativeEngine
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
-from tests.parallel.test_layouts import FAMILIES, make_batches
+from tests.support.layouts import FAMILIES, make_batches
 
 WAIT = "aten::_local_scalar_dense"  # the host reads a number of the device
 
