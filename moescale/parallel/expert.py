@@ -4,24 +4,10 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from moescale.comm.placement import ExpertPlacement, HopPlan, RowCeiling
 from moescale.moe.layer import MoELayer
 from moescale.parallel.mesh import Mesh, node_ranks, take_share
-
-HIDDEN = {"gate": 1, "up": 1, "down": 2}  # the dim of the hidden features, which `etp` cuts
-
-
-def spread_experts(model: nn.Module, mesh: Mesh) -> None:
-    """Keep this rank's experts, or its share of them, as DTensors."""
-    assert mesh.sparse is not None
-    ranks = mesh.sparse["ep", "etp"]
-    for layer in moe_layers(model):
-        experts = layer.experts
-        for name, weight in experts.named_parameters():
-            part = distribute_tensor(weight.data, ranks, [Shard(0), Shard(HIDDEN[name])], src_data_rank=None)
-            experts.register_parameter(name, nn.Parameter(part))
 
 
 def place_experts(mesh: Mesh) -> ExpertPlacement:

@@ -14,10 +14,10 @@ from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
 from moescale.moe.layer import MoELayer
 from moescale.parallel.context import ContextAttention, deal_pieces
-from moescale.parallel.expert import place_experts, spread_experts
+from moescale.parallel.cut import spread_experts, spread_matrices
+from moescale.parallel.expert import place_experts
 from moescale.parallel.fsdp import shard_parameters
 from moescale.parallel.mesh import Mesh, take_share
-from moescale.parallel.tensor import spread_matrices
 from moescale.planner.stages import cut_into_stages
 from moescale.spec.model import describe
 
@@ -52,15 +52,15 @@ def parallelize(model: LanguageModel, pieces: list[LanguageModel], config: Confi
 
     model: all of this rank's pieces under one name.
     """
-    parallel = mesh.parallel
+    parallel, spec = mesh.parallel, describe(config)
     if parallel.tp > 1 and mesh.dense is not None:
-        spread_matrices(model, mesh.dense["tp"])
+        spread_matrices(model, spec, mesh.dense["tp"])
     if parallel.ep * parallel.etp > 1 and mesh.sparse is not None:
-        spread_experts(model, mesh)
+        spread_experts(model, spec, mesh.sparse["ep", "etp"])
     attach([model, *pieces], make_placement(config, mesh))
     if mesh.dense is not None and mesh.sparse is not None:
         shared = (mesh.dense, "fsdp") if mesh.shared is None else (mesh.shared, "fsdp_tp")
-        shard_parameters(pieces, describe(config), _data_axes(mesh.dense, "fsdp"), _data_axes(*shared),
+        shard_parameters(pieces, spec, _data_axes(mesh.dense, "fsdp"), _data_axes(*shared),
                          _data_axes(mesh.sparse, "efsdp"))
 
 
