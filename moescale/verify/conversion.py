@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -108,13 +109,13 @@ def logits(
 
 def _run(model: LanguageModel, tokens: Tensor, certain: float) -> tuple[Tensor, Tensor]:
     sure = torch.ones_like(tokens, dtype=torch.bool)
-    routers = [module for module in model.modules() if isinstance(module, MixtralRouter)]
-    for router in routers:
+    with ExitStack() as ends:
+        for router in [module for module in model.modules() if isinstance(module, MixtralRouter)]:
 
-        def look(probs: Tensor, valid: Tensor, top_k: int = router.top_k) -> None:
-            if top_k < probs.shape[-1]:
-                best = probs.topk(top_k + 1, -1).values
-                sure.logical_and_(best[..., -2] - best[..., -1] > certain)
+            def look(probs: Tensor, valid: Tensor, top_k: int = router.top_k) -> None:
+                if top_k < probs.shape[-1]:
+                    best = probs.topk(top_k + 1, -1).values
+                    sure.logical_and_(best[..., -2] - best[..., -1] > certain)
 
-        router.observe(look)
-    return model.logits(tokens), sure
+            ends.callback(router.observe(look))
+        return model.logits(tokens), sure
