@@ -81,6 +81,24 @@ def test_experts_equal_a_loop(
             assert not results[0][2][index].any(), "an expert without rows has a gradient of zeros"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("sizes", [[0, 1, 0, 3], [0, 0, 0, 0]], ids=["few", "none"])
+def test_few_rows_without_gradients_equal_a_loop(sizes: list[int], gated: bool, dtype: torch.dtype) -> None:
+    """Of 5 tokens, as in generation: one has two experts, and some have none."""
+    torch.manual_seed(0)
+    token = torch.tensor([2, 0, 2, 4][: sum(sizes)], dtype=torch.int64)
+    x, gate, up, down = (torch.randn(shape, dtype=dtype) for shape in ((5, 16), (4, 24, 16), (4, 24, 16), (4, 16, 24)))
+    routing = Routing(token, torch.rand(len(token)), torch.tensor(sizes), torch.full((5, 2), -1))
+    with torch.no_grad():
+        found = expert_feed_forward(x, gate if gated else None, up, down, routing, "silu")
+    wide = [None if each is None else each.double() for each in (x, gate if gated else None, up, down)]
+    exact = expert_feed_forward_reference(*wide, routing, "silu")
+    assert found.dtype == dtype
+    bound = (1e-5 if dtype == torch.float32 else 2e-2) * max(1.0, float(exact.abs().max()))
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=bound)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]),
        st.sampled_from([(16, 24), (6, 24), (16, 3)]), st.booleans())
