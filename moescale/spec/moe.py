@@ -39,7 +39,7 @@ class MoEConfig(Group):
     capacity_factor: float | None = Field(None, gt=0)
     """Slots of an expert in each sequence, over its even share; null drops nothing."""
     eval_capacity_factor: float | None = Field(None, gt=0)
-    """The same in evaluation; null is capacity_factor; generating text never drops."""
+    """The same in evaluation; null drops nothing there; generating text never drops."""
     min_capacity: int = Field(1, ge=1)
     """Slots that an expert has in any case, in each sequence."""
     drop_by: Literal["position", "probability"] = "position"

@@ -23,9 +23,10 @@ from tests.support.groups import in_groups
 
 VOCAB = 260
 ROUTERS: dict[str, dict[str, Any]] = {
-    "mixtral": {}, "switch": {"top_k": 1, "capacity_factor": 1.0}, "gshard": {"capacity_factor": 1.0},
+    "mixtral": {}, "switch": {"top_k": 1, "capacity_factor": 1.0, "eval_capacity_factor": 0.5},
+    "gshard": {"capacity_factor": 1.0, "eval_capacity_factor": 0.5},
     "sigmoid_bias": {"num_expert_groups": 2, "top_k_groups": 1, "num_shared_experts": 1},
-    "expert_choice": {"capacity_factor": 2.0}, "sinkhorn": {"capacity_factor": 1.0},
+    "expert_choice": {"capacity_factor": 2.0}, "sinkhorn": {"capacity_factor": 1.0, "eval_capacity_factor": 0.5},
 }
 
 
