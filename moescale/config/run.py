@@ -59,7 +59,7 @@ class Config(Group):
         return None if None in windows else max(window for window in windows if window is not None)
 
     def layer_of(self, number: int) -> Layer:
-        """Lay the keys of an entry of the pattern over those of its kinds."""
+        """Lay the keys of an entry of the pattern over those of its kinds. Raises ConfigError for what none can be."""
         entry, where = self.model.pattern[number], f"model.pattern.{number}"
         attention = with_changes(self.attention, entry.attention, f"{where}.attention")
         if entry.channel_mixer == "moe":
@@ -83,7 +83,8 @@ class Config(Group):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_allowed()
-        self.layers  # noqa: B018 - refuses what no kind of layer can be
+        for number in range(len(self.model.pattern)):
+            self.layer_of(number)
         experts = self.model.num_layers * self.moe.num_experts
         refuse(experts > MOST_EXPERTS, f"model.num_layers={self.model.num_layers} x moe.num_experts="
                f"{self.moe.num_experts} is {experts:,} experts: write at most {MOST_EXPERTS:,}")

@@ -16,7 +16,8 @@ from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS, Capacity
 from moescale.spec.feed_forward import FeedForwardConfig
-from moescale.spec.moe import OWN_KEYS
+from moescale.spec.model import Layer
+from moescale.spec.moe import OWN_KEYS, MoEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -31,7 +32,7 @@ def build_model(config: Config, device: torch.device | str = "meta") -> Language
     with torch.device(device):
         whole = LanguageModel(
             Embedding(model.vocab_size, model.d_model),
-            {index: _block(config, index) for index in range(model.num_layers)},
+            {index: _block(config, layer, index) for index, layer in enumerate(config.layers)},
             NORMS[model.norm](model.d_model, model.norm_eps),
             None if model.tied_embeddings else Linear(model.d_model, model.vocab_size),
             logit_scale=model.d_model**-0.5 if model.scale_logits else 1.0,
@@ -40,8 +41,8 @@ def build_model(config: Config, device: torch.device | str = "meta") -> Language
         return whole.double() if compute_dtype == torch.float64 else whole  # weights are float32 under bfloat16 too
 
 
-def _block(config: Config, index: int) -> Block:
-    model, attention = config.model, config.layers[index].mixer
+def _block(config: Config, layer: Layer, index: int) -> Block:
+    model, attention = config.model, layer.mixer
     return Block(
         NORMS[model.norm](model.d_model, model.norm_eps),
         Attention(
@@ -50,12 +51,12 @@ def _block(config: Config, index: int) -> Block:
             alibi=attention.positions == "alibi",
         ),
         None if model.block == "parallel" else NORMS[model.norm](model.d_model, model.norm_eps),
-        _channel_mixer(config, index),
+        _channel_mixer(config, layer.channel_mixer, index),
     )
 
 
-def _channel_mixer(config: Config, index: int) -> nn.Module:
-    model, moe = config.model, config.layers[index].channel_mixer
+def _channel_mixer(config: Config, moe: FeedForwardConfig | MoEConfig, index: int) -> nn.Module:
+    model = config.model
     if isinstance(moe, FeedForwardConfig):
         return FeedForward(model.d_model, moe.d_ff, moe.activation)
     own = {key: getattr(moe, key) for key in OWN_KEYS.get(moe.router, ())}
