@@ -128,11 +128,12 @@ def _layer_counts(row: list[float], num_experts: int) -> LayerCounts | None:
     counts, sums, facts = ({name: next(rest) for name in names} for names in (COUNTS, SUMS, FACTS))
     if not facts["ranks"]:
         return None
-    found = {key: int(counts[key]) for key in ("dropped", "wanted", "tokens")}
-    if facts["budgets"]:
-        found["surplus"] = int(counts["surplus"])
-    if facts["spread"]:
-        found |= {key: int(counts[key]) for key in ("other_ranks", "other_nodes")}
-        found["bytes_sent"] = int(facts["bytes_sent"])
-    bias = [value / facts["biases"] for value in rest] if facts["biases"] else None
-    return LayerCounts(load, **found, **sums, expert_bias=bias)  # type: ignore[arg-type]
+    spread = bool(facts["spread"])
+    return LayerCounts(
+        load, dropped=int(counts["dropped"]), wanted=int(counts["wanted"]), tokens=int(counts["tokens"]), **sums,
+        surplus=int(counts["surplus"]) if facts["budgets"] else None,
+        other_ranks=int(counts["other_ranks"]) if spread else None,
+        other_nodes=int(counts["other_nodes"]) if spread else None,
+        bytes_sent=int(facts["bytes_sent"]) if spread else None,
+        expert_bias=[value / facts["biases"] for value in rest] if facts["biases"] else None,
+    )

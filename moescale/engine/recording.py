@@ -28,6 +28,7 @@ def recording(
                 shown.enter_context(_choices(index, layer, choices, training))
         if features is not None:
             for name, block in model.blocks.items():
+                assert isinstance(block, Block)
                 shown.enter_context(_features(int(name), block, features, training))
         yield
 
@@ -64,23 +65,23 @@ def _choices(index: int, layer: MoELayer, take: Callable[[Choices], None], train
 
 
 @contextmanager
-def _features(index: int, block: nn.Module, take: Callable[[Features], None], training: bool) -> Iterator[None]:
+def _features(index: int, block: Block, take: Callable[[Features], None], training: bool) -> Iterator[None]:
     token_ids: list[Tensor] = []  # of the own tokens while the block runs; none in what recompute runs again
 
-    def begin(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def begin(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if block.training == training == torch.is_grad_enabled():
-            token_ids[:] = [block.sequence.own(inputs[2]).flatten()]  # type: ignore[operator, union-attr]
+            token_ids[:] = [block.sequence.own(inputs[2]).flatten()]
 
     def mixed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if token_ids:
             take(Features(index, "mixer", token_ids[0], inputs[0].detach().flatten(0, 1)))
 
-    def end(block: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
+    def end(_: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
         if token_ids:
             take(Features(index, "channel_mixer", token_ids.pop(), outputs[0].detach().flatten(0, 1)))
 
     hooks = [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
-    if isinstance(block, Block) and block.channel_norm is not None:
+    if block.channel_norm is not None:
         hooks.append(block.channel_norm.register_forward_pre_hook(mixed))
     try:
         yield
