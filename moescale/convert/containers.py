@@ -118,6 +118,15 @@ def open_pickle(path: Path) -> Any:
     return read_archive(path)
 
 
+def sizes_by_file(sizes: Sizes) -> dict[str, Sizes]:
+    """Sort tensors by the file that each key names before its colon, and name them by what follows it."""
+    by_file: dict[str, dict[str, tuple[Shape, torch.dtype]]] = {}
+    for key, size in sizes.items():
+        file, _, name = key.partition(":")
+        by_file.setdefault(file, {})[name] = size
+    return dict(by_file)
+
+
 def create_pickle(path: Path, values: Mapping[str, Any], inside: str, sizes: Sizes) -> dict[str, Stored]:
     """Lay out what `torch.save` would write of the values and, under the key `inside`, of tensors by name.
 

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from moescale.comm.placement import Placement
 from moescale.layers.linear import Linear
 from moescale.ops import expert_feed_forward as ops
+from moescale.spec.feed_forward import GATED
 
 ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu"}  # the plain function within
-GATED = frozenset({"swiglu", "geglu"})  # these multiply the activation with a second projection (GLU Variants, 2020)
 
 
 class FeedForward(nn.Module):

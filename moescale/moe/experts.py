@@ -8,10 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moescale.comm.collectives import local_tensor
 from moescale.comm.placement import Placement
-from moescale.layers.feed_forward import ACTIVATIONS, GATED
+from moescale.layers.feed_forward import ACTIVATIONS
 from moescale.moe.routing import Routing
 from moescale.ops.expert_feed_forward import expert_feed_forward
 from moescale.ops.token_random import uniform
+from moescale.spec.feed_forward import GATED
 
 
 class Experts(nn.Module):

@@ -8,9 +8,8 @@ from torch.nn import functional
 
 from moescale.checkpoint.strided_view import read_region, region
 from moescale.convert.mapping.mapped import Opened
+from moescale.spec.feed_forward import GATED
 from moescale.verify.reference import attend, feed_forward, rms_norm, rotate, slopes
-
-GATED = ("swiglu", "geglu")
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,10 @@ def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path: Path) -> None
     assert names(tmp_path) == sorted(path.name for path in (place, *others))
 
 
-def _hold(path: Path, ready: object, done: object) -> None:
+def _hold(path: Path, ready: Event, done: Event) -> None:
     with lock(path):
-        ready.set()  # type: ignore[attr-defined]
-        done.wait(20)  # type: ignore[attr-defined]
+        ready.set()
+        done.wait(20)
 
 
 def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from moescale.checkpoint.plain_pickle import Record
 from moescale.checkpoint.strided_view import Chunk, Region, Shape, Stored
 from moescale.config import Config, ConfigError, load_config
-from moescale.convert.containers import Sizes, create_pickle, inside, open_pickle
+from moescale.convert.containers import Sizes, create_pickle, inside, open_pickle, sizes_by_file
 from moescale.convert.formats.megatron.arguments import refuse_changes, words
 from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import FileLayout, Opened
@@ -253,12 +253,8 @@ def create(
         "dp_world_size": layout.ep, "mp_world_size": layout.tp, "ds_config": {}, "ds_version": "0.19.8",
         "num_experts": [config.moe.num_experts] * config.num_moe_layers,
     }
-    by_file: dict[str, dict[str, Any]] = {}
-    for key, size in sizes.items():
-        file, _, name = key.partition(":")
-        by_file.setdefault(file, {})[name] = size
     tensors: dict[str, Stored] = {}
-    for file, own in by_file.items():
+    for file, own in sizes_by_file(sizes).items():
         is_expert = EXPERT_FILE.fullmatch(file) is not None
         places = create_pickle(inner / file, {} if is_expert else values, "" if is_expert else "module", own)
         tensors |= {f"{file}:{name}": stored for name, stored in places.items()}

@@ -22,6 +22,7 @@ from moescale.convert.containers import (
     inside,
     open_distributed,
     open_pickle,
+    sizes_by_file,
 )
 from moescale.convert.formats.megatron.names import (
     DISTRIBUTED,
@@ -283,12 +284,8 @@ def create(
 
 
 def _create_ranks(folder: Path, values: Mapping[str, Any], sizes: Sizes) -> dict[str, Stored]:
-    by_file: dict[str, dict[str, Any]] = {}
-    for key, size in sizes.items():
-        file, _, name = key.partition(":")
-        by_file.setdefault(file, {})[name] = size
     tensors: dict[str, Stored] = {}
-    for file, own in by_file.items():
+    for file, own in sizes_by_file(sizes).items():
         (folder / file).mkdir()
         places = create_pickle(folder / file / MODEL_FILE, values, "model", own)
         tensors |= {f"{file}:{name}": stored for name, stored in places.items()}

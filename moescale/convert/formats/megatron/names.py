@@ -25,7 +25,7 @@ from moescale.convert.mapping.table import (
 )
 
 BLOCK, MIXER = "blocks.{layer}.", "blocks.{layer}.channel_mixer."
-GATED = ("gate", "up")
+INNER = ("gate", "up")
 
 
 def _names(prefix: str, norm: str, channel_norm: str, *outer: Transform, apart: bool = False) -> tuple[Row, ...]:
@@ -58,7 +58,7 @@ def _first(native: str, foreign: str, *outer: Transform, apart: bool = False) ->
     return tuple(
         row(native.replace("{part}", part), foreign + suffix, *outer) if apart else
         row(native.replace("{part}", part), foreign, half(index), *outer)
-        for index, (part, suffix) in enumerate(zip(GATED, ("_w", "_v"), strict=True)))
+        for index, (part, suffix) in enumerate(zip(INNER, ("_w", "_v"), strict=True)))
 
 
 def _experts(first: str, second: str, *outer: Transform, apart: bool = False) -> tuple[Row, ...]:
