@@ -106,14 +106,12 @@ def _grow(prompt: str, stream: TextStream, tokenizer: Tokenizer, tokens: Iterabl
 
 
 def usual_context(config: Config) -> int | None:
-    """Say how far a model looks back when it generates: as far as in training, unless it can do more.
+    """Say how far a model looks back when it generates: as far as in training, unless all its mixers can do more.
 
-    Linear biases and windows that training has filled hold beyond its sequences; None = without a bound.
+    None = without a bound.
     """
     seq_len = config.data.seq_len
-    goes_on = all(layer.mixer.positions == "alibi" or (layer.mixer.window or seq_len + 1) <= seq_len
-                  for layer in config.layers)
-    return None if goes_on else seq_len
+    return None if all(layer.mixer.holds_beyond(seq_len) for layer in config.layers) else seq_len
 
 
 def _start(tokenizer: Tokenizer, prompt: str, special: bool, num_rows: int) -> list[int]:

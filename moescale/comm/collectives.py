@@ -43,6 +43,11 @@ def scatter_sequence(x: Tensor, group: Group) -> Tensor:
     return _ScatterSequence.apply(x, group)
 
 
+def sum_over(x: Tensor, group: Group) -> Tensor:
+    """Add up the ranks' values, with which each of them goes on; their gradients are added up likewise."""
+    return x if group is None else _SumOver.apply(x, group)
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """Take this rank's part of a sharded tensor, with its gradient; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -73,6 +78,17 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _scatter(grad, ctx.group), None
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_reduce_sum(x.contiguous().clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(grad.contiguous().clone(), ctx.group), None
 
 
 class _ScatterSequence(torch.autograd.Function):

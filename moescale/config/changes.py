@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moescale.config.run import Config
+from moescale.spec.model import KINDS, MIXERS
 
 LONGEST = 200  # letters of a value that are shown
 HARMLESS = frozenset({
@@ -74,7 +75,7 @@ def decides_text(key: str) -> bool:
 
 def decides_function(key: str) -> bool:
     """Say whether what a model computes from its weights depends on the key."""
-    return key.startswith(("model.", "attention.", "feed_forward.", "moe.")) and key not in OF_TRAINING
+    return key.partition(".")[0] in ("model", *KINDS) and key not in OF_TRAINING
 
 
 def is_allowed(key: str, allow: Iterable[str]) -> bool:
@@ -88,7 +89,9 @@ def _acts(key: str, config: Config) -> bool:
         return config.num_moe_layers > 0
     if key.startswith("feed_forward."):
         return config.num_moe_layers < config.model.num_layers
-    return key != "attention.rope_theta" or any(layer.mixer.positions == "rope" for layer in config.layers)
+    group, _, name = key.partition(".")
+    return group not in MIXERS or any(
+        isinstance(layer.mixer, MIXERS[group]) and layer.mixer.acts(name) for layer in config.layers)
 
 
 def _written(value: Any) -> str:

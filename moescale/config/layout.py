@@ -19,6 +19,8 @@ def settle(config: Config, world_size: int, node_ranks: int | None) -> Config:
     parallel = _settle_ranks(config, world_size)
     _check_experts(config, parallel)
     parallel = _settle_nodes(parallel, node_ranks or world_size)
+    for mixer in {layer.mixer for layer in config.layers}:
+        mixer.refuse(config.model.d_model, parallel.tp, parallel.cp)
     _check_tensor(config, parallel)
     _check_context(config, parallel)
     micro_batch = _settle_micro_batch(config, parallel)
@@ -32,7 +34,8 @@ def settle(config: Config, world_size: int, node_ranks: int | None) -> Config:
 def sequence_pieces(cp: int, window: int | None) -> int:
     """How many equal pieces the ranks of `cp` cut a sequence into.
 
-    With a window every piece costs the same. Without, later ones cost more, and each rank takes one from both ends.
+    window: None where a mixer looks at all positions before. Later pieces then cost more, and each rank takes one from
+    both ends; otherwise every piece costs the same.
     """
     return cp if cp == 1 or window is not None else 2 * cp
 
@@ -92,17 +95,13 @@ def _check_tensor(config: Config, parallel: ParallelConfig) -> None:
     model, tp, layers = config.model, parallel.tp, set(config.layers)
     if tp == 1:
         return
-    sizes = [("attention.num_heads", layer.mixer.num_heads) for layer in layers]
+    sizes = [share for layer in layers for share in layer.mixer.shares(model.d_model).items()]
     sizes += [("feed_forward.d_ff", layer.channel_mixer.d_ff) for layer in layers
               if isinstance(layer.channel_mixer, FeedForwardConfig)]
     sizes.append(("model.vocab_size", model.vocab_size))
     for name, size in sizes:
         refuse(size % tp != 0, f"parallel.tp={tp} must divide {name}={size}: "
                f"use {divisors(math.gcd(*(size for _, size in sizes)))}")
-    for heads in {layer.mixer.num_kv_heads for layer in layers}:
-        refuse(heads % tp != 0 and tp % heads != 0,
-               f"parallel.tp={tp} must divide attention.num_kv_heads={heads} or be a multiple of it: "
-               f"use {any_of([n for n in range(1, tp) if heads % n == 0])}")
     fsdp = parallel.dp_shard * parallel.cp
     refuse(model.d_model % fsdp != 0,
             f"with parallel.tp={tp}, dp_shard x cp={fsdp} must divide model.d_model={model.d_model}: "

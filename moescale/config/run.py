@@ -54,17 +54,17 @@ class Config(Group):
 
     @property
     def longest_window(self) -> int | None:
-        """The most positions that a query of any layer sees; None where one sees all before it."""
-        windows = [layer.mixer.window for layer in self.layers]
+        """The most positions that one of any layer looks at; None where one looks at all before it."""
+        windows = [layer.mixer.seen for layer in self.layers]
         return None if None in windows else max(window for window in windows if window is not None)
 
     def layer_of(self, number: int) -> Layer:
         """Lay the keys of an entry of the pattern over those of its kinds. Raises ConfigError for what none can be."""
         entry, where = self.model.pattern[number], f"model.pattern.{number}"
-        attention = with_changes(self.attention, entry.attention, f"{where}.attention")
-        if entry.channel_mixer == "moe":
-            return Layer(attention, with_changes(self.moe, entry.moe, f"{where}.moe"))
-        return Layer(attention, with_changes(self.feed_forward, entry.feed_forward, f"{where}.feed_forward"))
+        mixer, channel_mixer = (
+            with_changes(getattr(self, kind), getattr(entry, kind), f"{where}.{kind}")
+            for kind in (entry.mixer, entry.channel_mixer))
+        return Layer(mixer, channel_mixer)
 
     @property
     def num_moe_layers(self) -> int:

@@ -33,6 +33,7 @@ from moescale.convert.journal import Journal
 from moescale.convert.mapping.mapped import FileLayout, Opened, by_weight, check_pieces
 from moescale.convert.mapping.table import NativeName, Piece, Weights
 from moescale.files.reading import explain
+from moescale.spec.model import KINDS
 
 
 class Format(Protocol):
@@ -117,7 +118,10 @@ def _open(module: Format, path: Path) -> Opened | None:
 def _refuse_differences(config: Config, to: str) -> None:
     """Refuse layers of one kind with keys of their own, which no foreign format can say."""
     for number, entry in enumerate(config.model.pattern):
-        for kind in ("attention", "feed_forward", "moe"):
+        if entry.mixer != "attention":
+            raise ConfigError(f"model.pattern.{number}.mixer={entry.mixer}, which --to {to} cannot say: convert "
+                              "--to moescale")
+        for kind in KINDS:
             for key, value in getattr(entry, kind).items():
                 if value != getattr(getattr(config, kind), key):
                     raise ConfigError(f"model.pattern.{number}.{kind}.{key}={value} differs from {kind}.{key}="

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,16 +13,31 @@ from moescale.layers.feed_forward import FeedForward
 from moescale.layers.linear import Embedding, Linear
 from moescale.layers.norm import NORMS
 from moescale.mixers.attention import Attention
+from moescale.mixers.base import Mixer
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
 from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS, Capacity
+from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
-from moescale.spec.model import Layer
+from moescale.spec.mixer import MixerConfig
+from moescale.spec.model import Layer, ModelConfig
 from moescale.spec.moe import OWN_KEYS, MoEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def _attention(model: ModelConfig, keys: AttentionConfig) -> Attention:
+    return Attention(
+        model.d_model, keys.num_heads, keys.num_kv_heads, keys.head_dim, window=keys.window,
+        rope_theta=keys.rope_theta if keys.positions == "rope" else None, alibi=keys.positions == "alibi",
+    )
+
+
+MIXERS: dict[type[MixerConfig], Callable[[ModelConfig, Any], Mixer[Any]]] = {  # a kind: what makes it of its keys
+    AttentionConfig: _attention,
+}
 
 
 def build_model(config: Config, device: torch.device | str = "meta") -> LanguageModel:
@@ -42,14 +60,10 @@ def build_model(config: Config, device: torch.device | str = "meta") -> Language
 
 
 def _block(config: Config, layer: Layer, index: int) -> Block:
-    model, attention = config.model, layer.mixer
+    model = config.model
     return Block(
         NORMS[model.norm](model.d_model, model.norm_eps),
-        Attention(
-            model.d_model, attention.num_heads, attention.num_kv_heads, attention.head_dim, window=attention.window,
-            rope_theta=attention.rope_theta if attention.positions == "rope" else None,
-            alibi=attention.positions == "alibi",
-        ),
+        MIXERS[type(layer.mixer)](model, layer.mixer),
         None if model.block == "parallel" else NORMS[model.norm](model.d_model, model.norm_eps),
         _channel_mixer(config, layer.channel_mixer, index),
     )

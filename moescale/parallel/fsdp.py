@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
+from moescale.layers.exact import Exact
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
 from moescale.moe.layer import MoELayer
@@ -46,10 +47,11 @@ def shard_parameters(
             assert isinstance(block, Block)
             if tensor_parallel:
                 _shard_uncut(block, weights, shared, policy, exact, reshard)
+            for part in block.modules():
+                if isinstance(part, Exact) and not isinstance(part, FSDPModule):
+                    _shard(part, dense, exact, other_dim, alone, reshard)
             if isinstance(block.channel_mixer, MoELayer):
                 layer = block.channel_mixer
-                if not tensor_parallel:
-                    fully_shard(layer.router, mesh=shared, mp_policy=exact, reshard_after_forward=reshard)
                 if experts.size() == 1:
                     alone.update(layer.experts.parameters())
                 else:

@@ -87,8 +87,8 @@ def make_placement(config: Config, mesh: Mesh) -> Placement:
     cp, tp = mesh.data["cp"], take_share(mesh.data["tp"])
     pieces = deal_pieces(cp.size(), sequence_pieces(cp.size(), config.longest_window))
     sequence = SharedSequenceShards(
-        pieces, cp.get_local_rank(), tp.rank, tp.size, tp_group=tp.group, group=mesh.sequence["cp_tp"].get_group(),
-        compiled=parallel.compile,
+        pieces, cp.get_local_rank(), tp.rank, tp.size, tp_group=tp.group, cp_group=cp.get_group(),
+        group=mesh.sequence["cp_tp"].get_group(), compiled=parallel.compile,
     )
     core = ContextAttention(pieces, cp.get_local_rank(), cp.get_group()) if cp.size() > 1 else None
     return replace(placement, sequence=sequence, tp=tp, attention_core=core)

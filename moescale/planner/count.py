@@ -39,6 +39,9 @@ def layer_flops_per_token(config: Config) -> tuple[list[int], int]:
 
 
 def model_flops_per_token(config: Config) -> int:
-    """Count forward and backward of one token by PaLM's formula: 6 N + 12 L H Q T, N active (PaLM, appendix B)."""
-    heads = sum(layer.mixer.num_heads * layer.mixer.head_dim for layer in config.layers)
-    return 6 * count_parameters(config).active + 12 * heads * config.data.seq_len
+    """Count forward and backward of one token by PaLM's formula: 6 N + 12 L H Q T, N active (PaLM, appendix B).
+
+    The second term is that of scores, which only attention has.
+    """
+    features = sum(layer.mixer.score_features for layer in config.layers)
+    return 6 * count_parameters(config).active + 12 * features * config.data.seq_len

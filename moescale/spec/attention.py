@@ -6,13 +6,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from moescale.errors import divisors, refuse
-from moescale.spec.group import Group
+from moescale.errors import any_of, divisors, refuse
+from moescale.spec.mixer import MixerConfig
 from moescale.spec.small import Small, smallest_divisor
 from moescale.spec.weights import Weight, matrix
 
 
-class AttentionConfig(Group):
+class AttentionConfig(MixerConfig):
     num_heads: int = Field(8, ge=1)
     """Query heads of attention."""
     num_kv_heads: int = Field(2, ge=1)
@@ -54,10 +54,37 @@ class AttentionConfig(Group):
         products = 2 * sum(weight.size for weight in self.weights(d_model, "normal"))
         return products + 4 * self.num_heads * self.head_dim * seen
 
-    def state_bytes(self, batch: int, length: int, itemsize: int) -> int:
+    def state_bytes(self, d_model: int, batch: int, length: int, itemsize: int) -> int:
         """Count the keys and values that generation keeps of the positions that a query may see."""
         kept = min(self.window or length, length)
         return 2 * batch * kept * self.num_kv_heads * self.head_dim * itemsize
+
+    def shares(self, d_model: int) -> dict[str, int]:
+        return {"attention.num_heads": self.num_heads}
+
+    def refuse(self, d_model: int, tp: int, cp: int) -> None:
+        heads = self.num_kv_heads
+        refuse(heads % tp != 0 and tp % heads != 0,
+               f"parallel.tp={tp} must divide attention.num_kv_heads={heads} or be a multiple of it: "
+               f"use {any_of([n for n in range(1, tp + 1) if heads % n == 0])}")
+
+    def acts(self, key: str) -> bool:
+        return super().acts(key) and (key != "rope_theta" or self.positions == "rope")
+
+    @property
+    def seen(self) -> int | None:
+        return self.window
+
+    @property
+    def score_features(self) -> int:
+        return self.num_heads * self.head_dim
+
+    def holds_beyond(self, seq_len: int) -> bool:
+        """Linear biases do, and windows that training has filled."""
+        return self.positions == "alibi" or (self.window or seq_len + 1) <= seq_len
+
+    def summary(self) -> str:
+        return f"{self.num_heads} heads on {self.num_kv_heads} key heads"
 
     def shrink(self, small: Small) -> Self:
         """Make sizes small: key heads that are cut stay cut, and a window stays shorter than a sequence."""

@@ -34,7 +34,7 @@ class FeedForwardConfig(Group):
         """Count the forward pass of one token: two for each element of a matrix."""
         return 2 * sum(weight.size for weight in self.weights(d_model, "normal"))
 
-    def state_bytes(self, batch: int, length: int, itemsize: int) -> int:
+    def state_bytes(self, d_model: int, batch: int, length: int, itemsize: int) -> int:
         """Count what generation keeps: nothing, since no token asks for another."""
         return 0
 

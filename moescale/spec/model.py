@@ -11,8 +11,13 @@ from moescale.errors import ConfigError, any_of, check_width, refuse
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.group import Group
+from moescale.spec.mixer import MixerConfig
 from moescale.spec.moe import MAY_DIFFER, MoEConfig
 from moescale.spec.weights import Init, Weight, below, initial, norm
+
+MIXERS: dict[str, type[MixerConfig]] = {"attention": AttentionConfig}
+"""The kinds of mixers: names of `mixer`, of groups of a run, and of the keys of an entry of `model.pattern`."""
+KINDS = (*MIXERS, "feed_forward", "moe")  # of mixers and of channel mixers
 
 
 class LayerConfig(Group):
@@ -31,7 +36,7 @@ class LayerConfig(Group):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for kind in ("attention", "feed_forward", "moe"):
+        for kind in KINDS:
             keys = getattr(self, kind)
             refuse(bool(keys) and kind not in (self.mixer, self.channel_mixer),
                    f"model.pattern: an entry has keys of {kind}, but mixer={self.mixer} and "
@@ -104,7 +109,7 @@ def with_changes(kind: Kind, changes: dict[str, Any], where: str) -> Kind:
 class Layer:
     """One block of a model: the keys of its mixer and of its channel mixer."""
 
-    mixer: AttentionConfig
+    mixer: MixerConfig
     channel_mixer: FeedForwardConfig | MoEConfig
 
 

@@ -151,7 +151,7 @@ class MoEConfig(Group):
         expert = sum(weight.size for weight in feed_forward_weights(d_model, self.d_ff, self.activation, "normal"))
         return 2 * (self.num_experts * d_model + (self.top_k + self.num_shared_experts) * expert)
 
-    def state_bytes(self, batch: int, length: int, itemsize: int) -> int:
+    def state_bytes(self, d_model: int, batch: int, length: int, itemsize: int) -> int:
         """Count what generation keeps: nothing, since no token asks for another."""
         return 0
 

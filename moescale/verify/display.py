@@ -26,11 +26,11 @@ def estimate_seconds(layouts: Iterable[Layout], num_layers: int, cores: int) -> 
 def describe(config: Config) -> str:
     """Say in a line what the shrunk run is."""
     model, moe, mixers = config.model, config.moe, [layer.mixer for layer in config.layers]
-    heads = sorted({f"{mixer.num_heads} heads on {mixer.num_kv_heads} key heads" for mixer in mixers})
-    parts = [f"{model.num_layers} layers", f"d_model {model.d_model}", any_of(heads)]
+    sizes = sorted({mixer.summary() for mixer in mixers})
+    parts = [f"{model.num_layers} layers", f"d_model {model.d_model}", any_of(sizes)]
     if config.num_moe_layers:
         parts.append(f"{moe.num_experts} experts, {moe.router} top-{moe.top_k}")
-    windows = [mixer.window for mixer in mixers if mixer.window is not None]
+    windows = [mixer.seen for mixer in mixers if mixer.seen]
     if windows:
         some = f" in {len(windows)} layers" if len(windows) < len(mixers) else ""
         parts.append(f"window {any_of(sorted(set(windows)))}{some}")

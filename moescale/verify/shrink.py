@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moescale.config import Config, ModelConfig, sequence_pieces
 from moescale.optim.base import OPTIMIZERS
+from moescale.spec.model import KINDS
 from moescale.spec.small import Small, smallest_multiple
 from moescale.verify.candidates import Layout
 
@@ -33,8 +34,7 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
             kind: {key: getattr(values, key) for key in getattr(entry, kind)} for kind, values in shrunk.items()}))
     update = {
         "model": _shrink_model(config.model, layouts).model_copy(update={"pattern": tuple(pattern)}),
-        "attention": config.attention.shrink(small), "feed_forward": config.feed_forward.shrink(small),
-        "moe": config.moe.shrink(small),
+        **{kind: getattr(config, kind).shrink(small) for kind in KINDS},
         "data": config.data.model_copy(update={
             "seq_len": seq_len, "micro_batch": micro_batch, "tokenizer": "none.json",  # batches are made up
             "global_batch": smallest_multiple(24, (share * each.dp_replicate * each.dp_shard for each in layouts)),

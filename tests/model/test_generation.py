@@ -146,7 +146,7 @@ def test_a_window_keeps_its_size_and_no_more() -> None:
     for mixer in (window, whole):
         spec = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=mixer.window)
         for length in (4, 6, 100):
-            assert mixer.new_state(3, length).num_bytes() == spec.state_bytes(3, length, 4)
+            assert mixer.new_state(3, length).num_bytes() == spec.state_bytes(16, 3, length, 4)
     assert window.new_state(3, 100_000).num_bytes() == 2 * 3 * 6 * 2 * 8 * 4
     state = whole.new_state(3, 10)
     with pytest.raises(AssertionError, match="fewer tokens"):

@@ -43,6 +43,7 @@ from moescale.moe.routing import Routing
 from moescale.parallel.context import deal_pieces
 from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
+from moescale.spec.attention import AttentionConfig
 from moescale.verify.candidates import parse_layouts
 
 LAYOUTS = ("dp4, tp4, cp4, pp4, dp4 ep4, rep2 dp2 ep2, dp2 tp2, dp2 tp2 ep4, dp2 tp2 ep2, tp2 cp2 ep2 etp2, "
@@ -160,6 +161,7 @@ class Least:
         for stage in self.engine.pieces:
             for index in stage.blocks:
                 mixer = config.layers[int(index)].mixer
+                assert isinstance(mixer, AttentionConfig), "what other mixers exchange is not counted here"
                 heads = max(1, mixer.num_kv_heads // config.parallel.tp)
                 features = 2 * heads * mixer.head_dim * (config.data.micro_batch or 1)
                 positions = self._exchanged(pieces, rank, length, mixer.window or config.data.seq_len)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moescale.comm.placement import Placement
 from moescale.comm.sequence_shards import SequenceShards
+from moescale.layers.exact import Exact
 from moescale.moe.balance_scopes import SCOPES
 from moescale.moe.capacity import best_first, coarse, within_capacity
 from moescale.moe.losses import load_balance_loss, router_z_loss
@@ -38,7 +39,7 @@ Observer = Callable[[Tensor, Tensor], None]
 """Sees the probabilities [groups, tokens, experts] of own tokens, and which of them are valid, [groups, tokens]."""
 
 
-class Router(nn.Module, ABC):
+class Router(Exact, ABC):
     """Chooses experts for tokens. weight: [experts, d_model]"""
 
     drops_nothing = False  # whatever the capacity
