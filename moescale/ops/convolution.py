@@ -55,7 +55,7 @@ def causal_convolution_reference(u: Tensor, kernel: Tensor, restarts: Tensor | N
 def _convolve(u: Tensor, kernel: Tensor) -> Tensor:
     """Convolve whole rows. u: [rows, width, channels]. Returns [rows, width, channels, outputs]."""
     width = u.shape[1]
-    size = 2 * _width(width)
+    size = 2 * fast_length(width)
     dtype = torch.promote_types(u.dtype, torch.float32)
     signal = torch.fft.rfft(u.to(dtype).transpose(1, 2).contiguous(), n=size).unsqueeze(2)
     response = torch.fft.rfft(kernel.to(dtype)[..., :width], n=size)
@@ -63,7 +63,7 @@ def _convolve(u: Tensor, kernel: Tensor) -> Tensor:
     return out.permute(0, 3, 1, 2).to(u.dtype)
 
 
-def _width(length: int) -> int:
+def fast_length(length: int) -> int:
     """Round up to 2^n or 3 * 2^n, of which transforms are fast."""
     power = 1 << max(length - 1, 0).bit_length()
     return power * 3 // 4 if length <= power * 3 // 4 and power >= 4 else power
@@ -86,7 +86,7 @@ def _padded(first: list[int], lengths: list[int], tokens: int) -> tuple[Tensor, 
     """
     by_width: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
-        by_width.setdefault(_width(length), []).append(number)
+        by_width.setdefault(fast_length(length), []).append(number)
     blocks, sizes = [], []
     for width, numbers in sorted(by_width.items()):
         begin = torch.tensor([first[number] for number in numbers]).unsqueeze(1)

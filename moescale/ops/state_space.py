@@ -11,6 +11,7 @@ all channels has 1 instead of channels.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +43,11 @@ def linear_system(
     out = causal_convolution(u, kernel, restarts)
     if state is None:
         return out, None
-    free = free_response(a, c, state, seq, _sum_dtype(u)).to(u.dtype)
+    powers = _powers(a)
+    free = _free_response(powers, c, state, seq, _sum_dtype(u)).to(u.dtype)
     if restarts is not None:
         free = free.masked_fill((restarts.cumsum(1) > 0)[:, :, None, None], 0)
-    return out + free, last_state(u, restarts, a, b, state)
+    return out + free, _last_state(u, restarts, powers, b, state)
 
 
 def linear_system_reference(
@@ -64,35 +66,34 @@ def krylov_kernel(a: Tensor, b: Tensor, c: Tensor | None, length: int, dtype: to
 
     a, b, c: as in `linear_system`. dtype: of the last product. Returns [channels, outputs, length].
     """
+    powers = _powers(a)
     if c is None:
-        return _krylov(a, b.unsqueeze(1), length)[0].transpose(1, 2).to(dtype)
+        return powers.krylov(b.unsqueeze(1), length).transpose(1, 2).to(dtype)
     steps = _steps(length)
-    columns, jump = _krylov(a, b.unsqueeze(1), steps)  # [channels, steps, d_state]
-    rows, _ = _krylov(_transposed(jump), c, -(-length // steps))  # [channels, jumps * outputs, d_state]
+    columns = powers.krylov(b.unsqueeze(1), steps)  # [channels, steps, d_state]
+    rows = powers.times(steps).transposed().krylov(c, -(-length // steps))  # [channels, jumps * outputs, d_state]
     kernel = _products(rows, columns, dtype).unflatten(1, (-1, c.shape[1]))  # [channels, jumps, outputs, steps]
     return kernel.transpose(1, 2).flatten(2)[..., :length]
 
 
-def free_response(
-    a: Tensor, c: Tensor | None, state: Tensor, length: int, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def _free_response(powers: _Powers, c: Tensor | None, state: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Compute what a state adds to the outputs that follow, C A^(k+1) x for k below length.
 
-    a, c: as in `linear_system`. state: [batch, channels, d_state]. dtype: of the last product.
-    Returns [batch, length, channels, outputs].
+    c, state: as in `linear_system`. dtype: of the last product. Returns [batch, length, channels, outputs].
     """
+    a = powers.squared[0]
     if c is None:
         c = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).unsqueeze(0)
     steps = _steps(length)
-    first = _apply(_transposed(_exact(a)), _exact(c))
-    rows, jump = _krylov(_transposed(a), first, steps)  # [channels, steps * outputs, d_state]
-    starts, _ = _krylov(_transposed(jump), state.transpose(0, 1), -(-length // steps))
+    first = _apply(_transposed(a), c)
+    rows = powers.transposed().krylov(first, steps)  # [channels, steps * outputs, d_state]
+    starts = powers.times(steps).krylov(state.transpose(0, 1), -(-length // steps))
     out = _products(starts, rows, dtype)  # [channels, jumps * batch, steps * outputs]
     out = out.unflatten(2, (steps, -1)).unflatten(1, (-1, len(state)))
     return out.permute(2, 1, 3, 0, 4).flatten(1, 2)[:, :length]
 
 
-def last_state(u: Tensor, restarts: Tensor | None, a: Tensor, b: Tensor, state: Tensor) -> Tensor:
+def _last_state(u: Tensor, restarts: Tensor | None, powers: _Powers, b: Tensor, state: Tensor) -> Tensor:
     """Compute the state behind the last position. Arguments and result are those of `linear_system`."""
     batch, seq, channels = u.shape
     u = u.to(_sum_dtype(u))
@@ -104,17 +105,58 @@ def last_state(u: Tensor, restarts: Tensor | None, a: Tensor, b: Tensor, state: 
     # Sum over the positions of each part; zeros before the first position add nothing.
     steps = _steps(seq)
     jumps = _power_of_two(-(-seq // steps))
-    columns, power = _krylov(a, b.unsqueeze(1), steps)
-    columns = _cast(columns, u.dtype).flip(1)  # the newest position is the last of its part
+    columns = _cast(powers.krylov(b.unsqueeze(1), steps), u.dtype).flip(1)  # the newest position is the last one
     signal = F.pad(u.permute(2, 0, 1), (jumps * steps - seq, 0)).reshape(channels, batch * jumps, steps)
     parts = (signal.to(columns.dtype) @ columns).unflatten(1, (batch, jumps))
     # Join neighbours until one part is left.
-    for _ in range(jumps.bit_length() - 1):
+    jump = powers.times(steps)
+    for level in range(jumps.bit_length() - 1):
         earlier, later = parts[:, :, 0::2], parts[:, :, 1::2]
-        parts = later + _apply(power, earlier.flatten(1, 2)).unflatten(1, (batch, -1))
-        power = _square(power)
-    decayed = _apply(_power(_exact(a), seq), state.transpose(0, 1))
+        parts = later + _apply(jump[level], earlier.flatten(1, 2)).unflatten(1, (batch, -1))
+    decayed = state.transpose(0, 1)
+    for level in range(seq.bit_length()):
+        if seq >> level & 1:
+            decayed = _apply(powers[level], decayed)
     return (decayed + parts[:, :, 0]).transpose(0, 1).to(state.dtype)
+
+
+@dataclass(frozen=True)
+class _Powers:
+    """The powers A, A^2, A^4, A^8, ... in float64, each computed when it is first asked for.
+
+    squared: those there are, of all that go back to the same matrix. skipped: how many of them are passed over.
+    turned: whether matrices are transposed.
+    """
+
+    squared: list[Tensor]
+    skipped: int = 0
+    turned: bool = False
+
+    def __getitem__(self, level: int) -> Tensor:
+        level += self.skipped
+        while len(self.squared) <= level:
+            last = self.squared[-1]
+            self.squared.append(last @ last if last.dim() == 3 else last * last)
+        return _transposed(self.squared[level]) if self.turned else self.squared[level]
+
+    def times(self, steps: int) -> _Powers:
+        """Return the powers of A^steps, steps a power of two, from the same list."""
+        return replace(self, skipped=self.skipped + steps.bit_length() - 1)
+
+    def transposed(self) -> _Powers:
+        """Return those of the transposed matrix, from the same list."""
+        return replace(self, turned=True)
+
+    def krylov(self, x: Tensor, steps: int) -> Tensor:
+        """Compute A^k x for k below steps.
+
+        x: [channels, columns, d_state]. Returns [channels, steps * columns, d_state].
+        """
+        columns = x.shape[1]
+        x = x.to(self.squared[0].dtype)
+        for level in range((steps - 1).bit_length()):
+            x = torch.cat((x, _apply(self[level], x)), 1)
+        return x[:, : steps * columns]
 
 
 def _step(
@@ -132,23 +174,8 @@ def _step(
     return out.unsqueeze(1).to(u.dtype), state
 
 
-def _krylov(a: Tensor, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Compute A^k x for k below steps, and the next power of A if steps is a power of two, in float64.
-
-    x: [channels, columns, d_state]. Returns [channels, steps * columns, d_state], and the power like a.
-    """
-    power, powers = _exact(a), _exact(x)
-    for _ in range((steps - 1).bit_length()):
-        powers = torch.cat((powers, _apply(power, powers)), 1)
-        power = _square(power)
-    return powers[:, : steps * x.shape[1]], power
-
-
-def _power(a: Tensor, exponent: int) -> Tensor:
-    """Raise A to a power of at least 1 by squaring."""
-    if a.dim() == 3:
-        return torch.linalg.matrix_power(a, exponent)
-    return a.pow(exponent)
+def _powers(a: Tensor) -> _Powers:
+    return _Powers([a.to(torch.promote_types(a.dtype, torch.float64))])
 
 
 def _products(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,7 +185,7 @@ def _products(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if rows.is_complex():
         rows, columns = (torch.view_as_real(x.resolve_conj()).flatten(2) for x in (2 * rows.conj(), columns))
-    return rows.to(dtype) @ columns.to(dtype).transpose(1, 2)
+    return rows.to(dtype) @ columns.to(dtype).mT
 
 
 def _apply(a: Tensor, x: Tensor) -> Tensor:
@@ -166,15 +193,11 @@ def _apply(a: Tensor, x: Tensor) -> Tensor:
     x = x.to(a.dtype)
     if a.dim() == 2:
         return a.unsqueeze(1) * x
-    return x @ (a[0].T if len(a) == 1 else a.transpose(1, 2))
-
-
-def _square(a: Tensor) -> Tensor:
-    return a @ a if a.dim() == 3 else a * a
+    return x @ (a[0].T if len(a) == 1 else a.mT)
 
 
 def _transposed(a: Tensor) -> Tensor:
-    return a.transpose(1, 2) if a.dim() == 3 else a
+    return a.mT if a.dim() == 3 else a
 
 
 def _steps(length: int) -> int:
@@ -188,10 +211,6 @@ def _power_of_two(least: int) -> int:
 
 def _sum_dtype(u: Tensor) -> torch.dtype:
     return torch.promote_types(u.dtype, torch.float32)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
