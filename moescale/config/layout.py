@@ -106,6 +106,13 @@ def _check_tensor(config: Config, parallel: ParallelConfig) -> None:
     refuse(model.d_model % fsdp != 0,
             f"with parallel.tp={tp}, dp_shard x cp={fsdp} must divide model.d_model={model.d_model}: "
             "use a larger parallel.dp_replicate")
+    for weight in {weight for layer in layers for weight in layer.mixer.weights(model.d_model, model.init)}:
+        if weight.cut is not None:  # FSDP then cuts the first dim that tp does not
+            index = next(index for index, dim in enumerate(weight.dims) if dim != weight.cut)
+            size = weight.shape[index]
+            refuse(size % fsdp != 0,
+                   f"with parallel.tp={tp}, dp_shard x cp={fsdp} must divide the {size} {weight.dims[index]} of the "
+                   f"mixers' {weight.name[0]}: use a larger parallel.dp_replicate")
 
 
 def _check_context(config: Config, parallel: ParallelConfig) -> None:

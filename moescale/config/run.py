@@ -22,6 +22,8 @@ from moescale.errors import refuse
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.group import Group
+from moescale.spec.hippo import HippoConfig
+from moescale.spec.lmu import LmuConfig
 from moescale.spec.model import Layer, ModelConfig, with_changes
 from moescale.spec.moe import MoEConfig
 
@@ -38,6 +40,8 @@ class Config(Group):
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
+    hippo: HippoConfig = Field(default_factory=HippoConfig)
+    lmu: LmuConfig = Field(default_factory=LmuConfig)
     feed_forward: FeedForwardConfig = Field(default_factory=FeedForwardConfig)
     moe: MoEConfig = Field(default_factory=MoEConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

@@ -14,13 +14,18 @@ from moescale.layers.linear import Embedding, Linear
 from moescale.layers.norm import NORMS
 from moescale.mixers.attention import Attention
 from moescale.mixers.base import Mixer
+from moescale.mixers.hippo import Hippo
+from moescale.mixers.lmu import Lmu
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
 from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS, Capacity
+from moescale.ops.hippo_memory import Memory
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
+from moescale.spec.hippo import HippoConfig
+from moescale.spec.lmu import LmuConfig
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.model import Layer, ModelConfig
 from moescale.spec.moe import OWN_KEYS, MoEConfig
@@ -37,6 +42,10 @@ def _attention(model: ModelConfig, keys: AttentionConfig) -> Attention:
 
 MIXERS: dict[type[MixerConfig], Callable[[ModelConfig, Any], Mixer[Any]]] = {  # a kind: what makes it of its keys
     AttentionConfig: _attention,
+    HippoConfig: lambda model, keys: Hippo(
+        model.d_model, keys.channels, Memory(keys.measure, keys.d_state, keys.theta)),
+    LmuConfig: lambda model, keys: Lmu(
+        model.d_model, keys.memories, keys.units, Memory("lmu", keys.order, keys.theta), recurrent=keys.recurrent),
 }
 
 

@@ -46,6 +46,11 @@ FAMILIES = {
                     {"channel_mixer": "feed_forward", "attention": {"window": 5, "num_heads": 8}},
                     {"attention": {"rope_theta": 100.0}, "moe": {"d_ff": 24}}]}),
                 "moe": {"num_experts": 4, "d_ff": 16}},
+    "memories": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
+                     {"mixer": "hippo"}, {"mixer": "lmu"},
+                     {"mixer": "hippo", "hippo": {"measure": "legt", "theta": 6.0}}]}),
+                 "hippo": {"channels": 4, "d_state": 6}, "lmu": {"memories": 2, "order": 5, "theta": 9.0, "units": 12},
+                 "moe": {"num_experts": 4, "d_ff": 16}},
     "windows": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
                     {"attention": {"window": 3}}, {"attention": {"window": 14, "num_kv_heads": 4}}]}),
                 "moe": {"num_experts": 4, "d_ff": 16}},
