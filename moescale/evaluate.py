@@ -89,11 +89,11 @@ def shown(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     A character of several tokens is shown on the last of them.
     """
     found: list[str] = []
-    own: list[int] = []  # of the document that is being read
+    document: list[int] = []  # of the document that is being read
     for index in ids:
         if index in (tokenizer.begin, tokenizer.end):
-            found += [*pieces(tokenizer, own), "\N{PILCROW SIGN}"]
-            own = []
+            found += [*pieces(tokenizer, document), "\N{PILCROW SIGN}"]
+            document = []
         else:
-            own.append(index)
-    return found + pieces(tokenizer, own)
+            document.append(index)
+    return found + pieces(tokenizer, document)

@@ -70,10 +70,10 @@ def locate(config: Config, path: Path, overrides: Sequence[str]) -> Config:
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(home)})})
     if "tokenizer" in given.get("data", {}) or config.data.tokenizer in (None, "bytes"):
         return config
-    places = [home / config.data.tokenizer, Path(config.data.tokenizer).expanduser()]
+    files = [home / config.data.tokenizer, Path(config.data.tokenizer).expanduser()]
     if checkpoint is not None:
-        places.append(checkpoint / "tokenizer.json")
-    found = next((str(place) for place in places if place.exists()), config.data.tokenizer)
+        files.append(checkpoint / "tokenizer.json")
+    found = next((str(sequence) for sequence in files if sequence.exists()), config.data.tokenizer)
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": found})})
 
 
@@ -211,8 +211,8 @@ def _translated(before: Position, old: Config, config: Config, corpus: TokenCorp
     if old.data.seq_len == config.data.seq_len:
         return before
     windows, old_windows = (num_windows(corpus.train, some.data.seq_len) for some in (config, old))
-    epoch, place = divmod(before.sequences, max(1, old_windows))
-    within = min(windows, -(-place * old.data.seq_len // config.data.seq_len))
+    epoch, sequence = divmod(before.sequences, max(1, old_windows))
+    within = min(windows, -(-sequence * old.data.seq_len // config.data.seq_len))
     return Position(before.step, epoch * windows + within, before.tokens)
 
 
@@ -223,11 +223,11 @@ def _told_position(
     other = [name for name, was, now in ways if was != now]
     if other:
         windows = num_windows(corpus.train, config.data.seq_len)
-        epoch, place = divmod(start.sequences, max(1, windows))
-        within = "" if place == 0 else ("; as the order is another one, some text of this epoch comes again and some "
-                                        "is left out until the next")
+        epoch, sequence = divmod(start.sequences, max(1, windows))
+        within = "" if sequence == 0 else (
+            "; as the order is another one, some text of this epoch comes again and some is left out until the next")
         return [f"{' and '.join(other)} changed: {before.tokens:,} tokens were seen, and epoch {epoch} goes on with "
-                f"sequence {place:,} of {windows:,}{within}"]
+                f"sequence {sequence:,} of {windows:,}{within}"]
     if old.data.global_batch != config.data.global_batch:
         return [f"steps of {config.data.global_batch} sequences go on with the first one not seen, {start.sequences:,}"]
     return []

@@ -76,7 +76,7 @@ def _evaluate(
 ) -> tuple[Evaluated, list[str]]:
     trained = load_trained(folder, overrides)
     model, config, checkpoint, state = trained.model, trained.config, trained.checkpoint, trained.state
-    own, data = "data.files" not in keys and "data.held_out_files" not in keys, config.data
+    held_out, data = "data.files" not in keys and "data.held_out_files" not in keys, config.data
     if data.tokenizer != "bytes" and "data.tokenizer" not in keys:  # the checkpoint's own copy of its tokenizer
         tokenizer = trained.tokenizer
         begin, end = (tokenizer.token_name(index) for index in (tokenizer.begin, tokenizer.end))
@@ -85,10 +85,10 @@ def _evaluate(
         data = data.model_copy(update={"held_out_files": data.files})
     corpus = prepare_tokens(data)
     notes = [note for note in dict.fromkeys(corpus.notes) if "data.held_out_files" not in note]
-    if own and state.get("corpus") not in (None, corpus.fingerprint):
+    if held_out and state.get("corpus") not in (None, corpus.fingerprint):
         notes.append("the texts are not those that the run was trained with, so that some may have been trained on")
     split, seq_len = corpus.held_out, data.seq_len
-    some = not whole and (own or "monitor.eval_sequences" in keys)
+    some = not whole and (held_out or "monitor.eval_sequences" in keys)
     limit = config.monitor.eval_sequences if some else split.num_tokens
     total, scored = 0.0, 0
     device = next(model.parameters()).device
@@ -105,7 +105,8 @@ def _evaluate(
     loss = total / scored
     if not math.isfinite(loss):
         raise ConfigError(f"the loss of {checkpoint} is not a finite number: take an earlier checkpoint")
-    return Evaluated(str(checkpoint), state["step"], "held-out" if own else "files", loss, math.exp(min(loss, 700.0)),
+    text = "held-out" if held_out else "files"
+    return Evaluated(str(checkpoint), state["step"], text, loss, math.exp(min(loss, 700.0)),
                      split.bits_per_byte(loss), scored, split.num_tokens, split.num_documents, split.text_bytes), notes
 
 

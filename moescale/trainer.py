@@ -313,7 +313,7 @@ class _Run:
     def _write(self, metrics: dict[str, Any]) -> None:
         self.highest_loss.fill_(-math.inf)
         if self.sinks:
-            alerts = self.alerts.look(metrics)
+            alerts = self.alerts.check(metrics)
             metrics = {**metrics, "alerts": alerts} if alerts else metrics
         for sink in self.sinks:
             sink.write(self.engine.step_count, metrics)

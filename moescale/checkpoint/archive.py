@@ -107,7 +107,7 @@ class _Archive:
             "torch._tensor._rebuild_from_type_v2": self._of_type,
         }, self._storage)
 
-    def _place(self, name: str) -> tuple[int, int]:
+    def _extent(self, name: str) -> tuple[int, int]:
         """Find an entry. Returns where it begins in the file, and its size in bytes."""
         entry = self.entries[self.top + name]
         self.file.seek(self.start + entry.header_offset)
@@ -123,7 +123,7 @@ class _Archive:
         return self.start + begin, entry.file_size
 
     def _content(self, name: str) -> bytes:
-        begin, size = self._place(name)
+        begin, size = self._extent(name)
         if size > MOST_BYTES:
             raise PlainPickleError(f"holds {name!r:.80} of {size:,} bytes")
         self.file.seek(begin)
@@ -135,7 +135,7 @@ class _Archive:
             raise PlainPickleError("holds a storage that is none")
         if made.name not in STORAGES:
             raise PlainPickleError(f"asks for {made.name}, which no checkpoint needs: it was not loaded")
-        return _Storage(STORAGES[made.name], *self._place(f"data/{key}"))
+        return _Storage(STORAGES[made.name], *self._extent(f"data/{key}"))
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
         return self._stored(storage, storage.dtype, offset, size, stride)
@@ -181,12 +181,12 @@ class _Window(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
-        place += {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
-        if place < 0:
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        offset += {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
+        if offset < 0:
             raise OSError(0, "a place before the beginning")
-        self.at = place
-        return place
+        self.at = offset
+        return offset
 
     def tell(self) -> int:
         return self.at

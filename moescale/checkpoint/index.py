@@ -63,12 +63,12 @@ def _metadata(found: Any) -> Metadata:
         entries[name] = _entry(entry, len(stored) - parts)
         parts += len(getattr(entries[name], "chunks", ()))
     places: dict[MetadataIndex, _StorageInfo] = {}
-    for key, place in stored.items():
+    for key, value in stored.items():
         index = _attributes(key, "MetadataIndex")
         name, offset = index.get("fqn"), index.get("offset")
         if not isinstance(name, str):
             raise PlainPickleError("names a tensor by what is no text")
-        places[MetadataIndex(name, None if offset is None else shape_of(offset))] = _place(place)
+        places[MetadataIndex(name, None if offset is None else shape_of(offset))] = _storage_info(value)
     return Metadata(entries, storage_data=places)
 
 
@@ -111,7 +111,7 @@ def _chunk(value: Any) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(shape_of(found.get("offsets"))), torch.Size(shape_of(found.get("sizes"))))
 
 
-def _place(value: Any) -> _StorageInfo:
+def _storage_info(value: Any) -> _StorageInfo:
     found = _attributes(value, "_StorageInfo")
     path, offset, length = (found.get(key) for key in ("relative_path", "offset", "length"))
     if not isinstance(path, str) or len(path) > 1000 or found.get("transform_descriptors"):
@@ -121,10 +121,10 @@ def _place(value: Any) -> _StorageInfo:
     return _StorageInfo(path, offset, length)  # type: ignore[arg-type]
 
 
-def read_part(folder: Path, place: _StorageInfo) -> Stored:
+def read_part(folder: Path, info: _StorageInfo) -> Stored:
     """Find the one tensor that lies at a place of a distributed checkpoint's file. Raises ConfigError."""
-    path = inside(folder, place.relative_path)
-    found = read_archive(path, place.offset, place.length)
+    path = inside(folder, info.relative_path)
+    found = read_archive(path, info.offset, info.length)
     if not isinstance(found, Stored):
         raise ConfigError(f"{folder} is damaged: {path.name} does not hold the tensors that its index says")
     return found
@@ -132,10 +132,10 @@ def read_part(folder: Path, place: _StorageInfo) -> Stored:
 
 def read_object(folder: Path, metadata: Metadata, name: str) -> Any:
     """Read what is stored under a name and is no tensor into plain values. Raises ConfigError."""
-    place = metadata.storage_data.get(MetadataIndex(name))
-    if place is None:
+    info = metadata.storage_data.get(MetadataIndex(name))
+    if info is None:
         raise ConfigError(f"{folder} is damaged: its index {INDEX} does not say where {name} lies")
-    return read_archive(inside(folder, place.relative_path), place.offset, place.length)
+    return read_archive(inside(folder, info.relative_path), info.offset, info.length)
 
 
 class SafeReader(FileSystemReader):
@@ -182,7 +182,7 @@ def tensors_of(metadata: Metadata, folder: Path, files: Collection[str]) -> dict
 
     files: names that the checkpoint consists of. Returns what is stored of each tensor, by name. Raises ConfigError.
     """
-    if not {place.relative_path for place in metadata.storage_data.values()} <= set(files):
+    if not {info.relative_path for info in metadata.storage_data.values()} <= set(files):
         raise ConfigError(f"{folder} is damaged: its index names files that its manifest does not")
     found = {}
     for name, entry in metadata.state_dict_metadata.items():

@@ -74,9 +74,9 @@ def save_checkpoint(
         with limited(f"saving step {step}"):
             ranks.on_first(lambda: _make_room(partial, files))
             ranks.together(lambda: _write(partial, tensors, ranks))
-            own = ranks.together(lambda: _check_sums(partial, f"__{ranks.rank}_*"))
-            listing = {name: sums for part in ranks.gather(own) for name, sums in part.items()}
-            ranks.together(lambda: _look(partial, listing, ranks))
+            found = ranks.together(lambda: _check_sums(partial, f"__{ranks.rank}_*"))
+            listing = {name: sums for part in ranks.gather(found) for name, sums in part.items()}
+            ranks.together(lambda: _check_written(partial, listing, ranks))
             ranks.on_first(lambda: _finish(partial, folder, {"step": step, **state}, listing))
     except Failed as error:
         if ranks.rank == 0:
@@ -238,7 +238,7 @@ def _read(reader: FileSystemReader, tensors: dict[str, Tensor], ranks: Ranks) ->
         dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.alone)
 
 
-def _look(partial: Path, listing: dict[str, list[int]], ranks: Ranks) -> None:
+def _check_written(partial: Path, listing: dict[str, list[int]], ranks: Ranks) -> None:
     """See that what the ranks wrote lies there: rank 0 for all sizes, each rank for a neighbour's bytes."""
     neighbour = f"__{(ranks.rank - 1) % ranks.size}_"
     read = {name for name in listing if ranks.size > 1 and name.startswith(neighbour)}
@@ -363,9 +363,9 @@ def _not_finite(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:
     sums = [_sum(part) for part in parts.values()]
     finite = torch.stack(sums).isfinite().tolist() if sums else []
     # finite numbers may have too large a sum, so then each is looked at
-    own = next((name for (name, part), good in zip(parts.items(), finite, strict=True)
+    found = next((name for (name, part), good in zip(parts.items(), finite, strict=True)
                 if not good and not bool(part.isfinite().all())), None)
-    return next((name for name in ranks.gather(own) if name is not None), None)
+    return next((name for name in ranks.gather(found) if name is not None), None)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -96,8 +96,8 @@ def read_region(stored: Stored, part: Region) -> Tensor:
     for path, moves in _transfers(stored, part):
         with path.open("rb", buffering=0) as file:
             data = _bytes(buffer)
-            for place, begin, size in moves:
-                _read_exactly(file.fileno(), data[begin : begin + size], place, path)
+            for offset, begin, size in moves:
+                _read_exactly(file.fileno(), data[begin : begin + size], offset, path)
     return buffer.permute([order.index(dim) for dim in range(len(order))])
 
 
@@ -106,24 +106,24 @@ def write_region(stored: Stored, part: Region, values: Tensor) -> None:
     data = _bytes(values.reshape(part.shape).permute(part.order()).contiguous())
     for path, moves in _transfers(stored, part):
         with path.open("r+b", buffering=0) as file:
-            for place, begin, size in moves:
-                _write_exactly(file.fileno(), data[begin : begin + size], place)
+            for offset, begin, size in moves:
+                _write_exactly(file.fileno(), data[begin : begin + size], offset)
 
 
-def _read_exactly(descriptor: int, goal: memoryview, place: int, path: Path) -> None:
+def _read_exactly(descriptor: int, goal: memoryview, offset: int, path: Path) -> None:
     """Fill all of `goal`; the system may take several reads for it. Raises OSError where the file is too short."""
     while len(goal):
-        count = os.preadv(descriptor, [goal], place)
+        count = os.preadv(descriptor, [goal], offset)
         if count == 0:
             raise OSError(0, "the file ends in the middle of a tensor", str(path))
-        place, goal = place + count, goal[count:]
+        offset, goal = offset + count, goal[count:]
 
 
-def _write_exactly(descriptor: int, data: memoryview, place: int) -> None:
+def _write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of `data`; the system may take several writes for it."""
     while len(data):
-        count = os.pwrite(descriptor, data, place)
-        place, data = place + count, data[count:]
+        count = os.pwrite(descriptor, data, offset)
+        offset, data = offset + count, data[count:]
 
 
 def _transfers(stored: Stored, part: Region) -> Iterator[tuple[Path, list[tuple[int, int, int]]]]:
@@ -144,10 +144,11 @@ def _transfers(stored: Stored, part: Region) -> Iterator[tuple[Path, list[tuple[
         begin = np.maximum(first[ours], there[theirs])
         end = np.minimum(last[ours], there[theirs] + run)
         # in bytes: where it lies in the file, and where in the view
-        place = chunk.offset + (theirs * run + begin - there[theirs]) * itemsize
+        offset = chunk.offset + (theirs * run + begin - there[theirs]) * itemsize
         goal = (order[ours] * length + begin - first[ours]) * itemsize
         if len(begin):
-            yield chunk.path, list(zip(place.tolist(), goal.tolist(), ((end - begin) * itemsize).tolist(), strict=True))
+            sizes = (end - begin) * itemsize
+            yield chunk.path, list(zip(offset.tolist(), goal.tolist(), sizes.tolist(), strict=True))
 
 
 def covers_once(shape: Shape, parts: Iterable[Region]) -> str | None:

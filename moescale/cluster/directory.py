@@ -63,20 +63,20 @@ def _probe(ranks: Agreement, path: Path, name: str) -> None:
     rank = ranks.launch.rank
     probe = path / str(ranks.on_first(lambda: _write(path / f".probe-{secrets.token_hex(6)}", name)))
     answers = ranks.launch.local_rank == 0
-    own = probe.with_name(f"{probe.name}.{rank}")
+    answer = probe.with_name(f"{probe.name}.{rank}")
     try:
         seen = _wait(probe.exists)
         problem = None
         if seen and answers:
             try:
-                _write(own, name)
+                _write(answer, name)
             except ConfigError as error:
                 problem = str(error)
         ranks.settle([seen, problem], lambda said: _refuse_unseen(said, ranks.hosts, name))
         answering = ranks.settle(answers, lambda said: [rank for rank, answer in enumerate(said) if answer])
         ranks.on_first(lambda: _refuse_unanswered(probe, answering, ranks.hosts, name))
     finally:
-        for file in ([own, probe] if rank == 0 else [own]):
+        for file in ([answer, probe] if rank == 0 else [answer]):
             with suppress(OSError):
                 file.unlink(missing_ok=True)
 

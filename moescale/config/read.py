@@ -51,8 +51,8 @@ def parse_config(values: Mapping[str, Any], source: str) -> Config:
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Read `group.key=value`; the value is what a YAML file has there, but needs no quotes. Raises ConfigError."""
     values: dict[str, Any] = {}
-    for place, text in enumerate(overrides):
-        home, name, value = _split_override(text, overrides[place + 1 : place + 3])
+    for index, text in enumerate(overrides):
+        home, name, value = _split_override(text, overrides[index + 1 : index + 3])
         key, kind = f"{home}.{name}", group(home).model_fields[name].annotation
         refuse(not value, f"{text} has no value: {key} must be {words(kind)}")
         node: yaml.Node | None = yaml.ScalarNode("tag:yaml.org,2002:str", value)

@@ -136,8 +136,8 @@ def _read_list(node: yaml.Node, kinds: tuple[Any, ...], key: str, kind: Any) -> 
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(items)
     refuse(len(items) != len(kinds), f"{key} must be {words(kind)}, not {len(items)}")
-    return tuple(read_node(item, each, f"{key}.{place}")
-                 for place, (item, each) in enumerate(zip(items, kinds, strict=True)))
+    return tuple(read_node(item, each, f"{key}.{index}")
+                 for index, (item, each) in enumerate(zip(items, kinds, strict=True)))
 
 
 def _read_scalar(text: str, kind: Any, key: str, whole: Any) -> Any:

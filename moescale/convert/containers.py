@@ -65,7 +65,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             if entry["dtype"] not in DTYPES:
                 raise ConfigError(f"{path}: {name} has dtype {entry['dtype']}, which MoEScale cannot read: save the "
                                   "model as float32 or bfloat16")
-            begin, end = (shape_of([place])[0] for place in entry["data_offsets"])
+            begin, end = (shape_of([offset])[0] for offset in entry["data_offsets"])
             stored = stored_whole(path, 8 + length + begin, DTYPES[entry["dtype"]], shape_of(entry["shape"]))
             if end - begin != stored.size_bytes:
                 raise ValueError
@@ -97,16 +97,16 @@ def create_safetensors(path: Path, sizes: Sizes) -> dict[str, Stored]:
     """Lay out a file for tensors of these shapes and dtypes, and return where each will lie."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    begin = 0
     for name, (shape, dtype) in sizes.items():
-        end = place + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [place, end]}
-        place = end
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + place)
+        file.truncate(8 + len(text) + begin)
     return open_safetensors(path)[0]
 
 
@@ -155,13 +155,13 @@ def open_distributed(
         shape, parts = tuple(entry.size), []
         chunks = []
         for chunk in entry.chunks:
-            place = places.get(MetadataIndex(name, chunk.offsets))
-            if place is None or any(begin + length > size for begin, length, size in zip(
+            info = places.get(MetadataIndex(name, chunk.offsets))
+            if info is None or any(begin + length > size for begin, length, size in zip(
                     chunk.offsets, chunk.sizes, shape, strict=True)):
                 raise ConfigError(f"{folder} is damaged: its index does not say where all of {name} lies")
-            item = read_part(folder, place)
+            item = read_part(folder, info)
             if math.prod(item.shape) != math.prod(chunk.sizes) or item.dtype != entry.properties.dtype:
-                raise ConfigError(f"{folder} is damaged: {place.relative_path} does not hold {name} as its index says")
+                raise ConfigError(f"{folder} is damaged: {info.relative_path} does not hold {name} as its index says")
             parts.append(region(shape, partial(_box, box=_slices(chunk.offsets, chunk.sizes))))
             chunks.append(Chunk(item.chunks[0].path, item.chunks[0].offset, parts[-1]))
         tensors[name] = Stored(entry.properties.dtype, shape, tuple(chunks))

@@ -101,7 +101,7 @@ class Copier:
         for goal in goals:
             begin = values.storage_offset() + goal.part.offset
             part = values.as_strided(goal.part.shape, goal.part.stride, begin)
-            write_region(self.places[goal.key], goal.place, part)
+            write_region(self.places[goal.key], goal.region, part)
         return digests(self.weights[name], values)
 
     def _streams(self, name: NativeName) -> bool:
@@ -112,23 +112,23 @@ class Copier:
         theirs = self.origins[recipe.sources[0]]
         whole = theirs[0].part
         return len(theirs) == 1 and all(
-            piece.part == whole and piece.place.shape == whole.shape and piece.place.order() == whole.order()
+            piece.part == whole and piece.region.shape == whole.shape and piece.region.order() == whole.order()
             for piece in (*theirs, *self.goals[name]))
 
     def _copy_rows(self, name: NativeName) -> str:
         """Copy a matrix a few rows at a time, which stay in the processor's caches on their way."""
         (theirs,), goals = self.origins[self.recipes[name].sources[0]], self.goals[name]
-        stored, dtype, shape = self.source.tensors[theirs.key], self.places[goals[0].key].dtype, theirs.place.shape
+        stored, dtype, shape = self.source.tensors[theirs.key], self.places[goals[0].key].dtype, theirs.region.shape
         step = max(1, ROWS_BYTES // (math.prod(shape[1:]) * max(stored.dtype.itemsize, dtype.itemsize)))
         digest = Digest(shape)
         for begin in range(0, shape[0], step):
             end = min(begin + step, shape[0])
-            values = read_region(stored, theirs.place.rows(begin, end))
+            values = read_region(stored, theirs.region.rows(begin, end))
             _refuse_nan(values, name, self.source.path)
             values = values.to(dtype)
             digest.update(values)
             for goal in goals:
-                write_region(self.places[goal.key], goal.place.rows(begin, end), values)
+                write_region(self.places[goal.key], goal.region.rows(begin, end), values)
         return digest.hex()
 
 

@@ -42,11 +42,11 @@ def fingerprints(weights: Weights, found: Mapping[NativeName, Sequence[str]]) ->
         if native.layer is None:
             groups[-1, -1, native.weight[0]] += parts
             continue
-        place = ".".join(native.weight[2:])
+        within = ".".join(native.weight[2:])
         for row, digest in enumerate(parts):
             expert = row if has_rows(weights[native]) else native.expert
             name = f"layer {native.layer}" + ("" if expert is None else f" expert {expert}")
-            groups[native.layer, -1 if expert is None else expert, name].append(f"{place} {digest}")
+            groups[native.layer, -1 if expert is None else expert, name].append(f"{within} {digest}")
     named = {name: _hex("\n".join(sorted(groups[order, expert, name]))) for order, expert, name in sorted(groups)}
     return {"model": _hex("\n".join(sorted(f"{name} {digest}" for name, digest in named.items()))), **named}
 

@@ -55,7 +55,7 @@ def print_fingerprints(found: Mapping[str, str]) -> None:
         experts.setdefault(head, []).append(digest if not expert else digest[:8])
     table = Table("fingerprint of", "", "experts in order", box=None)
     for head in experts:
-        own, *rest = experts[head]
-        table.add_row(head, own, " ".join(rest))
+        experts_of_layer, *rest = experts[head]
+        table.add_row(head, experts_of_layer, " ".join(rest))
     Console().print(table)
 

@@ -100,8 +100,8 @@ class Batches:
                 for begin in range(first, first + share, micro_batch)]
 
     def _sequence(self, number: int) -> np.ndarray:
-        epoch, place = divmod(number, self.num_windows)
-        sequence = _read(self.tokens, int(self._order(epoch)[place]) * self.seq_len, self.seq_len, number)
+        epoch, within = divmod(number, self.num_windows)
+        sequence = _read(self.tokens, int(self._order(epoch)[within]) * self.seq_len, self.seq_len, number)
         sequence[-1] += self.start.tokens - self.start.sequences * self.seq_len  # no number twice in a run
         return sequence
 

@@ -41,7 +41,7 @@ class TokenCache:
     def __init__(self, directory: Path, name: str) -> None:
         self.packs, self.corpora, self.name = directory / "packs", directory / "corpora", name
         self.directory = directory
-        self._place: Path | None = None
+        self._corpus: Path | None = None
         self._in_use: FileLock | None = None  # as long as this object lives
 
     def content_hashes(self, files: Sequence[SourceFile]) -> dict[str, str]:
@@ -53,8 +53,8 @@ class TokenCache:
         known: dict[str, Any] = {}
         total = sum(file.size_bytes for file in files)
         if total > HASHED_AT_START_BYTES:
-            for place in self.corpora.glob(f"{self.name}-*"):
-                known.update(_read(place).get("sources", {}))
+            for folder in self.corpora.glob(f"{self.name}-*"):
+                known.update(_read(folder).get("sources", {}))
         self._sources: dict[str, Any] = {}
         hashes, done = {}, 0
         with reading("looking for changes", total) as shown:
@@ -73,19 +73,19 @@ class TokenCache:
     def claim(self, keys: Sequence[str]) -> None:
         """Note that this corpus uses these packs, and hold on to them; where nothing can be written, do without."""
         content = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:20]
-        place = self.corpora / f"{self.name}-{content}"
+        folder = self.corpora / f"{self.name}-{content}"
         used = {"packs": list(keys), "sources": self._sources}
         for _ in range(100):  # another process may remove what nobody holds yet
             try:
-                place.mkdir(parents=True, exist_ok=True)
-                if _read(place) != used:
+                folder.mkdir(parents=True, exist_ok=True)
+                if _read(folder) != used:
                     stored = {"crc32": zlib.crc32(json.dumps(used).encode()), "used": used}
-                    replace_text(place / "packs.json", json.dumps(stored))
-                os.utime(place / "packs.json")
-                (place / "in_use").touch()
-                in_use = FileLock(place / "in_use", shared=True, wait=True)
-                if in_use.is_of(place / "in_use"):
-                    self._in_use, self._place = in_use, place
+                    replace_text(folder / "packs.json", json.dumps(stored))
+                os.utime(folder / "packs.json")
+                (folder / "in_use").touch()
+                in_use = FileLock(folder / "in_use", shared=True, wait=True)
+                if in_use.is_of(folder / "in_use"):
+                    self._in_use, self._corpus = in_use, folder
                     return
             except FileNotFoundError:
                 continue
@@ -96,9 +96,9 @@ class TokenCache:
     def building(self) -> Iterator[None]:
         """Let one process at a time write packs of this corpus."""
         self.packs.mkdir(parents=True, exist_ok=True)
-        if self._place is None:
+        if self._corpus is None:
             raise OSError("the folder cannot be written")
-        with lock(self._place / "building"):
+        with lock(self._corpus / "building"):
             yield
 
     def open(self, key: str, checked_bytes: int) -> Pack | None:
@@ -111,8 +111,8 @@ class TokenCache:
     def files_of_other_packs(self, options: str) -> dict[str, tuple[Pack, int]]:
         """Find what other packs hold: for a file's key, a pack that was written with these options, and its number."""
         found = {}
-        for place in self.packs.iterdir():
-            pack = open_pack(place) if _PACK.fullmatch(place.name) and not place.name.endswith(".tmp") else None
+        for folder in self.packs.iterdir():
+            pack = open_pack(folder) if _PACK.fullmatch(folder.name) and not folder.name.endswith(".tmp") else None
             if pack is not None and pack.options == options:
                 found.update({file.key: (pack, number) for number, file in enumerate(pack.files)})
         return found
@@ -121,34 +121,34 @@ class TokenCache:
         """Remove corpora that are of an older content or were not used for long, and packs of no corpus."""
         kept: set[str] = set()
         with contextlib.suppress(OSError):
-            for place in self.corpora.iterdir():
-                if not _CORPUS.fullmatch(place.name):
+            for folder in self.corpora.iterdir():
+                if not _CORPUS.fullmatch(folder.name):
                     continue
-                if place != self._place and self._is_old(place):
-                    remove(place)
-                elif not _read(place):
+                if folder != self._corpus and self._is_old(folder):
+                    remove(folder)
+                elif not _read(folder):
                     return  # it may list anything
                 else:
-                    kept.update(_read(place)["packs"])
-            for place in self.packs.iterdir():
-                if _PACK.fullmatch(place.name) and place.name[:40] not in kept:
-                    remove(place)
+                    kept.update(_read(folder)["packs"])
+            for folder in self.packs.iterdir():
+                if _PACK.fullmatch(folder.name) and folder.name[:40] not in kept:
+                    remove(folder)
             self._clean_older_formats()
 
-    def _is_old(self, place: Path) -> bool:
+    def _is_old(self, folder: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            if is_locked(place / "in_use", unknown=True):
+            if is_locked(folder / "in_use", unknown=True):
                 return False
-            age = time.time() - (place / "packs.json").stat().st_mtime
-            return place.name.startswith(f"{self.name}-") or age > KEPT_DAYS * 86400 or not _read(place)
+            age = time.time() - (folder / "packs.json").stat().st_mtime
+            return folder.name.startswith(f"{self.name}-") or age > KEPT_DAYS * 86400 or not _read(folder)
         return True
 
     def _clean_older_formats(self) -> None:
         for meta in self.directory.glob("*/meta.json"):
-            place = meta.parent
-            if re.fullmatch(r"[0-9a-f]{40}", place.name) and time.time() - meta.stat().st_mtime > KEPT_DAYS * 86400:
-                remove(place)
-                place.with_name(f"{place.name}.lock").unlink(missing_ok=True)
+            folder = meta.parent
+            if re.fullmatch(r"[0-9a-f]{40}", folder.name) and time.time() - meta.stat().st_mtime > KEPT_DAYS * 86400:
+                remove(folder)
+                folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
 
 
 def content_hash(file: SourceFile) -> str:
@@ -163,10 +163,10 @@ def content_hash(file: SourceFile) -> str:
     return digest.hexdigest()
 
 
-def _read(place: Path) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, Any]:
     """Read what a corpus uses; empty when that cannot be read or was damaged."""
     try:
-        stored = read_json(place / "packs.json", LARGEST_LIST)
+        stored = read_json(folder / "packs.json", LARGEST_LIST)
         used = stored["used"]
         return dict(used) if stored["crc32"] == zlib.crc32(json.dumps(used).encode()) else {}
     except (OSError, ValueError, KeyError, TypeError):

@@ -80,14 +80,14 @@ class Document:
 class BadDocument:
     """What stands in a file where a document should. place: the line or row, nothing for a whole file."""
 
-    place: str
+    where: str
     fault: str
     advice: str
 
     def error(self, file: SourceFile) -> ConfigError:
         """Give the error that refuses it."""
-        place = f" {self.place}" if self.place else ""
-        return file.error(f"{place} {self.fault}: {self.advice}, or write data.bad_documents=skip")
+        where = f" {self.where}" if self.where else ""
+        return file.error(f"{where} {self.fault}: {self.advice}, or write data.bad_documents=skip")
 
 
 def kind_of(name: str) -> str | None:
@@ -199,23 +199,23 @@ def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
         yield None
 
 
-def _line(line: bytes | None, place: str, text_field: str, suffix: str) -> Document | BadDocument | None:
+def _line(line: bytes | None, where: str, text_field: str, suffix: str) -> Document | BadDocument | None:
     """Read a line of JSON; None when it is blank."""
     if line is None:
-        return _too_long(MAX_LINE_BYTES, "write shorter documents", place)
+        return _too_long(MAX_LINE_BYTES, "write shorter documents", where)
     decoded = _decode(line)
     if decoded is None:
-        return _not_text(place)
+        return _not_text(where)
     if not decoded.strip():
         return None
     advice = f'write one object a line, e.g. {{"{text_field}": "..."}}'
     try:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
-        if place == "line 1" and suffix == ".json" and decoded.lstrip()[0] in "[{":
+        if where == "line 1" and suffix == ".json" and decoded.lstrip()[0] in "[{":
             advice += " (jq -c '.[]' makes lines of an array)"
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        return BadDocument(place, f"is not JSON ({reason})", advice)
+        return BadDocument(where, f"is not JSON ({reason})", advice)
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         fault = f"has no string `{text_field}`"
@@ -224,7 +224,7 @@ def _line(line: bytes | None, place: str, text_field: str, suffix: str) -> Docum
             advice += f", or name another field in data.text_field ({', '.join(others)})" if others else ""
         elif suffix == ".json" and isinstance(record, list):
             advice += " (jq -c '.[]' makes lines of an array)"
-        return BadDocument(place, fault, " ".join(advice.split()))
+        return BadDocument(where, fault, " ".join(advice.split()))
     kind = _kind([record.get(field) for field in KIND_FIELDS], suffix)
     return Document(_without_lone_surrogates(text), _without_lone_surrogates(kind))
 
@@ -266,12 +266,12 @@ def _decode(content: bytes, allow_zero: bool = False) -> str | None:
     return None
 
 
-def _not_text(place: str) -> BadDocument:
-    return BadDocument(place, "is not UTF-8 text", "convert it (e.g. with iconv), leave it out")
+def _not_text(where: str) -> BadDocument:
+    return BadDocument(where, "is not UTF-8 text", "convert it (e.g. with iconv), leave it out")
 
 
-def _too_long(limit: int, advice: str, place: str = "") -> BadDocument:
-    return BadDocument(place, f"is longer than {limit >> 20} MiB", advice)
+def _too_long(limit: int, advice: str, where: str = "") -> BadDocument:
+    return BadDocument(where, f"is longer than {limit >> 20} MiB", advice)
 
 
 def _kind(named: Sequence[object], suffix: str) -> str:

@@ -209,8 +209,8 @@ class PackWriter:
             (self.directory / f"{name}.bin").write_bytes(values.tobytes())
         lengths, document, token = np.diff(arrays["starts"], append=self.num_tokens), 0, 0
         for file in self.files:
-            own = lengths[document : document + file["documents"]], tokens[token : token + file["tokens"]]
-            file["digest"] = hashlib.sha256(b"".join(hashlib.sha256(part.data).digest() for part in own)).hexdigest()
+            parts = lengths[document : document + file["documents"]], tokens[token : token + file["tokens"]]
+            file["digest"] = hashlib.sha256(b"".join(hashlib.sha256(part.data).digest() for part in parts)).hexdigest()
             document, token = document + file["documents"], token + file["tokens"]
         meta = {"format": FORMAT, "options": self.options, "vocab_size": self.tokenizer.vocab_size,
                 "dtype": self.dtype.name, "kinds": list(self.kinds), "files": self.files,

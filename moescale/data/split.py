@@ -87,9 +87,9 @@ class TokenSplit:
         Returns tokens [length] int64 and positions [length] int64.
         """
         tokens, origin = np.empty(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
-        for pack, begin, end, place in self._parts(start, length):
-            tokens[place : place + end - begin] = pack.read(begin, end)
-            inside = pack.starts[slice(*np.searchsorted(pack.starts, (begin, end)))] - begin + place
+        for pack, begin, end, offset in self._parts(start, length):
+            tokens[offset : offset + end - begin] = pack.read(begin, end)
+            inside = pack.starts[slice(*np.searchsorted(pack.starts, (begin, end)))] - begin + offset
             origin[inside] = inside
         return tokens, np.arange(length) - np.maximum.accumulate(origin)
 
@@ -106,10 +106,10 @@ class TokenSplit:
         assert length >= 1
         assert 0 <= start <= self.num_tokens - length
         run = int(np.searchsorted(self.first, start, side="right")) - 1
-        place = 0
-        while place < length:
-            skipped = start + place - int(self.first[run])
-            count = min(int(self.first[run + 1] - self.first[run]) - skipped, length - place)
+        offset = 0
+        while offset < length:
+            skipped = start + offset - int(self.first[run])
+            count = min(int(self.first[run + 1] - self.first[run]) - skipped, length - offset)
             begin = int(self.begin[run]) + skipped
-            yield self.packs[self.pack[run]], begin, begin + count, place
-            place, run = place + count, run + 1
+            yield self.packs[self.pack[run]], begin, begin + count, offset
+            offset, run = offset + count, run + 1

@@ -175,9 +175,9 @@ def _write_pack(
     cache: TokenCache, recipe: _Recipe, tokenizer: Tokenizer, options: str, others: dict[str, tuple[Pack, int]],
     shown: Reading, done_bytes: int,
 ) -> None:
-    place = cache.packs / recipe.key
-    remove_leftovers(place)
-    with temporary_folder(place) as temporary:
+    folder = cache.packs / recipe.key
+    remove_leftovers(folder)
+    with temporary_folder(folder) as temporary:
         writer = PackWriter(temporary, tokenizer, options if recipe.cut is None else f"{options} cut")
         try:
             chunk = _Chunk(writer)
@@ -196,7 +196,7 @@ def _write_pack(
             writer.finish()
         finally:
             writer.close()
-        publish(temporary, place, lambda: cache.open(recipe.key, CHECKED_AT_START_BYTES) is not None)
+        publish(temporary, folder, lambda: cache.open(recipe.key, CHECKED_AT_START_BYTES) is not None)
 
 
 class _Chunk:
@@ -246,7 +246,7 @@ def _corpus(
     """Part the documents into those to train on and those held out."""
     notes = []
     for some, written in zip(packs, recipes, strict=True):
-        notes += _look_for_bad(some, written)
+        notes += _find_bad(some, written)
         if not any(len(pack.starts) for pack in some):
             raise ConfigError("; ".join([str(written[0].corpus.empty()), *notes]))
     texts = [pack.texts for pack in packs[0]]
@@ -267,7 +267,7 @@ def _corpus(
                        recipes[0][0].corpus.is_default, cache)
 
 
-def _look_for_bad(packs: Sequence[Pack], recipes: Sequence[_Recipe]) -> list[str]:
+def _find_bad(packs: Sequence[Pack], recipes: Sequence[_Recipe]) -> list[str]:
     """Refuse documents that could not be read, or say how many there are."""
     count, first = 0, ""
     for pack, recipe in zip(packs, recipes, strict=True):
@@ -275,5 +275,5 @@ def _look_for_bad(packs: Sequence[Pack], recipes: Sequence[_Recipe]) -> list[str
             if packed.first_bad is not None and not recipe.corpus.is_default:
                 recipe.corpus.refuse(file, packed.first_bad)
                 count += packed.skipped
-                first = first or " ".join(f"{file.path} {packed.first_bad.place} {packed.first_bad.fault}".split())
+                first = first or " ".join(f"{file.path} {packed.first_bad.where} {packed.first_bad.fault}".split())
     return [f"{count:,} documents could not be read and are left out, the first: {first}"] if count else []

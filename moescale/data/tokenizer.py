@@ -342,8 +342,8 @@ def tokenizer_of_checkpoint(data: DataConfig, folder: Path, step: int) -> Tokeni
     data: as read from its config.yaml. step: of the checkpoint. What was trained before data.begin_token was written
     there has one token before each document, by name alone. Raises ConfigError.
     """
-    own = folder / "tokenizer.json"
-    spec = str(own) if data.tokenizer != "bytes" and own.exists() else data.tokenizer
+    saved = folder / "tokenizer.json"
+    spec = str(saved) if data.tokenizer != "bytes" and saved.exists() else data.tokenizer
     tokenizer = load_tokenizer(spec, data.begin_token, data.end_token)
     if step == 0 or "begin_token" in data.model_fields_set or not isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer

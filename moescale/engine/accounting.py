@@ -59,7 +59,7 @@ def mean_cross_entropy(total: Tensor, batches: Sequence[Batch], mesh: Mesh) -> f
 def global_counts(batches: Sequence[Batch], mesh: Mesh) -> Tensor:
     """Count targets that are not ignored and tokens that are not padding, over all ranks: [2] float32, at least one."""
     counts = [torch.stack(((batch.targets != -100).sum(), (batch.token_id >= 0).sum())) for batch in batches]
-    total = all_reduce_sum(torch.stack(counts).sum(0), mesh.world_group) // mesh.copies
+    total = all_reduce_sum(torch.stack(counts).sum(0), mesh.world_group) // mesh.batch_copies
     return total.float().clamp(min=1)
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from moescale.files.locks import FileLock, is_locked
 
 
-def temporary_beside(place: Path) -> Path:
-    """Name a new folder beside `place`, on the same disk, that tells which machine and process fills it."""
-    return place.with_name(f"{place.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+def temporary_beside(target: Path) -> Path:
+    """Name a new folder beside `target`, on the same disk, that tells which machine and process fills it."""
+    return target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
-def temporary_folder(place: Path) -> Iterator[Path]:
-    """Make a folder beside `place` and lock it while it is filled; it is gone afterwards, unless it was renamed."""
-    temporary = temporary_beside(place)
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """Make a folder beside `target` and lock it while it is filled; it is gone afterwards, unless it was renamed."""
+    temporary = temporary_beside(target)
     temporary.mkdir()
     try:
         with FileLock(temporary):
@@ -31,38 +31,38 @@ def temporary_folder(place: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def publish(temporary: Path, place: Path, is_whole: Callable[[], bool]) -> None:
-    """Rename a filled folder to `place`; a whole one that stands there already wins, a damaged one goes.
+def publish(temporary: Path, target: Path, is_whole: Callable[[], bool]) -> None:
+    """Rename a filled folder to `target`; a whole one that stands there already wins, a damaged one goes.
 
-    is_whole: looks at `place`. Raises OSError when the rename fails for another reason.
+    is_whole: looks at `target`. Raises OSError when the rename fails for another reason.
     """
     for attempt in range(10):
         try:
-            temporary.rename(place)
+            temporary.rename(target)
             return
         except OSError:
             if is_whole():
                 return
-            if attempt == 9 or not place.exists():
+            if attempt == 9 or not target.exists():
                 raise
-            remove(place)
+            remove(target)
 
 
-def remove(place: Path) -> None:
+def remove(target: Path) -> None:
     """Remove a folder so that it is never seen in part; one that is gone already is none to complain about."""
-    aside = temporary_beside(place)  # renaming is one step, removing is many
+    aside = temporary_beside(target)  # renaming is one step, removing is many
     with contextlib.suppress(FileNotFoundError):
-        place.rename(aside)
+        target.rename(aside)
         if aside.is_dir() and not aside.is_symlink():
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.unlink()
 
 
-def remove_leftovers(place: Path) -> None:
-    """Remove what killed writers left beside `place`."""
-    ours = re.compile(re.escape(place.name) + r"\..+-[0-9]+-[0-9a-f]{8}\.tmp")
-    for leftover in place.parent.glob(f"{place.name}.*.tmp"):
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed writers left beside `target`."""
+    ours = re.compile(re.escape(target.name) + r"\..+-[0-9]+-[0-9a-f]{8}\.tmp")
+    for leftover in target.parent.glob(f"{target.name}.*.tmp"):
         if ours.fullmatch(leftover.name) and not is_locked(leftover, unknown=True):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)

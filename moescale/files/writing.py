@@ -13,30 +13,30 @@ from moescale.files.publish import remove_leftovers, temporary_beside
 
 
 @contextlib.contextmanager
-def replacing(place: Path) -> Iterator[IO[bytes]]:
+def replacing(target: Path) -> Iterator[IO[bytes]]:
     """Open a file beside `place` that takes its place when the block ends well, and is gone when it does not.
 
     Any number of processes may do so at once. Raises OSError.
     """
-    remove_leftovers(place)
-    temporary = temporary_beside(place)
+    remove_leftovers(target)
+    temporary = temporary_beside(target)
     try:
         with temporary.open("xb") as file, FileLock(temporary):
             yield file
-        temporary.replace(place)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def replace_bytes(place: Path, content: bytes) -> None:
+def replace_bytes(target: Path, content: bytes) -> None:
     """Put bytes in the place of a file's, whole or not at all. Raises OSError."""
-    with replacing(place) as file:
+    with replacing(target) as file:
         file.write(content)
 
 
-def replace_text(place: Path, text: str) -> None:
+def replace_text(target: Path, text: str) -> None:
     """Put a text in the place of a file's, whole or not at all. Raises OSError."""
-    replace_bytes(place, text.encode())
+    replace_bytes(target, text.encode())
 
 
 def write_synced(path: Path, content: str | bytes, *, append: bool = False) -> None:

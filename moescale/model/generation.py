@@ -80,10 +80,10 @@ def next_tokens(
     # Each prompt is read once, whatever the number of its samples.
     scores, states = _read(model, rows[::samples], length, context)
     if samples > 1:
-        copies = torch.arange(len(prompts), device=scores.device).repeat_interleave(samples)
-        scores = scores[copies]
+        prompt_of_row = torch.arange(len(prompts), device=scores.device).repeat_interleave(samples)
+        scores = scores[prompt_of_row]
         for state in states:
-            state.select(copies)
+            state.select(prompt_of_row)
     for left in reversed(range(num_tokens)):
         drawn = draw(scores[:, :num_ids], sampling, [rows[index] for index in live])
         given: list[int | None] = [None] * len(rows)
@@ -92,12 +92,12 @@ def next_tokens(
             given[index] = token
             rows[index].ids.append(token)
         yield given
-        going = [place for place, token in enumerate(drawn) if token not in stops]
+        going = [index for index, token in enumerate(drawn) if token not in stops]
         if not left or not going:
             return
         # Texts that have ended leave the batch.
         if len(going) < len(live):
-            live, before = [live[place] for place in going], [before[place] for place in going]
+            live, before = [live[index] for index in going], [before[index] for index in going]
             for state in states:
                 state.select(torch.tensor(going, device=scores.device))
         texts = [rows[index] for index in live]
@@ -126,8 +126,8 @@ def draw(scores: Tensor, sampling: Sampling, rows: Sequence[Row]) -> list[int]:
         best, order = odds.sort(dim=-1, descending=True, stable=True)
         best = best.masked_fill(best.cumsum(-1) - best >= sampling.top_p, 0)  # what likelier ones have is enough
         odds = torch.zeros_like(odds).scatter_(1, order, best)
-    places = torch.tensor([row.sample * 2**32 + len(row.ids) for row in rows], device=scores.device)
-    high, low = uniform_features(places, sampling.seed, 2).double().unbind(-1)  # 24 bits each
+    token_ids = torch.tensor([row.sample * 2**32 + len(row.ids) for row in rows], device=scores.device)
+    high, low = uniform_features(token_ids, sampling.seed, 2).double().unbind(-1)  # 24 bits each
     sums = odds.cumsum(-1)
     level = (high + low / 2**24).unsqueeze(1) * sums[:, -1:]
     return torch.searchsorted(sums, level, right=True).squeeze(1).tolist()

@@ -21,7 +21,7 @@ def initialize(model: nn.Module, spec: ModelSpec, seed: int) -> None:
     described = {".".join(weight.name): weight for weight in spec.weights()}
     for name, parameter in model.named_parameters():
         weight = described[name]
-        local, cut = _place(parameter)
+        local, cut = _local_part(parameter)
         shape, first = weight.shape, 0
         matrices: tuple[Tensor, ...] = (local,)
         if weight.view == "sparse":
@@ -42,7 +42,7 @@ def _fill(tensor: Tensor, init: Init, generator: torch.Generator) -> None:
         tensor.fill_({"zeros": 0, "ones": 1}[init.kind])
 
 
-def _place(parameter: nn.Parameter) -> tuple[Tensor, list[slice]]:
+def _local_part(parameter: nn.Parameter) -> tuple[Tensor, list[slice]]:
     """Find the values that lie here, and which part of each dim of the whole they are."""
     data = parameter.data
     cut = [(0, size) for size in data.shape]

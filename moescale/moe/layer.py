@@ -40,7 +40,7 @@ class MoELayer(nn.Module):
         self.budget: RowBudget | None = None
         self.statistics = Statistics(router.num_experts)
         self.call_mixture = call
-        router.observe(self.statistics.look)
+        router.observe(self.statistics.add_probabilities)
 
     def attach(self, placement: Placement) -> None:
         experts = placement.experts

@@ -71,7 +71,7 @@ class Statistics(nn.Module):
         return self.counts[COUNTS.index("surplus")]
 
     @torch.no_grad()
-    def look(self, probs: Tensor, valid: Tensor) -> None:
+    def add_probabilities(self, probs: Tensor, valid: Tensor) -> None:
         """See how sure the router is. probs: [groups, tokens, experts]. valid: [groups, tokens] bool"""
         if self.training and self.counting and self.watching:
             best, entropy = probs.amax(-1), torch.special.entr(probs).sum(-1)

@@ -30,7 +30,7 @@ class Alerts:
         self.highest: deque[float] = deque(maxlen=3)  # the highest loss of the steps up to each logged one
         self.known: set[str] = set()
 
-    def look(self, metrics: Line) -> list[str]:
+    def check(self, metrics: Line) -> list[str]:
         """Give the alerts that are new."""
         self.lines.append(metrics)
         found = dict(self._routing()) if len(self.lines) == self.lines.maxlen else {}
@@ -70,7 +70,7 @@ class Alerts:
         if len(self.losses) < ENOUGH_LOSSES:
             return
         highest, losses = max(self.highest), list(self.losses)
-        bends = [abs(losses[place - 1] - 2 * losses[place] + losses[place + 1]) for place in range(1, len(losses) - 1)]
+        bends = [abs(losses[index - 1] - 2 * losses[index] + losses[index + 1]) for index in range(1, len(losses) - 1)]
         noise = 1.48 * statistics.median(bends) / 6**0.5  # a normal deviation, whatever the trend
         if metrics["loss_max"] > highest + max(JUMP * abs(highest), LEAST_JUMP, SPREADS * noise):
             yield "loss", f"loss spike: {metrics['loss_max']:.3f}, after {highest:.3f} at most"

@@ -58,14 +58,14 @@ class HeldOutRecorder:
         """Write down those tokens that are kept, expert + 1 and weight; what is not here stays zero."""
         none_last = (choices.expert < 0).byte().argsort(dim=1, stable=True)[:, : self.top_k]
         both = torch.cat((choices.expert.gather(1, none_last) + 1, choices.weight.gather(1, none_last)), 1).double()
-        sequence, place = choices.token_id.div(self.seq_len, rounding_mode="floor"), choices.token_id % self.seq_len
+        sequence, position = choices.token_id.div(self.seq_len, rounding_mode="floor"), choices.token_id % self.seq_len
         step = self.sequences.step
         kept = (sequence >= 0) & (sequence < self.sequences.stop) & (sequence % step == 0)
-        place += sequence // step * self.seq_len
-        self._found[choices.layer, place[kept]] = both[kept]
+        position += sequence // step * self.seq_len
+        self._found[choices.layer, position[kept]] = both[kept]
         probability, expert = top_k(choices.probs, self.likely[1])
-        kept &= place < self._likely.shape[1]
-        self._likely[choices.layer, place[kept]] = torch.cat((expert + 1, probability), 1).double()[kept]
+        kept &= position < self._likely.shape[1]
+        self._likely[choices.layer, position[kept]] = torch.cat((expert + 1, probability), 1).double()[kept]
 
     def result(self, layers: Sequence[int]) -> Found | None:
         """Bring the ranks' parts together, in one collective. layers: those that are mixtures. -> on the first rank"""

@@ -67,9 +67,9 @@ def write_trace(path: Path, step: int, seen: Sequence[Choices], batches: Sequenc
     names = ("layer", "serial", "choice", "expert", "weight")
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     for each in seen:
-        place, choice = (each.expert >= 0).nonzero(as_tuple=True)
-        parts = (torch.full_like(place, each.layer), each.token_id[place], choice, each.expert[place, choice],
-                 each.weight[place, choice])
+        token, choice = (each.expert >= 0).nonzero(as_tuple=True)
+        parts = (torch.full_like(token, each.layer), each.token_id[token], choice, each.expert[token, choice],
+                 each.weight[token, choice])
         for name, part in zip(names, parts, strict=True):
             columns[name].append(part.cpu())
     joined: dict[str, Any] = {name: torch.cat(parts).numpy() if parts else [] for name, parts in columns.items()}

@@ -74,10 +74,10 @@ def _few(
     answers, start = [], 0
     for expert, size in enumerate(sizes):
         if size:
-            own = slice(start, start := start + size)
-            hidden = linear(rows[own], up[expert])
-            hidden = act(hidden) if gate is None else act(linear(rows[own], gate[expert])).mul_(hidden)
-            answers.append(linear(hidden.mul_(weights[own]), down[expert]))
+            these = slice(start, start := start + size)
+            hidden = linear(rows[these], up[expert])
+            hidden = act(hidden) if gate is None else act(linear(rows[these], gate[expert])).mul_(hidden)
+            answers.append(linear(hidden.mul_(weights[these]), down[expert]))
     total = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     if answers:
         total.index_add_(0, routing.token, torch.cat(answers).to(total.dtype))

@@ -91,13 +91,13 @@ class ContextAttention(nn.Module):
         wanted = torch.stack([needed[rank][own] for rank in range(ranks)])  # [ranks, seq/cp]
         token = wanted.nonzero()[:, 1]
         row = torch.where(wanted, wanted.flatten().cumsum(0).view_as(wanted) - 1, -1).T.contiguous()
-        sources = [places[needed[self.rank][places]] for places in owned]
+        sources = [held[needed[self.rank][held]] for held in owned]
         order = torch.cat(sources).argsort()
-        place = needed[self.rank].cumsum(0) - 1  # of a position among the rows received
+        slot = needed[self.rank].cumsum(0) - 1  # of a position among the rows received
         keys = []
         for piece in self.pieces[self.rank]:
             first = self._first_key(piece * length, window)
-            keys.append((int(place[first]), int(place[(piece + 1) * length - 1]) + 1))
+            keys.append((int(slot[first]), int(slot[(piece + 1) * length - 1]) + 1))
         return _Plan(
             token.to(device), row.to(device), wanted.sum(1).tolist(), [len(source) for source in sources],
             order.to(device), order.argsort().to(device), keys,

@@ -37,13 +37,13 @@ def name_lost_ranks(where: Callable[[BaseException], str], timeout_seconds: floa
 def where_in(error: BaseException, model: nn.Module) -> str:
     """Read the innermost module, and the sizes that were to travel, off the frames that the error went through."""
     names = {id(module): name or "the whole model" for name, module in model.named_modules()}
-    place, sizes = "outside the model", ""
+    module, sizes = "outside the model", ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for key in ("self", "module"):
-            place = names.get(id(frame.f_locals.get(key)), place)
+            module = names.get(id(frame.f_locals.get(key)), module)
         if frame.f_code.co_filename.endswith("distributed_c10d.py"):
             sizes = _sizes(frame) or sizes
-    return place + sizes
+    return module + sizes
 
 
 def _sizes(frame: FrameType) -> str:

@@ -58,7 +58,7 @@ class Mesh:
         return self.parallel.cp * self.parallel.tp
 
     @property
-    def copies(self) -> int:
+    def batch_copies(self) -> int:
         """How many ranks read the same batch: those that share its sequences or its layers."""
         return self.world_size // self.batch_size
 

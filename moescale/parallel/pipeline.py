@@ -94,18 +94,18 @@ class Pipeline:
     def evaluate(self, inputs: Inputs) -> LossSums | None:
         """Run one micro-batch forward, stage after stage. -> its sums where the last stage is"""
         tokens, rest = inputs["tokens"], {name: value for name, value in inputs.items() if name != "tokens"}
-        place, pp = self.group.rank(), self.parallel.pp
+        pp_rank, pp = self.group.rank(), self.parallel.pp
         for piece in self.pieces:
             received: tuple[Tensor, ...] = (tokens,)
             if not piece.first:
                 received = self._features(tokens.shape, tokens.device)
                 for tensor in received:
-                    dist.recv(tensor, group=self.group, group_src=(place - 1) % pp)
+                    dist.recv(tensor, group=self.group, group_src=(pp_rank - 1) % pp)
             result: tuple[Tensor, ...] = piece(*received, **rest)
             if piece.norm is not None:
                 return LossSums(*result)
             for tensor in result:
-                dist.send(tensor.contiguous(), group=self.group, group_dst=(place + 1) % pp)
+                dist.send(tensor.contiguous(), group=self.group, group_dst=(pp_rank + 1) % pp)
         return None
 
     def tie(self) -> None:
@@ -114,14 +114,14 @@ class Pipeline:
         if weight is None:
             return
         assert weight.grad is not None
-        own = local_tensor(weight.grad)
-        theirs, last = torch.empty_like(own), self.parallel.pp - 1
+        local = local_tensor(weight.grad)
+        theirs, last = torch.empty_like(local), self.parallel.pp - 1
         peer = dist.get_global_rank(self.group, last - self.group.rank())
-        send = dist.P2POp(dist.isend, own.contiguous(), peer, self.group)
+        send = dist.P2POp(dist.isend, local.contiguous(), peer, self.group)
         receive = dist.P2POp(dist.irecv, theirs, peer, self.group)
         for work in dist.batch_isend_irecv([send, receive]):
             work.wait()
-        own += theirs
+        local += theirs
 
     def _schedule(self, num_passes: int, shape: torch.Size) -> ScheduleGPipe:
         key = (num_passes, shape)

@@ -58,8 +58,8 @@ def draw_table(rows: Sequence[Sequence[str]]) -> str:
     """Draw rows of cells, the first column to the left and the others to the right."""
     shown = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) if place else cell.ljust(width)
-                                for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in shown)
+    return "\n".join("  ".join(cell.rjust(width) if column else cell.ljust(width)
+                                for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in shown)
 
 
 def _cells(loads: np.ndarray, width: int) -> str:

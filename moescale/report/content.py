@@ -23,12 +23,13 @@ def content_classes(routing: HeldOutRouting) -> np.ndarray:
     for begin in range(0, len(routing.pieces), routing.seq_len):
         pieces = [str(piece) for piece in routing.pieces[begin : begin + routing.seq_len]]
         of_characters = [kind for match in TOKEN.finditer("".join(pieces)) for kind in [_kind(match)] * len(match[0])]
-        place = 0
+        first_letter = 0
         for index, piece in enumerate(pieces):
             if routing.kinds[begin + index] and of_characters:
-                letter = place + min(len(piece) - 1, len(piece) - len(piece.lstrip())) if piece else place
+                blank = min(len(piece) - 1, len(piece) - len(piece.lstrip())) if piece else 0
+                letter = first_letter + blank
                 classes[begin + index] = of_characters[min(letter, len(of_characters) - 1)]  # part of the one to come
-            place += len(piece)
+            first_letter += len(piece)
     return classes
 
 
@@ -45,8 +46,8 @@ def file_kinds(routing: HeldOutRouting) -> tuple[list[str], np.ndarray]:
     """List the kinds of file, those of most tokens first, and of which each token is, [tokens] int, -1 = padding."""
     names, tokens = np.unique(routing.kinds[routing.kinds != ""], return_counts=True)
     ordered = names[np.argsort(-tokens, kind="stable")].tolist()
-    place = {name: number for number, name in enumerate(ordered)}
-    return ordered, np.array([place.get(kind, -1) for kind in routing.kinds.tolist()])
+    numbers = {name: number for number, name in enumerate(ordered)}
+    return ordered, np.array([numbers.get(kind, -1) for kind in routing.kinds.tolist()])
 
 
 def preference(routing: HeldOutRouting, kinds: np.ndarray, num_kinds: int, num_experts: int) -> np.ndarray:

@@ -68,8 +68,8 @@ def line_chart(title: str, curves: Sequence[tuple[str, int, Curve]], unit: str =
 def load_classes(loads: np.ndarray) -> np.ndarray:
     """Sort loads over the mean into colours: 0 = next to none, 1 (a quarter or less) to 11 (four times or more)."""
     with np.errstate(divide="ignore"):
-        place = np.rint(6 + 2.5 * np.log2(np.maximum(loads, 1e-9)))
-    return np.where(loads < 0.01, 0, np.clip(place, 1, 11)).astype(int)
+        colour = np.rint(6 + 2.5 * np.log2(np.maximum(loads, 1e-9)))
+    return np.where(loads < 0.01, 0, np.clip(colour, 1, 11)).astype(int)
 
 
 def share_classes(shares: np.ndarray) -> np.ndarray:

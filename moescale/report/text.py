@@ -36,8 +36,8 @@ def text_section(run: History, index: int) -> tuple[str, dict[str, Any]]:
         tables["files"] = files
     if routing.expert.shape[2] > 1 and len(routing.layers) * experts**2 <= MOST_PAIRS:
         tables["pairs"] = [f"expert {expert}" for expert in range(experts)], pair_preference(routing, experts)
-    options = "".join(f'<option value="{place}"{" selected" if place == len(routing.layers) - 1 else ""}>layer {layer}'
-                      "</option>" for place, layer in enumerate(routing.layers))
+    options = "".join(f'<option value="{index}"{" selected" if index == len(routing.layers) - 1 else ""}>layer {layer}'
+                      "</option>" for index, layer in enumerate(routing.layers))
     columns = ("expert 0", f"expert {experts - 1}")
     maps = "".join(
         f'<figure><figcaption>{TABLES[key]} <span class="reading"></span></figcaption>'
@@ -94,10 +94,10 @@ def _coloured(routing: HeldOutRouting, index: int) -> str:
                           for expert, weight in zip(experts, weights, strict=True) if expert >= 0)
         best = ", ".join(f"{expert} {probability:.1%}"
                          for expert, probability in zip(likely, probabilities, strict=True) if expert >= 0)
-        look = f'style="--hue:{hue(experts[0])}"' if experts[0] >= 0 else 'class="none"'
+        style = f'style="--hue:{hue(experts[0])}"' if experts[0] >= 0 else 'class="none"'
         begins = "data-begins " if token and token % routing.seq_len == 0 else ""
         title = f"{title or 'no expert'}; probabilities {best}"
-        spans.append(f'<span {begins}{look} title="{title}">{as_html(piece, LINES)}</span>')
+        spans.append(f'<span {begins}{style} title="{title}">{as_html(piece, LINES)}</span>')
     return f'<div class="text" data-run="{index}">{"".join(spans)}</div>'
 
 

@@ -112,10 +112,10 @@ def _run(model: LanguageModel, tokens: Tensor, certain: float) -> tuple[Tensor, 
     with ExitStack() as ends:
         for router in [module for module in model.modules() if isinstance(module, MixtralRouter)]:
 
-            def look(probs: Tensor, valid: Tensor, top_k: int = router.top_k) -> None:
+            def record(probs: Tensor, valid: Tensor, top_k: int = router.top_k) -> None:
                 if top_k < probs.shape[-1]:
                     best = probs.topk(top_k + 1, -1).values
                     sure.logical_and_(best[..., -2] - best[..., -1] > certain)
 
-            ends.callback(router.observe(look))
+            ends.callback(router.observe(record))
         return model.logits(tokens), sure

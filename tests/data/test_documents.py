@@ -93,7 +93,7 @@ def test_bad_documents_are_skipped_and_counted(tmp_path: Path) -> None:
                      + b'{"text": "b", "n": ' + b"9" * 5000 + b'}\n{"text": "c"}')
     assert [text for text, _ in read(path, bad_documents="skip")] == ["a", "c"]
     (file,) = open_corpus([str(path)]).files
-    bad = [each.place for each in read_documents(file, "text") if isinstance(each, BadDocument)]
+    bad = [each.where for each in read_documents(file, "text") if isinstance(each, BadDocument)]
     assert bad == [f"line {number}" for number in (2, 4, 5, 6, 7, 8)]
     message = refused(path)
     assert "line 2" in message

@@ -71,7 +71,7 @@ def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
         found.update(zip(token_id.flatten().tolist(), latest.pop().flatten(0, 1).tolist(), strict=True))
 
     for layer in moe_layers(engine.model):  # one, which some stage of a pipeline holds
-        assert layer.router.observers == [layer.statistics.look], "as it was"
+        assert layer.router.observers == [layer.statistics.add_probabilities], "as it was"
         layer.router.observe(lambda probs, valid: latest.append(probs))
         layer.router.register_forward_hook(see)
     engine.evaluate(evaluation._batches(1000))

@@ -129,7 +129,7 @@ def test_sums_are_their_definitions(kind: Kind) -> None:
     assert load <= slots if kind.factor is not None else slots == 0
     layer.statistics.watching = False
     with Operations() as operations:
-        layer.statistics.look(seen[0], token_id >= 0)
+        layer.statistics.add_probabilities(seen[0], token_id >= 0)
         layer.statistics.add(layer.router, routing, [routing], losses, token_id >= 0)
     assert not operations.names & {"_local_scalar_dense", "nonzero", "_to_copy"}, "nothing that the host waits for"
     assert layer.statistics.sums.tolist() == [entropy, confidence, balance, z, slots]

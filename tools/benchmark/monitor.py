@@ -46,7 +46,7 @@ class Bench:
         for layer in moe_layers(self.engine.model):
             for name in TIMED:
                 setattr(layer.statistics, name, partial(self._timed, getattr(layer.statistics, name)))
-            layer.router.observers[:] = [layer.statistics.look]
+            layer.router.observers[:] = [layer.statistics.add_probabilities]
 
     def step(self, kind: str, batches: list[Batch]) -> tuple[float, float]:
         """Time a step. -> seconds of the whole step, and of what was inside it"""
@@ -62,7 +62,7 @@ class Bench:
     def _log(self, loss: float) -> None:
         metrics = routing_metrics(self.engine.routing())
         metrics |= {"loss": loss, "loss_max": loss}
-        metrics["alerts"] = self.alerts.look(metrics)
+        metrics["alerts"] = self.alerts.check(metrics)
         self.lines.write(self.engine.step_count, metrics)
 
     def _timed(self, function: Callable[..., Any], *args: Any) -> None:

@@ -38,8 +38,8 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
             raise ConfigError(f"--granularity {parts} must divide {key} {number}")
     pattern = []
     for entry in config.model.pattern:
-        own = {key: value // parts if key == "d_ff" else value for key, value in entry.feed_forward.items()}
-        pattern.append({"channel_mixer": "moe", "attention": entry.attention, "moe": own})
+        keys = {key: value // parts if key == "d_ff" else value for key, value in entry.feed_forward.items()}
+        pattern.append({"channel_mixer": "moe", "attention": entry.attention, "moe": keys})
     changed = _with(config, model={"pattern": pattern}, moe={
         "num_experts": num_experts, "top_k": top_k, "d_ff": dense.d_ff // parts, "router": "mixtral",
         "activation": dense.activation,
@@ -110,25 +110,25 @@ def replicate(opened: Opened, num_experts: int, noise: float) -> Change:
     """
     config, moe = opened.config, opened.config.moe
     _need_experts(config, "--experts")
-    copies = num_experts // moe.num_experts
-    if num_experts % moe.num_experts or copies < 2:
+    times = num_experts // moe.num_experts
+    if num_experts % moe.num_experts or times < 2:
         raise ConfigError(f"--experts {num_experts} must be a multiple of the {moe.num_experts} that there are")
     if moe.router == "gshard" or moe.top_k_groups < moe.num_expert_groups:
         what = "gshard takes two experts" if moe.router == "gshard" else "groups are chosen by a few of their experts"
         raise ConfigError(f"--experts cannot keep the logits of this model: {what}")
     one = moe.router == "switch"
     changed = _with(config, moe={
-        "num_experts": num_experts, "top_k": moe.top_k * (1 if one else copies),
-        "capacity_factor": moe.capacity_factor and moe.capacity_factor * (1 if one else copies),
+        "num_experts": num_experts, "top_k": moe.top_k * (1 if one else times),
+        "capacity_factor": moe.capacity_factor and moe.capacity_factor * (1 if one else times),
     })
     recipes: dict[NativeName, Recipe] = {}
     for name, weight in native_weights(changed).items():
         if name.expert is not None:
-            scale = copies if one and _reads_hidden(weight) else 1
-            original = name._replace(expert=name.expert // copies)
+            scale = times if one and _reads_hidden(weight) else 1
+            original = name._replace(expert=name.expert // times)
             recipes[name] = Recipe((original,), _noisy(_scaled(scale), noise, name))
         elif has_rows(weight):
-            recipes[name] = Recipe((name,), lambda tensors: next(tensors).repeat_interleave(copies, 0))
+            recipes[name] = Recipe((name,), lambda tensors: next(tensors).repeat_interleave(times, 0))
         else:
             recipes[name] = Recipe((name,))
     return Change(changed, recipes, f"experts {num_experts} {noise}", noise == 0)
@@ -162,9 +162,9 @@ def reduce(opened: Opened, loads: Mapping[int, Sequence[int]], number: int, *, m
     for name, weight in native_weights(changed).items():
         layer = name.layer or 0
         if name.expert is not None:
-            own = sources[layer][name.expert]
-            mean = _mean([loads[layer][index] for index in own])
-            recipes[name] = Recipe(tuple(name._replace(expert=index) for index in own), mean)
+            merged = sources[layer][name.expert]
+            mean = _mean([loads[layer][index] for index in merged])
+            recipes[name] = Recipe(tuple(name._replace(expert=index) for index in merged), mean)
         elif has_rows(weight):
             recipes[name] = Recipe((name,), _rows(sources[layer], loads[layer]))
         else:
@@ -203,7 +203,8 @@ def _mean(loads: Sequence[int]) -> Callable[[Iterator[Tensor]], Tensor]:
 def _rows(sources: Sequence[Sequence[int]], counts: Sequence[int]) -> Callable[[Iterator[Tensor]], Tensor]:
     def gather(tensors: Iterator[Tensor]) -> Tensor:
         old = next(tensors)
-        return torch.stack([_mean([counts[index] for index in own])(old[index] for index in own) for own in sources])
+        return torch.stack([
+            _mean([counts[index] for index in merged])(old[index] for index in merged) for merged in sources])
 
     return gather
 

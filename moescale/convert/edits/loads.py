@@ -18,8 +18,8 @@ def read_loads(path: Path, config: Config) -> dict[int, list[int]]:
 
     Returns rows of each expert, by layer. Raises ConfigError.
     """
-    places = (place / FILE for place in (path, *path.absolute().parents[:2]))
-    file = next((place for place in places if place.is_file()), None)
+    files = (folder / FILE for folder in (path, *path.absolute().parents[:2]))
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise ConfigError(f"{path} has no {FILE} with loads of experts: give the directory of a run")
     counts: dict[int, deque[list[int]]] = {index: deque(maxlen=LAST) for index, layer in enumerate(config.model.layers)

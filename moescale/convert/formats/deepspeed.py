@@ -75,7 +75,7 @@ def _tag(path: Path) -> Path:
 def open_checkpoint(path: Path) -> Opened:
     """Open a folder with `latest`, or one tag's. Raises ConfigError."""
     folder = _tag(path) if (path / LATEST).is_file() else path
-    beside = next((place / CONFIG for place in (path, folder, folder.parent) if (place / CONFIG).is_file()), None)
+    beside = next((near / CONFIG for near in (path, folder, folder.parent) if (near / CONFIG).is_file()), None)
     if beside is None:
         raise ConfigError(f"{path} does not say which model it is: put the run's {CONFIG} into it")
     config = load_config(beside, whole=True)
@@ -96,8 +96,8 @@ def open_checkpoint(path: Path) -> Opened:
                 raise ConfigError(f"{folder / name} has no `module`")
             tensors |= {f"{name}:{key}": value for key, value in module.items() if isinstance(value, Stored)}
         elif EXPERT_FILE.fullmatch(name):
-            own = open_pickle(inside(folder, name))
-            tensors |= {f"{name}:{key}": value for key, value in own.items() if isinstance(value, Stored)}
+            values = open_pickle(inside(folder, name))
+            tensors |= {f"{name}:{key}": value for key, value in values.items() if isinstance(value, Stored)}
     if zero and config.num_moe_layers:
         left_out |= dict.fromkeys(zero.values(), "float32 copies of a mixture of experts are not gathered")
     weights = native_weights(config)
@@ -193,8 +193,8 @@ def _split_each(shapes: Mapping[str, Shape], groups: Sequence[Sequence[Stored]])
 
 def _chunk(part: Stored, begin: int, goal: int, count: int) -> Chunk:
     """Elements of a flat partition, from `begin` on, as those of a weight from `goal` on."""
-    place = part.chunks[0]
-    return Chunk(place.path, place.offset + begin * part.dtype.itemsize, Region(goal, (count,), (1,)))
+    chunk = part.chunks[0]
+    return Chunk(chunk.path, chunk.offset + begin * part.dtype.itemsize, Region(goal, (count,), (1,)))
 
 
 def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None:
@@ -254,9 +254,9 @@ def create(
         "num_experts": [config.moe.num_experts] * config.num_moe_layers,
     }
     tensors: dict[str, Stored] = {}
-    for file, own in sizes_by_file(sizes).items():
+    for file, file_sizes in sizes_by_file(sizes).items():
         is_expert = EXPERT_FILE.fullmatch(file) is not None
-        places = create_pickle(inner / file, {} if is_expert else values, "" if is_expert else "module", own)
+        places = create_pickle(inner / file, {} if is_expert else values, "" if is_expert else "module", file_sizes)
         tensors |= {f"{file}:{name}": stored for name, stored in places.items()}
     return tensors
 

@@ -83,7 +83,7 @@ def check_pieces(
         if tuple(shapes[piece.key]) != tuple(piece.shape):
             raise ConfigError(f"{name}: {_named(piece.key)} has shape {list(shapes[piece.key])}, but its configuration "
                               f"makes it {list(piece.shape)}")
-        theirs[piece.key].append(piece.place)
+        theirs[piece.key].append(piece.region)
         if not piece.copy:
             ours[piece.native].append(piece.part)
     for native, parts in ours.items():
@@ -101,12 +101,12 @@ def read_weight(opened: Opened, pieces: Sequence[Piece], name: NativeName) -> Te
     whole = region(opened.weights[name].shape)
     first = pieces[0]
     if first.part == whole:
-        values = read_region(opened.tensors[first.key], first.place).reshape(whole.shape).contiguous()
+        values = read_region(opened.tensors[first.key], first.region).reshape(whole.shape).contiguous()
         rest = pieces[1:]
     else:
         values, rest = torch.empty(whole.shape, dtype=opened.tensors[first.key].dtype), pieces
     for piece in sorted(rest, key=lambda piece: piece.copy):
-        part = read_region(opened.tensors[piece.key], piece.place)
+        part = read_region(opened.tensors[piece.key], piece.region)
         goal = values.as_strided(piece.part.shape, piece.part.stride, piece.part.offset)
         if not piece.copy:
             goal.copy_(part.reshape(goal.shape))

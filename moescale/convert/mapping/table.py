@@ -145,7 +145,7 @@ class Piece:
     part: Region
     key: str
     shape: Shape
-    place: Region
+    region: Region
     copy: bool = False
 
 

@@ -44,7 +44,7 @@ def open_checkpoint(path: Path) -> Opened:
     pieces = _pieces(config, weights, family.table(style))
     if config.model.tied_embeddings and "lm_head.weight" in tensors:
         tied = next(found for found in pieces if found.native.weight == ("embedding", "weight"))
-        pieces.append(Piece(tied.native, tied.part, "lm_head.weight", tied.shape, tied.place, copy=True))
+        pieces.append(Piece(tied.native, tied.part, "lm_head.weight", tied.shape, tied.region, copy=True))
     return Opened(NAME, path, config, FileLayout(style=style), weights, tensors, pieces, left_out,
                   notes=[*notes, *read_notes(values)])
 

@@ -98,8 +98,8 @@ def _common(folder: Path, metadata: Metadata) -> tuple[Any, Path]:
 
 def _open_distributed(folder: Path) -> Opened:
     metadata = read_metadata(folder)
-    common, place = _common(folder, metadata)
-    config = read_arguments(_arguments(common), str(place))
+    common, path = _common(folder, metadata)
+    config = read_arguments(_arguments(common), str(path))
     names = [name for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)]
     left_out = _left_out(names)
     tensors = open_distributed(folder, metadata, left_out)
@@ -163,12 +163,12 @@ def _open_ranks(folder: Path) -> Opened:
                               + (": virtual pipeline stages are not read" if "model0" in values else ""))
         args = _arguments(values) if values.get("args") else args
         ranks[inner.name] = tuple(int(number) for number in found.groups() if number is not None)
-        own = {name: value for name, value in values["model"].items() if isinstance(value, Stored)}
-        tensors |= {f"{inner.name}:{name}": value for name, value in own.items()}
+        stored = {name: value for name, value in values["model"].items() if isinstance(value, Stored)}
+        tensors |= {f"{inner.name}:{name}": value for name, value in stored.items()}
     config = read_arguments(args, str(folder))
     style = _style(tensors)
     layout = _layout(args, style)
-    files = {name: _place(numbers, layout, name) for name, numbers in ranks.items()}
+    files = {name: _model_ranks(numbers, layout, name) for name, numbers in ranks.items()}
     weights = native_weights(config)
     return Opened(NAME, folder, config, layout, weights, tensors, _rank_pieces(config, weights, layout, files, tensors),
                   _left_out(list(tensors)))
@@ -187,7 +187,7 @@ def _style(tensors: Mapping[str, Stored]) -> str:
     return "te_grouped" if grouped else "sequential"
 
 
-def _place(numbers: tuple[int, ...], layout: FileLayout, name: str) -> tuple[int, int, int]:
+def _model_ranks(numbers: tuple[int, ...], layout: FileLayout, name: str) -> tuple[int, int, int]:
     """Read the ranks of tp, pp and ep from a file's name, which leaves out a number that is always 0."""
     rest = list(numbers[1:])
     if len(rest) != (layout.pp > 1) + (layout.ep > 1):
@@ -285,9 +285,9 @@ def create(
 
 def _create_ranks(folder: Path, values: Mapping[str, Any], sizes: Sizes) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
-    for file, own in sizes_by_file(sizes).items():
+    for file, file_sizes in sizes_by_file(sizes).items():
         (folder / file).mkdir()
-        places = create_pickle(folder / file / MODEL_FILE, values, "model", own)
+        places = create_pickle(folder / file / MODEL_FILE, values, "model", file_sizes)
         tensors |= {f"{file}:{name}": stored for name, stored in places.items()}
     return tensors
 
