@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from moescale.moe.routing import Routing
 from moescale.ops import device
-from moescale.ops.attention_pattern import AttentionPattern
+from moescale.ops.attention_pattern import AttentionPattern, Visibility
 from moescale.ops.attention_triton import flash_attention
 from moescale.ops.expert_feed_forward_triton import fused_experts
 from moescale.ops.grouped_gemm_triton import grouped_gemm
@@ -126,7 +126,7 @@ def attention() -> Cases:
             for shape, window, documents, alibi in (("causal", None, False, False), ("all", 4096, True, True)):
                 q, k = (empty(2, 8192, heads, head_dim, dtype=dtype) for heads in (32, 8))
                 positions, slopes = integers(2, 8192) if documents else None, empty(32) if alibi else None
-                pattern = AttentionPattern(True, window, positions, slopes, head_dim**-0.5)
+                pattern = AttentionPattern(True, Visibility(window), positions, slopes, head_dim**-0.5)
                 yield f"{shape}, head_dim {head_dim}, {name_of(dtype)}", flash_attention, (q, k, k, pattern)
 
 

@@ -48,7 +48,7 @@ FAULTS = (
     Fault("layers/feed_forward.py", '"relu": "relu"}', '"relu": "gelu"}'),
     Fault("layers/positions.py", "theta ** (-2 * pair / head_dim)", "theta ** (-pair / head_dim)"),
     Fault("layers/positions.py", "2 ** (-8 * (index + 1) / power)", "2 ** (-8 * index / power)"),
-    Fault("mixers/attention.py", "v, window=self.window, positions", "v, window=None, positions"),
+    Fault("mixers/attention.py", "visibility=visibility,", "visibility=Visibility(),"),
     # first values
     Fault("spec/weights.py", "math.sqrt(0.1 / fan_in)", "math.sqrt(1.0 / fan_in)"),
     Fault("spec/weights.py", 'Init("normal", fan_in**-0.5)', 'Init("normal", fan_in**-1.0)'),

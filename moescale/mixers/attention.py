@@ -1,6 +1,8 @@
-"""Multi-head, multi-query and grouped-query attention with rotary positions or linear biases and a sliding window."""
+"""Multi-head, multi-query and grouped-query attention, rotary or with linear biases, to all or some of the past."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from moescale.layers.positions import alibi_slopes, rotary_angles
 from moescale.mixers.base import Mixer
 from moescale.mixers.key_value_cache import KeyValueCache
 from moescale.ops.attention import attention
+from moescale.ops.attention_pattern import Visibility
 from moescale.ops.attention_step import attention_step
 from moescale.ops.rotary import rotate
 
@@ -20,10 +23,10 @@ class AttentionCore(nn.Module):
     """Attend to keys that are on this rank."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, positions: Tensor, alibi_slopes: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, visibility: Visibility, positions: Tensor, alibi_slopes: Tensor | None
     ) -> Tensor:
         """Arguments as in `ops.attention`."""
-        return attention(q, k, v, window=window, positions=positions, alibi_slopes=alibi_slopes)
+        return attention(q, k, v, positions=positions, alibi_slopes=alibi_slopes, **vars(visibility))
 
 
 class Attention(Mixer[KeyValueCache]):
@@ -36,12 +39,13 @@ class Attention(Mixer[KeyValueCache]):
         num_kv_heads: int,
         head_dim: int,
         *,
-        window: int | None,
+        visibilities: Sequence[Visibility] = (Visibility(),),
         rope_theta: float | None = None,
         alibi: bool = False,
     ) -> None:
+        """visibilities: what is seen by equal shares of the heads, in order."""
         super().__init__()
-        self.head_dim, self.window, self.rope_theta = head_dim, window, rope_theta
+        self.head_dim, self.visibilities, self.rope_theta = head_dim, visibilities, rope_theta
         self.num_heads, self.num_kv_heads, self.alibi = num_heads, num_kv_heads, alibi
         self.first_head = 0  # of those that lie here
         self.kv_rows: slice | None = None  # of the weights of keys and values that lie here, which to use; None = all
@@ -78,16 +82,19 @@ class Attention(Mixer[KeyValueCache]):
             q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
         slopes = self._slopes(q) if self.alibi else None
         if state is None:
-            out = self.call_core(self.core, q, k, v, window=self.window, positions=positions, alibi_slopes=slopes)
+            out = self._attend(q, k, v, positions, slopes)
         else:
             out = self._go_on(q, k, v, positions, slopes, state)
         return self.o(out.flatten(2))  # from [batch, seq/cp, heads, head_dim]
 
     def new_state(self, batch: int, length: int) -> KeyValueCache:
-        slots = length if self.window is None else min(self.window, length)
-        weight = self.k.weight
-        return KeyValueCache(batch, slots, self.num_kv_heads, self.head_dim, rolls=slots == self.window,
-                             dtype=weight.dtype, device=weight.device)
+        reaches = [visibility.reach for visibility in self.visibilities]
+        reach = None if None in reaches else max(reach for reach in reaches if reach is not None)
+        slots = length if reach is None else min(reach, length)
+        weight, rolls = self.k.weight, slots == reach
+        return KeyValueCache(
+            batch, slots, self.num_kv_heads, self.head_dim, rolls=rolls, dtype=weight.dtype, device=weight.device,
+            global_tokens=self.visibilities[0].global_tokens if rolls else 0)
 
     def _go_on(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slopes: Tensor | None, state: KeyValueCache
@@ -95,16 +102,58 @@ class Attention(Mixer[KeyValueCache]):
         """Let new tokens attend to themselves and to those of the state, which then holds them, too."""
         before = state.held
         if before and q.shape[1] == 1:
-            state.add(k, v)
-            return attention_step(q, *state.slots_in_use(), positions, slopes)
+            return self._step(q, k, v, positions, slopes, state)
+        if before and state.global_tokens:  # which lie at other distances than those of the keys beside them
+            tokens = zip(q.split(1, 1), k.split(1, 1), v.split(1, 1), positions.split(1, 1), strict=True)
+            return torch.cat([self._step(*token, slopes, state) for token in tokens], 1)
         keys, values = k, v
         if before:
             keys, values = (torch.cat(pair, 1) for pair in zip(state.newest_last(), (k, v), strict=True))
             # Positions count down into the state: 0 stands where the first token's document began.
             earlier = positions[:, :1] - torch.arange(before, 0, -1, device=positions.device)
             positions = torch.cat((earlier, positions), 1)
-        state.add(k, v)
-        return self.call_core(self.core, q, keys, values, window=self.window, positions=positions, alibi_slopes=slopes)
+        state.add(k, v, positions)
+        return self._attend(q, keys, values, positions, slopes)
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slopes: Tensor | None, state: KeyValueCache
+    ) -> Tensor:
+        """Let one new token a row attend to itself and to the state, which then holds it, too."""
+        state.add(k, v, positions)
+        keys, values, age = state.in_use(positions)
+
+        def step(q: Tensor, heads: slice, slopes: Tensor | None, visibility: Visibility) -> Tensor:
+            reach = min(state.held, visibility.reach or state.held)
+            ages = torch.arange(0, reach, visibility.dilation, device=q.device)
+            if state.global_tokens or visibility.global_tokens or len(ages) == state.held:
+                return attention_step(q, keys[:, heads], values[:, heads], age, positions, slopes, visibility)
+            some_keys, some_values = state.aged(ages)
+            return attention_step(
+                q, some_keys[:, heads], some_values[:, heads], ages, positions, slopes, visibility)
+
+        return self._by_kind_of_heads(step, q, keys.shape[1], slopes)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slopes: Tensor | None) -> Tensor:
+        def attend(q: Tensor, heads: slice, slopes: Tensor | None, visibility: Visibility) -> Tensor:
+            return self.call_core(self.core, q, k[:, :, heads], v[:, :, heads], visibility=visibility,
+                                  positions=positions, alibi_slopes=slopes)
+
+        return self._by_kind_of_heads(attend, q, k.shape[2], slopes)
+
+    def _by_kind_of_heads(
+        self, attend: Callable[[Tensor, slice, Tensor | None, Visibility], Tensor], q: Tensor, kv_heads: int,
+        slopes: Tensor | None,
+    ) -> Tensor:
+        """Let heads that see the same attend together. attend: gets their queries, key heads, slopes and visibility."""
+        outs, share = [], self.num_heads // len(self.visibilities)
+        for number, visibility in enumerate(self.visibilities):
+            first, last = (min(max(edge * share - self.first_head, 0), q.shape[2]) for edge in (number, number + 1))
+            if first == last:
+                continue  # these heads lie on other ranks
+            group = q.shape[2] // kv_heads
+            heads = slice(0, 1) if kv_heads == 1 else slice(first // group, last // group)
+            outs.append(attend(q[:, :, first:last], heads, None if slopes is None else slopes[first:last], visibility))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
     def _slopes(self, q: Tensor) -> Tensor:
         """Compute the slopes of this rank's heads. -> [heads] float32"""

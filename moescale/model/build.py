@@ -21,6 +21,7 @@ from moescale.model.language_model import LanguageModel
 from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS, Capacity
+from moescale.ops.attention_pattern import Visibility
 from moescale.ops.hippo_memory import Memory
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
@@ -35,7 +36,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 def _attention(model: ModelConfig, keys: AttentionConfig) -> Attention:
     return Attention(
-        model.d_model, keys.num_heads, keys.num_kv_heads, keys.head_dim, window=keys.window,
+        model.d_model, keys.num_heads, keys.num_kv_heads, keys.head_dim,
+        visibilities=[Visibility(**seen) for seen in keys.visibilities],
         rope_theta=keys.rope_theta if keys.positions == "rope" else None, alibi=keys.positions == "alibi",
     )
 

@@ -1,8 +1,9 @@
-"""Exact attention: causal, windowed, over documents, with grouped heads and linear biases."""
+"""Exact attention: causal, in windows, blocks and steps, over documents, with grouped heads and linear biases."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moescale.ops.attention_blocks import attention_in_blocks
 from moescale.ops.attention_chunked import chunked_attention
-from moescale.ops.attention_pattern import AttentionPattern
+from moescale.ops.attention_pattern import AttentionPattern, Visibility
 from moescale.ops.device import TRITON, triton_runs
 
 SHORT = 128  # queries up to which one call of torch's kernel takes less than calls for blocks, on a processor
@@ -27,16 +28,19 @@ def attention(
     *,
     causal: bool = True,
     window: int | None = None,
+    dilation: int = 1,
+    block_size: int | None = None,
+    global_tokens: int = 0,
     alibi_slopes: Tensor | None = None,
     positions: Tensor | None = None,
     scale: float | None = None,
     backend: Literal["auto", "triton", "sdpa", "flex", "chunked", "reference"] = "auto",
 ) -> Tensor:
-    """Compute exact attention within documents, optionally causal and limited to a window.
+    """Compute exact attention within documents, optionally causal and limited to a part of the past.
 
     q: [batch, seq_q, heads, head_dim], the queries of the last seq_q of the keys' positions.
     k, v: [batch, seq_k, kv_heads, head_dim]; each key head serves heads / kv_heads query heads.
-    window: number of positions that a query sees, itself included.
+    window, dilation, block_size, global_tokens: which of the past a query sees, as `Visibility` says.
     positions: [batch, seq_k] int64, restart at 0 with a document.
     alibi_slopes: [heads] float32, what a score loses per position between query and key (ALiBi, sec. 3).
     scale: factor of the scores, by default head_dim ** -0.5. backend: `auto` takes the fastest; all are exact.
@@ -44,13 +48,58 @@ def attention(
     """
     seq_q, seq_k = q.shape[1], k.shape[1]
     assert seq_q <= seq_k, f"{seq_q} queries do not fit the positions of {seq_k} keys"
-    if window is not None and not causal:
-        raise ValueError("window says how far back a query sees: use it with causal=True")
-    window = None if window is None or window >= seq_k else window
-    documents = positions if _has_documents(positions) else None
-    pattern = AttentionPattern(causal, window, documents, alibi_slopes, q.shape[3] ** -0.5 if scale is None else scale)
-    name: str = backend
-    if backend == "auto":
+    visibility = Visibility(window, dilation, block_size, global_tokens)
+    if visibility != Visibility() and not causal:
+        raise ValueError("window, dilation, block and global_tokens say what of the past a query sees: "
+                         "use them with causal=True")
+    pattern = AttentionPattern(
+        causal, visibility, positions, alibi_slopes, q.shape[3] ** -0.5 if scale is None else scale)
+    if backend == "reference":
+        return _reference(q, k, v, pattern)
+    if global_tokens:  # whose documents are whole
+        return _attend(q, k, v, pattern, backend)
+    # A block is a document within a document, and every dilation-th position a sequence of its own.
+    if block_size is not None:
+        positions = torch.arange(seq_k, device=q.device).unsqueeze(0) if positions is None else positions
+        pattern = replace(pattern, visibility=replace(visibility, block_size=None),
+                          positions=(positions % block_size).expand(len(q), -1))
+    return _attend_by_residue(q, k, v, pattern, backend) if dilation > 1 else _attend(q, k, v, pattern, backend)
+
+
+def _attend_by_residue(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, backend: str) -> Tensor:
+    """Let positions attend to those whose number leaves the same residue: what lies between is never looked at."""
+    step, seq_q, batch = pattern.visibility.dilation, q.shape[1], len(q)
+    after = -k.shape[1] % step  # zeros that make all residues equally many; no query sees those after it
+    before = -(seq_q + after) % step  # queries whose outputs are left out
+
+    def apart(x: Tensor, first: int) -> Tensor:
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (first, after))
+        return x.unflatten(1, (-1, step)).transpose(1, 2).flatten(0, 1)
+
+    slopes = pattern.slopes
+    if slopes is not None:
+        slopes = slopes.to(torch.promote_types(q.dtype, torch.float32)) * step
+    pattern = replace(
+        pattern, visibility=replace(pattern.visibility, dilation=1), slopes=slopes,
+        positions=None if pattern.positions is None else apart(pattern.positions, 0) // step,
+    )
+    out = _attend(apart(q, before), apart(k, 0), apart(v, 0), pattern, backend)
+    out = out.unflatten(0, (batch, step)).transpose(1, 2).flatten(1, 2)
+    return out[:, before : before + seq_q]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, name: str) -> Tensor:
+    """Run a backend, or the fastest one, without hiding what is not there."""
+    seen, seq_k = pattern.visibility, k.shape[1]
+    if seen.window is not None and seen.window * seen.dilation >= seq_k:
+        seen = replace(seen, window=None)
+    if seen == Visibility(global_tokens=seen.global_tokens):
+        seen = Visibility()
+    documents = pattern.positions
+    if documents is not None and seen.block_size is None and not seen.global_tokens and not _has_documents(documents):
+        documents = None
+    pattern = replace(pattern, visibility=seen, positions=documents)
+    if name == "auto":
         name, why = _fastest(q, seq_k, pattern)
         _say_once(name, why)
     return _BACKENDS[name](q, k, v, pattern)
@@ -58,7 +107,7 @@ def attention(
 
 def _fastest(q: Tensor, seq_k: int, pattern: AttentionPattern) -> tuple[str, str]:
     """Choose a backend for these shapes and this device. -> its name, and the reason for the log"""
-    seq_q, hides = q.shape[1], pattern.window is not None or pattern.positions is not None
+    seq_q, hides = q.shape[1], pattern.visibility != Visibility() or pattern.positions is not None
     plain = not hides and pattern.slopes is None and seq_q == seq_k
     if q.device.type == "cpu":
         few = seq_q <= SHORT and not (hides and seq_k > LONG)
@@ -71,6 +120,8 @@ def _fastest(q: Tensor, seq_k: int, pattern: AttentionPattern) -> tuple[str, str
         return "sdpa", "on a processor, torch's kernel is the fastest where little can be skipped"
     if plain:
         return "sdpa", "the vendor's kernels know no faster one without window, documents and biases"
+    if pattern.visibility.global_tokens:
+        return "sdpa", "no kernel of ours knows global tokens"
     if triton_runs(q) and _fits_triton(q):
         return "triton", "tiles that a window or documents hide are skipped, biases need no memory"
     return "sdpa", "no kernel of ours runs here"
@@ -81,9 +132,7 @@ def _say_once(name: str, why: str) -> None:
     log.debug("attention backend %s: %s", name, why)
 
 
-def _has_documents(positions: Tensor | None) -> bool:
-    if positions is None:
-        return False
+def _has_documents(positions: Tensor) -> bool:
     if positions.device.type != "cpu":
         return True  # looking would make the host wait for the device
     return bool((positions[:, 1:] == 0).any())
@@ -98,6 +147,8 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tenso
         raise ValueError("backend=triton needs the package triton: pip install triton, or use backend=auto")
     if not _fits_triton(q):
         raise ValueError("backend=triton takes head_dim 16 to 256, no float64: use backend=auto")
+    if pattern.visibility.global_tokens:
+        raise ValueError("backend=triton knows no global tokens: use backend=auto")
     from moescale.ops.attention_triton import flash_attention
 
     return flash_attention(q, k, v, pattern)
@@ -107,13 +158,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     seq_q, seq_k = q.shape[1], k.shape[1]
     mask = None
     square = seq_q == seq_k or not pattern.causal
-    if not square or pattern.window is not None or pattern.positions is not None or pattern.slopes is not None:
-        whole = slice(0, seq_q), slice(0, seq_k), seq_q, seq_k
+    hides = pattern.visibility != Visibility() or pattern.positions is not None
+    if not square or hides or pattern.slopes is not None:
+        key = torch.arange(seq_k, device=q.device)
         if pattern.slopes is None:
-            mask = pattern.visible(*whole, q.device)
+            mask = pattern.visible(key[seq_k - seq_q :], key)
             mask = mask if mask.ndim == 2 else mask.unsqueeze(1)  # of three dimensions, torch takes no fused kernel
         else:
-            mask = pattern.bias(*whole, q.dtype, q.device)
+            mask = pattern.bias(key[seq_k - seq_q :], key, q.dtype)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
         is_causal=pattern.causal and mask is None, scale=pattern.scale, enable_gqa=q.shape[2] != k.shape[2],
@@ -142,14 +194,14 @@ def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, flex_attent
     from torch.nn.attention.flex_attention import create_block_mask
 
     shift = k.shape[1] - q.shape[1]
-    document = None if pattern.positions is None else (pattern.positions == 0).cumsum(1)
+    positions = pattern.positions
+    document = None if positions is None else (positions == 0).cumsum(1)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        behind = query + shift - key
-        seen = behind >= 0 if pattern.causal else behind == behind
-        if pattern.window is not None:
-            seen = seen & (behind < pattern.window)
-        return seen if document is None else seen & (document[batch, query + shift] == document[batch, key])
+        query = query + shift
+        if pattern.causal:
+            return pattern.visibility.sees(query - key, query if positions is None else positions[batch, query])
+        return key >= 0 if document is None else document[batch, query] == document[batch, key]
 
     def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         assert pattern.slopes is not None
@@ -167,7 +219,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Te
     seq_q, seq_k, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * pattern.scale
-    bias = pattern.bias(slice(0, seq_q), slice(0, seq_k), seq_q, seq_k, scores.dtype, q.device)
+    key = torch.arange(seq_k, device=q.device)
+    bias = pattern.bias(key[seq_k - seq_q :], key, scores.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", (scores + bias).softmax(-1), v)
 
 

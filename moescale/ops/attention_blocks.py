@@ -1,8 +1,9 @@
-"""Causal attention on a processor: torch's own kernel per block of queries, with only the keys that the block sees."""
+"""Causal attention on a processor: torch's own kernel per block of queries, with the keys that the block sees."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ BLOCK = 64  # queries; 32 takes a twentieth less on two cores and leaves many co
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
-    """Compute causal attention, skipping the keys that a window or documents hide.
+    """Compute causal attention, skipping the keys that are out of reach or in other documents.
 
     q, k, v, pattern: as in `attention`, causal, on the CPU. -> like q
     bfloat16 is computed in float32: on processors the kernel's bfloat16 backward takes twice the time.
@@ -29,9 +30,9 @@ class _Blocks(torch.autograd.Function):
         upcast_q, upcast_k, upcast_v = _upcast(q), _upcast(k), _upcast(v)
         out = torch.empty(q.shape, dtype=q.dtype)
         log_sum = upcast_q.new_empty(q.shape[:3])
-        for queries, keys, mask in _blocks(q.shape[1], k.shape[1], pattern, upcast_q.dtype):
+        for queries, keys, mask in _blocks(q, k, pattern, upcast_q.dtype):
             block_out, block_log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
-                _heads_first(upcast_q, queries), _heads_first(upcast_k, keys), _heads_first(upcast_v, keys),
+                _heads_first(upcast_q, queries), keys.take(upcast_k), keys.take(upcast_v),
                 attn_mask=mask, scale=pattern.scale,
             )  # [batch, heads, queries, head_dim], [batch, heads, queries]
             out[:, queries] = block_out.transpose(1, 2)
@@ -48,36 +49,77 @@ class _Blocks(torch.autograd.Function):
         grad_q = torch.empty(q.shape, dtype=q.dtype)
         # Blocks share keys, so that the gradients of keys and values accumulate, in the upcast dtype.
         grad_k, grad_v = torch.zeros(k.shape, dtype=upcast_q.dtype), torch.zeros(v.shape, dtype=upcast_q.dtype)
-        for queries, keys, mask in _blocks(q.shape[1], k.shape[1], ctx.pattern, upcast_q.dtype):
+        for queries, keys, mask in _blocks(q, k, ctx.pattern, upcast_q.dtype):
             block_grad_q, block_grad_k, block_grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads_first(grad, queries), _heads_first(upcast_q, queries), _heads_first(upcast_k, keys),
-                _heads_first(upcast_v, keys), _heads_first(upcast_out, queries), _heads_first(log_sum, queries),
+                _heads_first(grad, queries), _heads_first(upcast_q, queries), keys.take(upcast_k),
+                keys.take(upcast_v), _heads_first(upcast_out, queries), _heads_first(log_sum, queries),
                 0.0, False, attn_mask=mask, scale=ctx.pattern.scale,
             )
             grad_q[:, queries] = block_grad_q.transpose(1, 2)
-            grad_k[:, keys] += block_grad_k.transpose(1, 2)
-            grad_v[:, keys] += block_grad_v.transpose(1, 2)
+            keys.accumulate(grad_k, block_grad_k)
+            keys.accumulate(grad_v, block_grad_v)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """Keys of a block of queries: those of a stretch and, before it, global tokens, of other places in each row.
+
+    stretch: places. tokens: None, or their places, [batch, tokens] int64, of which those within the stretch are hidden.
+    """
+
+    stretch: slice
+    tokens: Tensor | None
+
+    def take(self, x: Tensor) -> Tensor:
+        """[batch, seq, heads, head_dim] -> [batch, heads, keys, head_dim]"""
+        if self.tokens is None:
+            return _heads_first(x, self.stretch)
+        return torch.cat((x.gather(1, self._features(x)), x[:, self.stretch]), 1).transpose(1, 2)
+
+    def accumulate(self, grad: Tensor, block_grad: Tensor) -> None:
+        """grad: [batch, seq, heads, head_dim]. block_grad: [batch, heads, keys, head_dim]"""
+        block_grad = block_grad.transpose(1, 2)
+        if self.tokens is not None:
+            number = self.tokens.shape[1]
+            grad.scatter_add_(1, self._features(grad), block_grad[:, :number])
+            block_grad = block_grad[:, number:]
+        grad[:, self.stretch] += block_grad
+
+    def _features(self, x: Tensor) -> Tensor:
+        assert self.tokens is not None
+        return self.tokens[:, :, None, None].expand(-1, -1, *x.shape[2:])
+
+
 def _blocks(
-    seq_q: int, seq_k: int, pattern: AttentionPattern, dtype: torch.dtype
-) -> Iterator[tuple[slice, slice, Tensor]]:
+    q: Tensor, k: Tensor, pattern: AttentionPattern, dtype: torch.dtype
+) -> Iterator[tuple[slice, _Keys, Tensor]]:
     """Walk the blocks of queries. -> for each: its queries, the keys that any of them sees, the bias of the scores"""
-    first, mask = _first_keys(seq_q, seq_k, pattern), torch.empty(0)
+    seq_q, seq_k = q.shape[1], k.shape[1]
+    place, mask = torch.arange(seq_k), torch.empty(0)
+    first = _first_keys(seq_q, seq_k, pattern)
     for start in range(0, seq_q, BLOCK):
         queries = slice(start, min(start + BLOCK, seq_q))
-        keys = slice(first[start], seq_k - seq_q + queries.stop)
-        shape = (queries.stop - start, keys.stop - keys.start)
-        if pattern.positions is not None or mask.shape[-2:] != shape:  # without documents, one shape has one mask
-            mask = pattern.bias(queries, keys, seq_q, seq_k, dtype, torch.device("cpu"))
-        yield queries, keys, mask
+        stretch = slice(first[start], seq_k - seq_q + queries.stop)
+        query, key = place[seq_k - seq_q :][queries], place[stretch]
+        tokens = pattern.global_keys(stretch.start, place.device)
+        if tokens is not None:
+            tokens = tokens.expand(len(q), -1)
+            mask = pattern.bias(query, torch.cat((tokens, key.expand(len(q), -1)), 1), dtype)
+            mask[..., : tokens.shape[1]].masked_fill_((tokens >= stretch.start)[:, None, None], float("-inf"))
+        # Without documents, one shape has one mask.
+        elif pattern.positions is not None or mask.shape[-2:] != (len(query), len(key)):
+            mask = pattern.bias(query, key, dtype)
+        yield queries, _Keys(stretch, tokens), mask
 
 
 def _first_keys(seq_q: int, seq_k: int, pattern: AttentionPattern) -> list[int]:
-    """Find the first key that any sequence sees, from each query on. -> [seq_q]; it never decreases"""
-    index = torch.arange(seq_k)
-    first = torch.zeros_like(index) if pattern.window is None else (index - pattern.window + 1).clamp(min=0)
+    """Find the first key that any sequence sees but for global ones, from each query on. -> [seq_q]
+
+    It never decreases.
+    """
+    index, reach = torch.arange(seq_k), pattern.visibility.reach
+    first = torch.zeros_like(index) if reach is None else (index - reach + 1).clamp(min=0)
     if pattern.positions is not None:
         first = torch.maximum(first, pattern.documents()[0].amin(0))
     return first[seq_k - seq_q :].tolist()

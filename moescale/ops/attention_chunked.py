@@ -95,7 +95,8 @@ def _over_queries(x: Tensor, y: Tensor, kv_heads: int) -> Tensor:
 def _scores(q: Tensor, k: Tensor, queries: slice, keys: slice, pattern: AttentionPattern) -> Tensor:
     """Compute scaled, biased scores. -> [batch, heads, queries, keys]"""
     scores = _by_kv_head(_heads_first(q, queries), _heads_first(k, keys).mT).mul_(pattern.scale)
-    return scores.add_(pattern.bias(queries, keys, q.shape[1], k.shape[1], scores.dtype, q.device))
+    query, key = (torch.arange(some.start, some.stop, device=q.device) for some in (queries, keys))
+    return scores.add_(pattern.bias(query + k.shape[1] - q.shape[1], key, scores.dtype))
 
 
 def _chunks(begin: int, end: int) -> Iterator[slice]:
@@ -104,7 +105,10 @@ def _chunks(begin: int, end: int) -> Iterator[slice]:
 
 
 def _seen(queries: slice, q: Tensor, k: Tensor, pattern: AttentionPattern) -> Iterator[slice]:
-    """Walk the chunks of keys, except those after every query or before every window."""
-    shift = k.shape[1] - q.shape[1]
-    begin = 0 if pattern.window is None else max(0, queries.start + shift - pattern.window + 1)
-    return _chunks(begin, queries.stop + shift if pattern.causal else k.shape[1])
+    """Walk the chunks of keys, except those after every query, or out of reach and without global tokens."""
+    shift, reach = k.shape[1] - q.shape[1], pattern.visibility.reach
+    begin = 0 if reach is None else max(0, queries.start + shift - reach + 1)
+    tokens = pattern.global_keys(begin, q.device)
+    wanted = set() if tokens is None else set((tokens // CHUNK).flatten().tolist())
+    yield from (keys for keys in _chunks(0, begin) if keys.start // CHUNK in wanted)
+    yield from _chunks(begin, queries.stop + shift if pattern.causal else k.shape[1])

@@ -9,19 +9,60 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AttentionPattern:
-    """Which keys a query sees: a contiguous run of positions that contains its own.
+class Visibility:
+    """Which keys of its document's past a query sees: the one rule of masks, of blocks that are skipped, and of caches.
 
-    The queries belong to the last positions of the keys. window: how many keys a query sees at most, counted back from
-    itself. positions: [batch, seq_k] int64, restart at 0 with a document; None when no document begins inside.
+    window: how many keys, counted back from itself; None = all. dilation: it sees every dilation-th of them, itself
+    included. block_size: documents are cut into blocks of so many positions, and it sees its own block alone.
+    global_tokens: beside all this, it sees the first so many positions of its document.
+    """
+
+    window: int | None = None
+    dilation: int = 1
+    block_size: int | None = None
+    global_tokens: int = 0
+
+    @property
+    def reach(self) -> int | None:
+        """Within how many positions, itself included, a query's keys lie, global ones apart; None = of any distance."""
+        window = None if self.window is None else (self.window - 1) * self.dilation + 1
+        bounds = [bound for bound in (window, self.block_size) if bound is not None]
+        return min(bounds, default=None)
+
+    def sees(self, behind: Tensor, position: Tensor) -> Tensor:
+        """Mark the keys that a query sees.
+
+        behind: int64, how many positions a key lies behind its query. position: int64, the query's place in its
+        document. Both are broadcast. Returns bool.
+        """
+        past = (behind >= 0) & (behind <= position)
+        local = past if self.window is None else past & (behind < self.window * self.dilation)
+        if self.dilation > 1:
+            local = local & (behind % self.dilation == 0)
+        if self.block_size is not None:
+            local = local & (behind <= position % self.block_size)
+        return local | (past & (position - behind < self.global_tokens)) if self.global_tokens else local
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Which keys a query sees, and what its scores lose with distance.
+
+    The queries belong to the last positions of the keys. visibility: in causal use, which of the past.
+    positions: [batch, seq_k] int64, restart at 0 with a document; None when no document begins inside.
     slopes: [heads] float32, what a score loses per position between. scale: factor of the scores.
     """
 
     causal: bool
-    window: int | None
+    visibility: Visibility
     positions: Tensor | None
     slopes: Tensor | None
     scale: float
+
+    @property
+    def window(self) -> int | None:
+        """How many keys a query sees, where that is all that hides some: other backends never get more to hide."""
+        return self.visibility.window
 
     def documents(self) -> tuple[Tensor, Tensor]:
         """Find the first and the last position of each position's document. -> two of [batch, seq_k] int64"""
@@ -33,31 +74,39 @@ class AttentionPattern:
         after[:, -1:] = len(index)
         return first, after.flip(1).cummin(1).values.flip(1) - 1
 
-    def visible(self, queries: slice, keys: slice, seq_q: int, seq_k: int, device: torch.device) -> Tensor:
-        """Mark which of these keys these queries see. -> [queries, keys] bool; [batch, queries, keys] with documents"""
-        behind = self._distance(queries, keys, seq_k - seq_q, device)
-        mask = behind >= 0 if self.causal else torch.ones_like(behind, dtype=torch.bool)
-        if self.window is not None:
-            mask &= behind < self.window
+    def global_keys(self, first: int, device: torch.device) -> Tensor | None:
+        """Find the global tokens, before key `first`, of the documents that this key belongs to.
+
+        Returns [batch or 1, tokens] int64, increasing; those from `first` on are none. None where there cannot be any.
+        """
+        if not self.visibility.global_tokens or not first:
+            return None
+        begins = torch.zeros(1, 1, dtype=torch.int64, device=device)
         if self.positions is not None:
-            document = (self.positions == 0).cumsum(1)
-            query_document = document[:, queries.start + seq_k - seq_q : queries.stop + seq_k - seq_q]
-            mask = mask & (query_document.unsqueeze(2) == document[:, keys].unsqueeze(1))
-        return mask
+            begins = self.documents()[0][:, first : first + 1]
+        return begins + torch.arange(min(self.visibility.global_tokens, first), device=device)
 
-    def bias(
-        self, queries: slice, keys: slice, seq_q: int, seq_k: int, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        """Mark which of these keys these queries see.
+
+        query: [queries] int64, places among the keys. key: [keys] or [batch, keys] int64. Returns [queries, keys] bool,
+        or [batch, queries, keys] with documents.
+        """
+        behind = query.unsqueeze(-1) - key.unsqueeze(-2)
+        if self.causal:
+            position = query if self.positions is None else self.positions[:, query]
+            return self.visibility.sees(behind, position.unsqueeze(-1))
+        if self.positions is None:
+            return torch.ones_like(behind, dtype=torch.bool)
+        document = (self.positions == 0).cumsum(1)
+        return document[:, query].unsqueeze(2) == document[:, key].unsqueeze(1)
+
+    def bias(self, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute what to add to the scores, -inf where nothing is seen. -> [batch or 1, heads or 1, queries, keys]"""
-        sees = self.visible(queries, keys, seq_q, seq_k, device).unsqueeze(-3)
-        sees = sees if sees.ndim == 4 else sees.unsqueeze(0)
+        sees = self.visible(query, key)
+        sees = sees.reshape(-1, 1, *sees.shape[-2:])
         if self.slopes is None:
-            return torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, float("-inf"))
-        behind = self._distance(queries, keys, seq_k - seq_q, device).abs()
+            return torch.zeros(sees.shape, dtype=dtype, device=key.device).masked_fill_(~sees, float("-inf"))
+        behind = (query.unsqueeze(-1) - key.unsqueeze(-2)).abs()
+        behind = behind.reshape(-1, 1, *behind.shape[-2:])
         return (-self.slopes.to(dtype).view(-1, 1, 1) * behind).masked_fill(~sees, float("-inf"))
-
-    @staticmethod
-    def _distance(queries: slice, keys: slice, shift: int, device: torch.device) -> Tensor:
-        """Compute how many positions each key lies behind each query. -> [queries, keys] int64"""
-        query = torch.arange(queries.start + shift, queries.stop + shift, device=device)
-        return query.unsqueeze(1) - torch.arange(keys.start, keys.stop, device=device)

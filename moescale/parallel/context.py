@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moescale.comm.collectives import Group
 from moescale.comm.exchange import AllToAll, AsyncExchange
 from moescale.ops.attention import attention
+from moescale.ops.attention_pattern import Visibility
 from moescale.ops.permute import permute, reorder
 
 
@@ -48,13 +49,14 @@ class ContextAttention(nn.Module):
         self._plans: dict[tuple[int, int | None, torch.device], _Plan] = {}
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, positions: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, visibility: Visibility = Visibility(),  # noqa: B008
+        positions: Tensor | None = None, alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         """q, k, v: [batch, seq/cp, heads or kv_heads, head_dim]. positions: [batch, seq], whole. -> like q"""
         batch, length, kv_heads, head_dim = k.shape
         seq = length * len(self.pieces)
-        plan = self._plan(seq, window, k.device)
+        # Documents, and so their global tokens, may begin anywhere before.
+        plan = self._plan(seq, None if visibility.global_tokens else visibility.reach, k.device)
         features = torch.cat((k, v), 2).transpose(0, 1).flatten(1)  # [seq/cp, batch x 2 x kv_heads x head_dim]
         exchange = AllToAll(plan.send, plan.receive, self.group, "attention's keys and values")
         rows = AsyncExchange.start(permute(features, plan.token, plan.row), exchange).finish()
@@ -67,17 +69,17 @@ class ContextAttention(nn.Module):
         ):
             end = (piece + 1) * piece_length
             seen = None if positions is None else positions[:, end - (last - first) : end]
-            outs.append(attention(queries, k[:, first:last], v[:, first:last], window=window, positions=seen,
-                                  alibi_slopes=alibi_slopes))
+            outs.append(attention(queries, k[:, first:last], v[:, first:last], positions=seen,
+                                  alibi_slopes=alibi_slopes, **vars(visibility)))
         return torch.cat(outs, 1)
 
-    def _plan(self, seq: int, window: int | None, device: torch.device) -> _Plan:
-        key = (seq, window, device)
+    def _plan(self, seq: int, reach: int | None, device: torch.device) -> _Plan:
+        key = (seq, reach, device)
         if key not in self._plans:
-            self._plans[key] = self._make_plan(seq, window, device)
+            self._plans[key] = self._make_plan(seq, reach, device)
         return self._plans[key]
 
-    def _make_plan(self, seq: int, window: int | None, device: torch.device) -> _Plan:
+    def _make_plan(self, seq: int, reach: int | None, device: torch.device) -> _Plan:
         ranks = len(self.pieces)
         length = seq // sum(len(held) for held in self.pieces)
         position = torch.arange(seq)
@@ -85,7 +87,7 @@ class ContextAttention(nn.Module):
         for held in self.pieces:
             needed.append(torch.zeros(seq, dtype=torch.bool))
             for piece in held:
-                needed[-1][self._first_key(piece * length, window) : (piece + 1) * length] = True
+                needed[-1][self._first_key(piece * length, reach) : (piece + 1) * length] = True
         owned = [torch.cat([position[piece * length : (piece + 1) * length] for piece in held]) for held in self.pieces]
         own = owned[self.rank]
         wanted = torch.stack([needed[rank][own] for rank in range(ranks)])  # [ranks, seq/cp]
@@ -96,7 +98,7 @@ class ContextAttention(nn.Module):
         slot = needed[self.rank].cumsum(0) - 1  # of a position among the rows received
         keys = []
         for piece in self.pieces[self.rank]:
-            first = self._first_key(piece * length, window)
+            first = self._first_key(piece * length, reach)
             keys.append((int(slot[first]), int(slot[(piece + 1) * length - 1]) + 1))
         return _Plan(
             token.to(device), row.to(device), wanted.sum(1).tolist(), [len(source) for source in sources],
@@ -104,5 +106,5 @@ class ContextAttention(nn.Module):
         )
 
     @staticmethod
-    def _first_key(first_query: int, window: int | None) -> int:
-        return 0 if window is None else max(0, first_query - window + 1)
+    def _first_key(first_query: int, reach: int | None) -> int:
+        return 0 if reach is None else max(0, first_query - reach + 1)

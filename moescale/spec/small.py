@@ -20,6 +20,12 @@ class Small:
     seq_len: int
     small_seq_len: int
 
+    def length(self, length: int | None) -> int | None:
+        """Make a stretch of a sequence small; one that is shorter than a sequence stays so."""
+        if length is None or length >= self.seq_len:
+            return None if length is None else self.small_seq_len
+        return min(max(round(self.small_seq_len * length / self.seq_len), 3), self.small_seq_len - 1)
+
 
 def smallest_divisor(number: int, least: int, good: Callable[[int], bool]) -> int:
     """Find the smallest divisor from `least` on that is good; the number itself is."""

@@ -17,6 +17,7 @@ from moescale.model.build import build_model
 from moescale.model.generation import Row, Sampling, draw, for_decoding
 from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
+from moescale.ops.attention_pattern import Visibility
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.model import describe
 from tests.support.groups import in_groups
@@ -71,6 +72,11 @@ def full(model: LanguageModel, tokens: Tensor, positions: Tensor) -> Tensor:
 PATTERNS: dict[str, dict[str, Any]] = {
     "rope": {}, "window": {"window": 5}, "alibi": {"positions": "alibi"}, "none": {"positions": "none"},
     "alibi window": {"positions": "alibi", "window": 5}, "palm": {"block": "parallel", "num_kv_heads": 1},
+    "block": {"block_size": 5}, "alibi block": {"positions": "alibi", "block_size": 6, "window": 4},
+    "dilated": {"window": 3, "dilation": 3}, "every third": {"dilation": 3, "positions": "alibi"},
+    "strided": {"window": 4, "stride": 4}, "strided, one key head": {"window": 4, "stride": 3, "num_kv_heads": 1},
+    "global": {"window": 4, "global_tokens": 2},
+    "global block": {"block_size": 6, "global_tokens": 3, "positions": "alibi"},
     "multi-head": {"num_kv_heads": 4, "norm": "layernorm"}, "tied": {"tied_embeddings": True, "scale_logits": True},
     "hybrid": {"pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}], "window": 3},
 }
@@ -141,10 +147,11 @@ def test_bfloat16_casts_weights_once_and_routers_never() -> None:
 
 
 def test_a_window_keeps_its_size_and_no_more() -> None:
-    window = Attention(16, 4, 2, 8, window=6)
-    whole = Attention(16, 4, 2, 8, window=None)
-    for mixer in (window, whole):
-        spec = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=mixer.window)
+    window, whole = Attention(16, 4, 2, 8, visibilities=[Visibility(6)]), Attention(16, 4, 2, 8)
+    dilated, sinks = (Attention(16, 4, 2, 8, visibilities=[seen])
+                      for seen in (Visibility(3, 2), Visibility(6, global_tokens=2)))
+    for mixer in (window, whole, dilated, sinks):
+        spec = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, **vars(mixer.visibilities[0]))
         for length in (4, 6, 100):
             assert mixer.new_state(3, length).num_bytes() == spec.state_bytes(16, 3, length, 4)
     assert window.new_state(3, 100_000).num_bytes() == 2 * 3 * 6 * 2 * 8 * 4
@@ -164,11 +171,11 @@ def test_a_cache_turns() -> None:
     for size in (1, 2, 1, 3, 1, 9, 1):
         new = torch.arange(len(came), len(came) + size, dtype=torch.float32).view(1, -1, 1, 1)
         came += new.flatten().tolist()
-        cache.add(new, -new)
+        cache.add(new, -new, torch.arange(size).unsqueeze(0))
         keys, values = cache.newest_last()
         assert keys.flatten().tolist() == came[-4:]
         assert values.flatten().tolist() == [-each for each in came[-4:]]
-        slots, _, age = cache.slots_in_use()
+        slots, _, age = cache.in_use(torch.zeros(1, 1))
         assert [came[-1 - int(each)] for each in age] == slots.flatten().tolist()
     cache.select(torch.tensor([0, 0, 0]))
     assert cache.keys.shape[0] == 3

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from moescale.ops import attention as module
 from moescale.ops import attention_chunked
 from moescale.ops.attention import attention, flex
-from moescale.ops.attention_pattern import AttentionPattern
+from moescale.ops.attention_pattern import AttentionPattern, Visibility
 from tests.support.memory import Memory
 
 
@@ -44,14 +46,20 @@ def test_flash_attention_takes_memory_that_grows_with_the_sequence() -> None:
     assert slope < 1.001
 
 
-@settings(max_examples=40, deadline=None)
+VISIBILITIES = st.builds(
+    Visibility, st.one_of(st.none(), st.integers(1, 100)), st.sampled_from([1, 1, 2, 3, 7, 200]),
+    st.one_of(st.none(), st.integers(1, 100)), st.sampled_from([0, 0, 1, 3, 9, 100]),
+)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 90), st.integers(0, 40), st.sampled_from([(2, 2), (4, 1)]), st.booleans(),
-    st.one_of(st.none(), st.integers(1, 100)), st.lists(st.integers(1, 89), max_size=4), st.booleans(),
+    VISIBILITIES, st.lists(st.integers(1, 89), max_size=4), st.booleans(),
     st.sampled_from(["auto", "blocks", "chunked", "sdpa"]),
 )
 def test_backends_equal_the_reference(
-    seq_k: int, fewer: int, heads: tuple[int, int], causal: bool, window: int | None, restarts: list[int], alibi: bool,
+    seq_k: int, fewer: int, heads: tuple[int, int], causal: bool, seen: Visibility, restarts: list[int], alibi: bool,
     backend: str,
 ) -> None:
     torch.manual_seed(seq_k)
@@ -64,13 +72,73 @@ def test_backends_equal_the_reference(
     slopes, results = torch.rand(heads[0]) if alibi else None, []
     chunk, attention_chunked.CHUNK = attention_chunked.CHUNK, 32
     for name in (backend, "reference"):
-        out = attention(q, k, v, causal=causal, window=window if causal else None, positions=positions, scale=0.2,
-                        alibi_slopes=slopes, backend=name)  # type: ignore[arg-type]
+        out = attention(q, k, v, causal=causal, positions=positions, scale=0.2, alibi_slopes=slopes,
+                        backend=name, **asdict(seen) if causal else {})  # type: ignore[arg-type]
         torch.manual_seed(0)
         results.append((out.detach(), *torch.autograd.grad(out, (q, k, v), torch.randn(out.shape, dtype=out.dtype))))
     attention_chunked.CHUNK = chunk
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours, exact, atol=1e-10, rtol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(VISIBILITIES, st.lists(st.integers(0, 40), max_size=3))
+def test_what_a_query_sees_is_what_the_survey_says(seen: Visibility, restarts: list[int]) -> None:
+    """Query by query and key by key, straight from the definitions (Efficient Transformers, sec. 3)."""
+    begins = sorted({0, *restarts})
+    number = [index - max(begin for begin in begins if begin <= index) for index in range(41)]  # in its document
+    every, window = seen.dilation, seen.window or 1000
+    expected = [[
+        j <= i and number[i] - number[j] == i - j  # of one document
+        and (((i - j) % every == 0 and (i - j) // every < window
+              and (seen.block_size is None or number[i] // seen.block_size == number[j] // seen.block_size))
+             or number[j] < seen.global_tokens)
+        for j in range(41)] for i in range(41)]
+    pattern = AttentionPattern(True, seen, torch.tensor([number]), None, 1.0)
+    place = torch.arange(41)
+    assert pattern.visible(place, place)[0].tolist() == expected
+    far = [[i - j for j in range(41) if expected[i][j] and number[j] >= seen.global_tokens] for i in range(41)]
+    assert max(max(each, default=0) for each in far) < (seen.reach or 1000)
+
+
+@pytest.mark.parametrize("seen", [
+    {"window": 300}, {"window": 150, "dilation": 1}, {"block_size": 150}, {"dilation": 1},
+    {"window": 4, "global_tokens": 150}, {"block_size": 4, "global_tokens": 200}], ids=str)
+def test_what_hides_nothing_is_full_attention(seen: dict[str, int]) -> None:
+    q, k, v = (torch.randn(2, 150, heads, 16) for heads in (4, 2, 2))
+    positions = torch.arange(150).expand(2, -1)
+    exact = attention(q, k, v, positions=positions)
+    found = attention(q, k, v, positions=positions, **seen)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-6 if "global_tokens" in seen else 0)
+
+
+def products(seq: int, seen: dict[str, int]) -> int:
+    """Count the FLOPs of forward and backward of attention's scores and sums."""
+    aten = torch.ops.aten
+    forward, backward = (aten._scaled_dot_product_flash_attention_for_cpu,
+                         aten._scaled_dot_product_flash_attention_for_cpu_backward)
+
+    def scores(q: torch.Size, k: torch.Size) -> int:
+        return 2 * math.prod(q) * k[2]
+
+    mapping = {forward: lambda q, k, *_, **__: 2 * scores(q, k), backward: lambda _, q, k, *__, **___: 5 * scores(q, k)}
+    q, k, v = (torch.randn(1, seq, 2, 16, requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        attention(q, k, v, **seen).sum().backward()  # type: ignore[arg-type]
+    return counter.get_total_flops()
+
+
+def test_what_nobody_sees_is_not_computed() -> None:
+    def slope(seen: Callable[[int], dict[str, int]]) -> float:
+        """Of log FLOPs over log length, which is 2 for full attention."""
+        return math.log(products(4096, seen(4096)) / products(512, seen(512)), 8)
+
+    local: list[dict[str, int]] = [
+        {"window": 32}, {"block_size": 32}, {"window": 16, "dilation": 4}, {"window": 16, "global_tokens": 4}]
+    for each in local:
+        assert slope(lambda _, each=each: each) < 1.1, each  # type: ignore[misc]
+    assert 1.4 < slope(lambda seq: {"dilation": math.isqrt(seq)}) < 1.6
+    assert slope(lambda _: {}) > 1.8
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -80,7 +148,8 @@ def test_flex_says_the_same_pattern(causal: bool) -> None:
 
     q, k, v = (torch.randn(2, seq, heads, 16) for seq, heads in ((60, 4), (90, 2), (90, 2)))
     positions = torch.stack((torch.arange(90), torch.arange(90) % 31))
-    pattern = AttentionPattern(causal, 40 if causal else None, positions, torch.rand(4), 0.2)
+    seen = Visibility(20, 2, 25, 3) if causal else Visibility()
+    pattern = AttentionPattern(causal, seen, positions, torch.rand(4), 0.2)
     exact = module._BACKENDS["reference"](q, k, v, pattern)
     torch.testing.assert_close(flex(q, k, v, pattern, flex_attention), exact, atol=1e-5, rtol=1e-5)
 
@@ -99,6 +168,7 @@ def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda q: attention(q, q, q, causal=False, window=3), "causal=True"),
+    (lambda q: attention(q, q, q, window=2, global_tokens=3, backend="triton"), "knows no global tokens"),
     (lambda q: attention(q[..., :8], q[..., :8], q[..., :8], backend="triton"), "head_dim 16"),
     (lambda q: attention(q, q, q, backend="flex"), "backend=auto"),
 ])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +35,13 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 
 
 def attention(
-    x: Tensor, weights: Weights, num_heads: int, num_kv_heads: int, *, theta: float | None, window: int | None,
-    alibi: bool = False,
+    x: Tensor, weights: Weights, num_heads: int, num_kv_heads: int, *, theta: float | None,
+    sees: Callable[[int, int, int], bool], alibi: bool = False,
 ) -> Tensor:
     """Causal softmax attention, head by head and query by query. x: [seq, d_model]; returns the same shape.
 
-    With one key head this is multi-query attention (Shazeer, 2019). window: a query sees so many positions, itself
-    included (Mistral 7B, section 2). alibi: scores lose slope x distance (Press et al., 2022, section 3).
+    With one key head this is multi-query attention (Shazeer, 2019). sees: of head, query i and key j up to i, whether
+    it is not masked. alibi: scores lose slope x distance (Press et al., 2022, section 3).
     """
     queries, keys, values = (
         (x @ weights[name].T).chunk(heads, -1)
@@ -52,12 +53,12 @@ def attention(
             q, k = rotate(q, theta), rotate(k, theta)
         rows = []
         for i in range(len(x)):
-            first = 0 if window is None else max(0, i - window + 1)
-            scores = k[first : i + 1] @ q[i] / math.sqrt(q.shape[-1])
+            seen = [j for j in range(i + 1) if sees(head, i, j)]
+            scores = k[seen] @ q[i] / math.sqrt(q.shape[-1])
             if alibi:
                 slope = 2 ** (-8 * (head + 1) / num_heads)
-                scores = scores - slope * torch.arange(i - first, -1, -1, dtype=x.dtype)
-            rows.append(scores.softmax(0) @ v[first : i + 1])
+                scores = scores - slope * (i - torch.tensor(seen, dtype=x.dtype))
+            rows.append(scores.softmax(0) @ v[seen])
         heads.append(torch.stack(rows))
     return torch.cat(heads, -1) @ weights["o"].T
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from moescale.config import Config, parse_config
 from moescale.model.build import build_model
 from moescale.model.language_model import LanguageModel
 from moescale.ops.token_random import uniform
+from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
 from tests.papers import formulas
 from tests.support.groups import in_groups
@@ -46,6 +48,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
             {"channel_mixer": "feed_forward", "attention": {"window": 3, "num_kv_heads": 1}},
             {"channel_mixer": "moe", "attention": {"positions": "none"}, "moe": {"d_ff": 24, "activation": "relu"}}]}),
         "moe": {"num_experts": 4, "d_ff": 8}},
+    "the survey's patterns": {**in_groups({**SERIAL, "num_layers": 5, "pattern": [
+        {"channel_mixer": "feed_forward", "attention": keys} for keys in (
+            {"window": 3, "dilation": 2}, {"block_size": 5}, {"window": 2, "stride": 3, "positions": "alibi"},
+            {"window": 2, "global_tokens": 3}, {"dilation": 3, "num_kv_heads": 1})]})},
     "expert_choice": {**in_groups(SERIAL), "moe": {"router": "expert_choice", "num_experts": 4, "top_k": 2,
                                                "capacity_factor": 1.7, "d_ff": 8}},
 }
@@ -102,7 +108,7 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id:
         h = norm(x, own["mixer_norm.weight"], model.norm_eps)
         mixed = formulas.attention(
             h, {part: own[f"mixer.{part}.weight"] for part in "qkvo"}, attention.num_heads, attention.num_kv_heads,
-            theta=attention.rope_theta if attention.positions == "rope" else None, window=attention.window,
+            theta=attention.rope_theta if attention.positions == "rope" else None, sees=partial(_sees, attention),
             alibi=attention.positions == "alibi")
         if model.block == "parallel":  # y = x + MLP(norm(x)) + Attention(norm(x)) (PaLM, section 2)
             x = x + mixed + formulas.feed_forward(h, _dense(own), channel_mixer.activation)
@@ -125,6 +131,15 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id:
     head = weights["embedding.weight"] if model.tied_embeddings else weights["head.weight"]
     scale = model.d_model**-0.5 if model.scale_logits else 1.0
     return [*formulas.next_token_losses(h @ head.T * scale, tokens[1:]), *losses]
+
+
+def _sees(keys: AttentionConfig, head: int, i: int, j: int) -> bool:
+    """The fixed patterns of Efficient Transformers: A Survey, section 3: windows, steps, blocks, global tokens."""
+    if keys.stride is not None and head >= keys.num_heads / 2:
+        return (i - j) % keys.stride == 0  # Sparse Transformers' strided heads
+    near = (i - j) % keys.dilation == 0 and (keys.window is None or (i - j) / keys.dilation < keys.window)
+    local = near and (keys.block_size is None or i // keys.block_size == j // keys.block_size)
+    return local or j < keys.global_tokens
 
 
 def _dense(own: dict[str, Tensor]) -> dict[str, Tensor]:
