@@ -23,6 +23,7 @@ from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.group import Group
 from moescale.spec.hippo import HippoConfig
+from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
 from moescale.spec.model import Layer, ModelConfig, with_changes
 from moescale.spec.moe import MoEConfig
@@ -42,6 +43,7 @@ class Config(Group):
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
     hippo: HippoConfig = Field(default_factory=HippoConfig)
     lmu: LmuConfig = Field(default_factory=LmuConfig)
+    linear_attention: LinearAttentionConfig = Field(default_factory=LinearAttentionConfig)
     feed_forward: FeedForwardConfig = Field(default_factory=FeedForwardConfig)
     moe: MoEConfig = Field(default_factory=MoEConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

@@ -15,6 +15,7 @@ from moescale.layers.norm import NORMS
 from moescale.mixers.attention import Attention
 from moescale.mixers.base import Mixer
 from moescale.mixers.hippo import Hippo
+from moescale.mixers.linear_attention import LinearAttention
 from moescale.mixers.lmu import Lmu
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
@@ -26,6 +27,7 @@ from moescale.ops.hippo_memory import Memory
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.hippo import HippoConfig
+from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.model import Layer, ModelConfig
@@ -48,6 +50,7 @@ MIXERS: dict[type[MixerConfig], Callable[[ModelConfig, Any], Mixer[Any]]] = {  #
         model.d_model, keys.channels, Memory(keys.measure, keys.d_state, keys.theta)),
     LmuConfig: lambda model, keys: Lmu(
         model.d_model, keys.memories, keys.units, Memory("lmu", keys.order, keys.theta), recurrent=keys.recurrent),
+    LinearAttentionConfig: lambda model, keys: LinearAttention(model.d_model, keys.num_heads, keys.head_dim),
 }
 
 

@@ -77,6 +77,10 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "strided": {"window": 4, "stride": 4}, "strided, one key head": {"window": 4, "stride": 3, "num_kv_heads": 1},
     "global": {"window": 4, "global_tokens": 2},
     "global block": {"block_size": 6, "global_tokens": 3, "positions": "alibi"},
+    "linear": {"pattern": [{"mixer": "linear_attention"}]},
+    "linear and windows": {"pattern": [
+        {"mixer": "linear_attention", "linear_attention": {"num_heads": 2, "head_dim": 4}},
+        {"attention": {"window": 3}}]},
     "multi-head": {"num_kv_heads": 4, "norm": "layernorm"}, "tied": {"tied_embeddings": True, "scale_logits": True},
     "hybrid": {"pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}], "window": 3},
 }
