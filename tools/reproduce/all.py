@@ -1,6 +1,6 @@
 """Runs the reproductions, two at a time, and writes docs/reproduced.md from all results that there are.
 
-    python tools/reproduce/all.py [NAMES] [--jobs 2] [--minutes 12] [--missing] [--page]
+    python tools/reproduce/all.py [NAMES] [--jobs 2] [--minutes 12] [--missing] [--resume] [--page]
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from frame import RESULTS, ROOT, write_page
 
 FOLDER = Path(__file__).parent
-HELPERS = ("all", "frame", "training")  # what stands beside the scripts
+RUNS = "\n    main(REPRODUCTION)\n"  # how a script ends, and no file that stands beside them
 
 
 def scripts() -> list[str]:
     """Name the scripts of this folder."""
-    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in HELPERS)
+    return sorted(path.stem for path in FOLDER.glob("*.py") if path.read_text().endswith(RUNS))
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="scripts that run at a time, each on one thread")
     parser.add_argument("--minutes", type=float, default=12, help="after which a script is ended")
     parser.add_argument("--missing", action="store_true", help="only those without a result")
+    parser.add_argument("--resume", action="store_true", help="take what seeds gave before, if a script is the same")
     parser.add_argument("--page", action="store_true", help="run nothing, only write the page")
     arguments = parser.parse_args()
     names = arguments.names or scripts()
@@ -39,19 +40,19 @@ def main() -> None:
     failed = []
     if not arguments.page:
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            ended_well = pool.map(lambda name: _run(name, 60 * arguments.minutes), names)
+            ended_well = pool.map(lambda name: _run(name, arguments.resume, 60 * arguments.minutes), names)
             failed = [name for name, well in zip(names, ended_well, strict=True) if not well]
     write_page()
     if failed:
         sys.exit(f"did not end well: {', '.join(failed)}")
 
 
-def _run(name: str, seconds: float) -> bool:
+def _run(name: str, resume: bool, seconds: float) -> bool:
     """Run a script on one thread, and say whether it came to a result, be it pass or short."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     try:
-        ran = subprocess.run([sys.executable, FOLDER / f"{name}.py"], env=environment, capture_output=True, text=True,
-                             timeout=seconds)
+        ran = subprocess.run([sys.executable, FOLDER / f"{name}.py", *["--resume"] * resume], env=environment,
+                             capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         print(f"{name}: ended after {seconds:.0f} s", flush=True)
         return False

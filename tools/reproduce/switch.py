@@ -14,8 +14,10 @@ from moescale.moe.routers.base import Capacity
 from moescale.moe.routers.token_choice import SwitchRouter
 
 SYMBOLS, NOISE, BATCH, LENGTH, STEPS = 96, 0.1, 64, 64, 800
+GROUP = 16  # sequences whose tokens share the slots of the experts
 MODEL: dict[str, Any] = {
-    "model": {"d_model": 64, "num_layers": 2},
+    "data": {"tokenizer": None},
+    "model": {"vocab_size": SYMBOLS, "d_model": 64, "num_layers": 2},
     "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16},
     "optim": {"lr": 3e-3},
 }
@@ -53,7 +55,7 @@ def run(seed: int) -> Figures:
             layers = trainer.engine.routing().layers.values()
             dropped.append(sum(layer.dropped for layer in layers) / max(1, sum(layer.wanted for layer in layers)))
 
-        trainer = Trainer(keys(experts), seed, row_documents=BATCH)  # a group is all tokens of a step
+        trainer = Trainer(keys(experts), seed, row_documents=GROUP)
         figures[f"loss {experts}"] = smooth(train(trainer, memory_task(seed), STEPS, watch), 50)
         figures[f"dropped {experts}"] = sum(dropped[-100:]) / 100
     return {**figures, **routed_in_bfloat16(seed)}
@@ -95,7 +97,7 @@ REPRODUCTION = Reproduction(
           "two experts already help; a router in bfloat16 diverges where selective precision does not (table 2)",
     miniature="the next symbol is a random table's entry for the last two (96 x 96, a tenth noise); two layers of 64 "
               "features, feed-forwards of 32 against Switch layers of 8 and 16 such experts, capacity factor 1.25, "
-              "Adam 3e-3, 800 steps of 64 x 64; a toy router of 512 experts",
+              "Adam 3e-3, 800 steps of 64 x 64 in groups of 1,024 tokens; a toy router of 512 experts",
     run=run,
     plot=plot,
     criteria=(
