@@ -175,7 +175,8 @@ def scan() -> Cases:
     for d_state in (16, 64, 128):
         u, delta, a = empty(2, 4096, 2048, dtype=torch.bfloat16), empty(2, 4096, 2048), empty(2048, d_state)
         b = empty(2, 4096, d_state, dtype=torch.bfloat16)
-        yield f"d_state {d_state}", selective_scan, (u, delta, a, b, b, empty(2048), integers(2, 4096))
+        yield f"d_state {d_state}", selective_scan, (
+            u, delta, a, b, b, empty(2048), empty(2, 4096, dtype=torch.bool), empty(2, 2048, d_state))
 
 
 CASES = {"attention": attention, "experts": experts, "rows": rows, "scan": scan}

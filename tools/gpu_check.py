@@ -56,10 +56,11 @@ def median_ms(call: Callable[[], Any], inputs: tuple[Tensor, ...] = ()) -> float
         return str(error).splitlines()[0][:80]
 
 
-def both_ms(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[float | str, float | str]:
+def both_ms(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> tuple[float | str, float | str]:
     """Time both. -> seconds of forward; of forward and backward"""
     def step() -> None:
         out = function(*inputs)
+        out = out[0] if isinstance(out, tuple) else out
         out.backward(torch.ones_like(out))
 
     return median_ms(lambda: function(*inputs)), median_ms(step, inputs)
@@ -245,7 +246,7 @@ def scan_part() -> list[Row]:
         u, delta = randn(4, seq, 2048), torch.rand(4, seq, 2048, device="cuda").requires_grad_()
         a, d = (-torch.rand(2048, 16, device="cuda")).requires_grad_(), randn(2048, dtype=torch.float32)
         inputs = (u, delta, a, randn(4, seq, 16), randn(4, seq, 16), d)
-        calls: dict[str, Callable[..., Tensor]] = {"triton": selective_scan}
+        calls: dict[str, Callable[..., Any]] = {"triton": selective_scan}
         if seq == 512:
             calls["plain"] = selective_scan_reference
         try:

@@ -24,6 +24,7 @@ from queue import SimpleQueue
 ROOT = Path(__file__).parent.parent
 PAPERS = "tests/papers/test_model.py tests/papers/test_weights.py tests/papers/test_golden.py"  # formulas by name first
 DESCRIPTIONS = "tests/spec"
+RECURRENCES = "tests/papers/test_mamba.py"
 LAYOUTS = "tests/parallel/test_layouts.py"
 
 
@@ -49,6 +50,18 @@ FAULTS = (
     Fault("layers/positions.py", "theta ** (-2 * pair / head_dim)", "theta ** (-pair / head_dim)"),
     Fault("layers/positions.py", "2 ** (-8 * (index + 1) / power)", "2 ** (-8 * index / power)"),
     Fault("mixers/attention.py", "visibility=visibility,", "visibility=Visibility(),"),
+    # recurrences
+    Fault("mixers/mamba.py", "apart(self.sequence.part(positions)) == 0", "apart(self.sequence.part(positions)) < 0",
+          RECURRENCES),  # a state crosses a document
+    Fault("mixers/mamba.py", "F.softplus(linear(step, matrix) + bias)",
+          "F.softplus(linear(step, matrix) + bias).mean(-1, keepdim=True).expand(*step.shape[:2], len(d))",
+          RECURRENCES),  # one step for all channels
+    Fault("mixers/mamba.py", "-a_log.exp()", "a_log.exp().neg().exp().neg()", RECURRENCES),
+    Fault("ops/causal_conv.py", "positions < back", "positions < back - 1", RECURRENCES),
+    Fault("spec/mamba.py", 'Init("log_count"),\n                   decays=False)', 'Init("log_count"))', RECURRENCES),
+    Fault("comm/sequence_shards.py", "return run(self._first_states(last, passes, positions))", "return run(None)",
+          "tests/comm"),  # a state is not handed on
+    Fault("comm/sequence_shards.py", "state.masked_fill(begins, 0) + lasts", "state + lasts", "tests/comm"),
     # first values
     Fault("spec/weights.py", "math.sqrt(0.1 / fan_in)", "math.sqrt(1.0 / fan_in)"),
     Fault("spec/weights.py", 'Init("normal", fan_in**-0.5)', 'Init("normal", fan_in**-1.0)'),

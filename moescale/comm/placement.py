@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moescale.comm.collectives import Group
 from moescale.comm.sequence_shards import SequenceShards
@@ -25,6 +25,10 @@ class Share:
     def first(self, length: int) -> int:
         """Return the index at which this rank's share of a dim of this length begins."""
         return length // self.size * self.rank
+
+    def part(self, whole: Tensor, dim: int = 0) -> Tensor:
+        """Take this rank's share of a tensor."""
+        return whole if self.size == 1 else whole.chunk(self.size, dim)[self.rank]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from moescale.spec.group import Group
 from moescale.spec.hippo import HippoConfig
 from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
+from moescale.spec.mamba import MambaConfig
 from moescale.spec.model import Layer, ModelConfig, with_changes
 from moescale.spec.moe import MoEConfig
 
@@ -44,6 +45,7 @@ class Config(Group):
     hippo: HippoConfig = Field(default_factory=HippoConfig)
     lmu: LmuConfig = Field(default_factory=LmuConfig)
     linear_attention: LinearAttentionConfig = Field(default_factory=LinearAttentionConfig)
+    mamba: MambaConfig = Field(default_factory=MambaConfig)
     feed_forward: FeedForwardConfig = Field(default_factory=FeedForwardConfig)
     moe: MoEConfig = Field(default_factory=MoEConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

@@ -23,11 +23,16 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
-    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        """Multiply. x: [..., d_in]. rows: of the weight here, which to use. Returns [..., d_out] in the dtype of x."""
+    def forward(self, x: Tensor, rows: slice | None = None, columns: Share | None = None) -> Tensor:
+        """Multiply. x: [..., d_in]. rows: of the weight here, which to use. Returns [..., d_out] in the dtype of x.
+
+        columns: x is such a share of the features, and the result one of the sums over them.
+        """
         weight = local_tensor(self.weight)
         if rows is not None:  # slice(None) would make the gradient a copy
             weight = weight[rows]
+        if columns is not None:
+            weight = columns.part(weight, 1)
         return linear(x, weight.to(x.dtype))
 
 

@@ -17,6 +17,7 @@ from moescale.mixers.base import Mixer
 from moescale.mixers.hippo import Hippo
 from moescale.mixers.linear_attention import LinearAttention
 from moescale.mixers.lmu import Lmu
+from moescale.mixers.mamba import Mamba
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
 from moescale.moe.experts import Experts
@@ -29,6 +30,7 @@ from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.hippo import HippoConfig
 from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
+from moescale.spec.mamba import MambaConfig
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.model import Layer, ModelConfig
 from moescale.spec.moe import OWN_KEYS, MoEConfig
@@ -44,6 +46,13 @@ def _attention(model: ModelConfig, keys: AttentionConfig) -> Attention:
     )
 
 
+def _mamba(model: ModelConfig, keys: MambaConfig) -> Mamba:
+    d_model = model.d_model
+    return Mamba(
+        d_model, keys.d_inner(d_model), d_state=keys.d_state, d_conv=keys.d_conv, rank=keys.rank(d_model),
+        norm_eps=model.norm_eps if keys.inner_norms else None)
+
+
 MIXERS: dict[type[MixerConfig], Callable[[ModelConfig, Any], Mixer[Any]]] = {  # a kind: what makes it of its keys
     AttentionConfig: _attention,
     HippoConfig: lambda model, keys: Hippo(
@@ -51,6 +60,7 @@ MIXERS: dict[type[MixerConfig], Callable[[ModelConfig, Any], Mixer[Any]]] = {  #
     LmuConfig: lambda model, keys: Lmu(
         model.d_model, keys.memories, keys.units, Memory("lmu", keys.order, keys.theta), recurrent=keys.recurrent),
     LinearAttentionConfig: lambda model, keys: LinearAttention(model.d_model, keys.num_heads, keys.head_dim),
+    MambaConfig: _mamba,
 }
 
 

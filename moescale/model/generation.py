@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moescale.errors import ConfigError
+from moescale.layers.exact import Exact
 from moescale.mixers.base import State
 from moescale.moe.routers import Router
 from moescale.ops.token_random import uniform_features
@@ -141,7 +142,7 @@ def for_decoding(model: LanguageModel) -> LanguageModel:
     memo: dict[int, object] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            dtype = parameter.dtype if isinstance(module, Router) else model.compute_dtype  # routers are float32
+            dtype = parameter.dtype if isinstance(module, Exact) else model.compute_dtype
             memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
     model = copy.deepcopy(model, memo).eval()
     for module in model.modules():

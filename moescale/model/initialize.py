@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,13 @@ def _fill(tensor: Tensor, init: Init, generator: torch.Generator) -> None:
         tensor.normal_(0, init.std, generator=generator)
     elif init.kind == "truncated_normal":
         nn.init.trunc_normal_(tensor, 0, init.std, -2 * init.std, 2 * init.std, generator=generator)
+    elif init.kind == "uniform":
+        tensor.uniform_(init.low, init.high, generator=generator)
+    elif init.kind == "step":
+        step = tensor.uniform_(math.log(init.low), math.log(init.high), generator=generator).exp_()
+        tensor.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+    elif init.kind == "log_count":
+        tensor.copy_(torch.arange(1, tensor.shape[-1] + 1, device=tensor.device).log())
     else:
         tensor.fill_({"zeros": 0, "ones": 1}[init.kind])
 

@@ -18,54 +18,60 @@ from torch import Tensor
 
 
 def selective_scan(
-    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, positions: Tensor | None = None
-) -> Tensor:
-    """Scan as `ops.scan.selective_scan` does; bfloat16, float16 or float32, states and sums in float32. -> like u"""
-    return _Scan.apply(u, delta, a, b, c, d, positions)
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, restarts: Tensor | None = None,
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan as `ops.scan.selective_scan` does; bfloat16, float16 or float32, states and sums in float32."""
+    return _Scan.apply(u, delta, a, b, c, d, None if restarts is None else restarts.to(torch.uint8), first)
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, positions: Tensor | None
-    ) -> Tensor:
+        ctx: Any, u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, restarts: Tensor | None,
+        first: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         u, delta, a, b, c, d = (x.contiguous() for x in (u, delta, a, b, c, d))
-        positions = None if positions is None else positions.contiguous()
-        options, out = _options(u, a, positions), torch.empty_like(u)
+        restarts, first = (None if x is None else x.contiguous() for x in (restarts, first))
+        options, out = _options(u, a, restarts), torch.empty_like(u)
         (batch, seq, channels), chunk = u.shape, options["T"]
         states = torch.empty(
             batch, triton.cdiv(seq, chunk), *a.shape, dtype=torch.float32, device=u.device
         )  # before each chunk
+        last = torch.zeros(batch, *a.shape, dtype=torch.float32, device=u.device)
         if u.numel():
             _forward[(triton.cdiv(channels, options["BLOCK"]), batch)](
-                u, delta, a, b, c, d, positions, out, states, seq, channels, a.shape[1], **options
+                u, delta, a, b, c, d, restarts, first, out, states, last, seq, channels, a.shape[1],
+                **options, FIRST=first is not None,
             )
-        ctx.save_for_backward(u, delta, a, b, c, d, positions, states)
-        return out
+        ctx.save_for_backward(u, delta, a, b, c, d, restarts, states)
+        ctx.first_dtype = None if first is None else first.dtype
+        return out, last
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, delta, a, b, c, d, positions, states = ctx.saved_tensors
-        options, (batch, seq, channels) = _options(u, a, positions), u.shape
+    def backward(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, a, b, c, d, restarts, states = ctx.saved_tensors
+        options, (batch, seq, channels) = _options(u, a, restarts), u.shape
         blocks = triton.cdiv(channels, options["BLOCK"])
         grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
         grad_a = torch.zeros(batch, *a.shape, dtype=torch.float32, device=u.device)
         grad_d = torch.zeros(batch, channels, dtype=torch.float32, device=u.device)
+        grad_first = torch.zeros(batch, *a.shape, dtype=torch.float32, device=u.device)
         grad_b, grad_c = (torch.zeros(blocks, *b.shape, dtype=torch.float32, device=u.device) for _ in range(2))
         if u.numel():
             _backward[(blocks, batch)](
-                u, delta, a, b, c, d, positions, states, grad.contiguous(), grad_u, grad_delta, grad_a, grad_b, grad_c,
-                grad_d, seq, channels, a.shape[1], **options,
+                u, delta, a, b, c, d, restarts, states, grad.contiguous(), grad_last.contiguous(), grad_u, grad_delta,
+                grad_a, grad_b, grad_c, grad_d, grad_first, seq, channels, a.shape[1], **options,
             )
         return (
             grad_u, grad_delta, grad_a.sum(0).to(a.dtype), grad_b.sum(0).to(b.dtype), grad_c.sum(0).to(c.dtype),
-            grad_d.sum(0).to(d.dtype), None,
+            grad_d.sum(0).to(d.dtype), None, None if ctx.first_dtype is None else grad_first.to(ctx.first_dtype),
         )
 
 
-def _options(u: Tensor, a: Tensor, positions: Tensor | None) -> dict[str, Any]:
+def _options(u: Tensor, a: Tensor, restarts: Tensor | None) -> dict[str, Any]:
     states = triton.next_power_of_2(a.shape[1])
-    return {"T": 8, "BLOCK": max(1, 128 // states), "STATES": states, "DOCUMENTS": positions is not None,
+    return {"T": 8, "BLOCK": max(1, 128 // states), "STATES": states, "DOCUMENTS": restarts is not None,
             "num_warps": max(1, states // 64), "num_stages": 1}  # one warp alone scans without a barrier
 
 
@@ -76,7 +82,7 @@ def _compose(x1, y1, x2, y2):
 
 
 @triton.jit
-def _steps(U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMENTS: tl.constexpr):
+def _steps(U, Delta, B, Restarts, t, L, batch, a, channel, C, state, N, DOCUMENTS: tl.constexpr):
     """Load the steps at positions t, which beyond the sequence change nothing.
 
     -> decay, input: [T, BLOCK, STATES]; u, delta: [T, BLOCK]; b: [T, STATES]; all float32
@@ -89,15 +95,15 @@ def _steps(U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMEN
     b = tl.load(B + row[:, None] * N + state[None, :], mask=here[:, None] & (state < N)[None, :], other=0.0)
     decay = tl.exp(delta[:, :, None] * a[None, :, :])
     if DOCUMENTS:
-        begins = tl.load(Positions + row, mask=here, other=1) == 0
+        begins = tl.load(Restarts + row, mask=here, other=0) != 0
         decay = tl.where(begins[:, None, None], 0.0, decay)
     return decay, (delta * u)[:, :, None] * b.to(tl.float32)[:, None, :], u, delta, b.to(tl.float32)
 
 
 @triton.jit
 def _forward(
-    U, Delta, A, B, Read, D, Positions, Out, States, L, C, N, T: tl.constexpr, BLOCK: tl.constexpr,
-    STATES: tl.constexpr, DOCUMENTS: tl.constexpr,
+    U, Delta, A, B, Read, D, Restarts, First, Out, States, Last, L, C, N, T: tl.constexpr, BLOCK: tl.constexpr,
+    STATES: tl.constexpr, DOCUMENTS: tl.constexpr, FIRST: tl.constexpr,
 ):
     """Scan some channels, chunk after chunk."""
     batch, chunks = tl.program_id(1).to(tl.int64), tl.cdiv(L, T)
@@ -106,11 +112,13 @@ def _forward(
     a = tl.load(A + offset_a, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(D + channel, mask=channel < C, other=0.0).to(tl.float32)
     h = tl.zeros((BLOCK, STATES), tl.float32)
+    if FIRST:
+        h += tl.load(First + batch * C * N + offset_a, mask=inside, other=0.0).to(tl.float32)
     for chunk in range(chunks):
         # Keep the state before the chunk, then scan its steps; the first one takes that state along.
         tl.store(States + (batch * chunks + chunk) * C * N + offset_a, h, mask=inside)
         t = chunk * T + step
-        decay, taken, u, _, _ = _steps(U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMENTS)
+        decay, taken, u, _, _ = _steps(U, Delta, B, Restarts, t, L, batch, a, channel, C, state, N, DOCUMENTS)
         taken += tl.where((step == 0)[:, None, None], decay * h[None, :, :], 0.0)
         _, states = tl.associative_scan((decay, taken), 0, _compose)
         # Read the states out.
@@ -120,12 +128,13 @@ def _forward(
         tl.store(Out + row[:, None] * C + channel[None, :], y.to(Out.dtype.element_ty),
                  mask=(t < L)[:, None] & (channel < C)[None, :])
         h = tl.sum(tl.where((step == T - 1)[:, None, None], states, 0.0), 0)
+    tl.store(Last + batch * C * N + offset_a, h, mask=inside)
 
 
 @triton.jit
 def _backward(
-    U, Delta, A, B, Read, D, Positions, States, Grad, GradU, GradDelta, GradA, GradB, GradC, GradD, L, C, N,
-    T: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, DOCUMENTS: tl.constexpr,
+    U, Delta, A, B, Read, D, Restarts, States, Grad, GradLast, GradU, GradDelta, GradA, GradB, GradC, GradD, GradFirst,
+    L, C, N, T: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):
     """Compute all gradients of some channels, from the last chunk to the first.
 
@@ -139,17 +148,18 @@ def _backward(
     offset_block = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + batch) * L
     grad_a = tl.zeros((BLOCK, STATES), tl.float32)
     grad_d = tl.zeros((BLOCK,), tl.float32)
-    carry = tl.zeros((BLOCK, STATES), tl.float32)  # decay times gradient of the first state of the chunk behind
+    # Decay times gradient of the first state of the chunk behind; positions beyond the sequence pass it on.
+    carry = tl.load(GradLast + batch * C * N + offset_a, mask=inside, other=0.0).to(tl.float32)
     for back in range(chunks):
         chunk = chunks - 1 - back
         t = chunk * T + step
         first = tl.load(States + (batch * chunks + chunk) * C * N + offset_a, mask=inside, other=0.0)
         # States before each step: a scan over the steps before, where the first one is the state before the chunk.
-        decay, taken, _, _, _ = _steps(U, Delta, B, Positions, t - 1, L, batch, a, channel, C, state, N, DOCUMENTS)
+        decay, taken, _, _, _ = _steps(U, Delta, B, Restarts, t - 1, L, batch, a, channel, C, state, N, DOCUMENTS)
         taken = tl.where((step == 0)[:, None, None], first[None, :, :], taken)
         _, before = tl.associative_scan((decay, taken), 0, _compose)
         decay, taken, u, delta, b = _steps(
-            U, Delta, B, Positions, t, L, batch, a, channel, C, state, N, DOCUMENTS
+            U, Delta, B, Restarts, t, L, batch, a, channel, C, state, N, DOCUMENTS
         )
         # The gradient of c.
         row, mask = batch * L + t, (t < L)[:, None] & (channel < C)[None, :]
@@ -162,7 +172,7 @@ def _backward(
         tl.store(GradC + offset_partial, tl.sum(grad[:, :, None] * states, 1), mask=mask_b)
         # The gradients of the states: the scan from the end, which takes the chunk behind along.
         grad_decay = before * decay
-        after, _, _, _, _ = _steps(U, Delta, B, Positions, t + 1, L, batch, a, channel, C, state, N, DOCUMENTS)
+        after, _, _, _, _ = _steps(U, Delta, B, Restarts, t + 1, L, batch, a, channel, C, state, N, DOCUMENTS)
         given = grad[:, :, None] * c[:, None, :] + tl.where((step == T - 1)[:, None, None], carry[None, :, :], 0.0)
         _, grad_h = tl.associative_scan((after, given), 0, _compose, reverse=True)
         carry = tl.sum(tl.where((step == 0)[:, None, None], decay * grad_h, 0.0), 0)
@@ -179,3 +189,4 @@ def _backward(
         grad_d += tl.sum(grad * u, 0)
     tl.store(GradA + batch * C * N + offset_a, grad_a, mask=inside)
     tl.store(GradD + batch * C + channel, grad_d, mask=channel < C)
+    tl.store(GradFirst + batch * C * N + offset_a, carry, mask=inside)

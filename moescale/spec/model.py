@@ -14,12 +14,17 @@ from moescale.spec.group import Group
 from moescale.spec.hippo import HippoConfig
 from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
+from moescale.spec.mamba import MambaConfig
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.moe import MAY_DIFFER, MoEConfig
 from moescale.spec.weights import Init, Weight, below, initial, norm
 
 MIXERS: dict[str, type[MixerConfig]] = {
-    "attention": AttentionConfig, "hippo": HippoConfig, "lmu": LmuConfig, "linear_attention": LinearAttentionConfig,
+    "attention": AttentionConfig,
+    "hippo": HippoConfig,
+    "lmu": LmuConfig,
+    "linear_attention": LinearAttentionConfig,
+    "mamba": MambaConfig,
 }
 """The kinds of mixers: names of `mixer`, of groups of a run, and of the keys of an entry of `model.pattern`."""
 KINDS = (*MIXERS, "feed_forward", "moe")  # of mixers and of channel mixers
@@ -28,7 +33,7 @@ KINDS = (*MIXERS, "feed_forward", "moe")  # of mixers and of channel mixers
 class LayerConfig(Group):
     """One entry of `model.pattern`: what mixes tokens, what mixes features."""
 
-    mixer: Literal["attention", "hippo", "lmu", "linear_attention"] = "attention"
+    mixer: Literal["attention", "hippo", "lmu", "linear_attention", "mamba"] = "attention"
     """What mixes the positions of a sequence."""
     channel_mixer: Literal["feed_forward", "moe"] = "moe"
     """What mixes the features of a position: one feed-forward, or a mixture of experts."""
@@ -40,6 +45,8 @@ class LayerConfig(Group):
     """Keys of Legendre memory units that are others in these layers, e.g. {theta: 64}."""
     linear_attention: dict[str, Any] = Field(default_factory=dict)
     """Keys of linear attention that are others in these layers."""
+    mamba: dict[str, Any] = Field(default_factory=dict)
+    """Keys of Mamba that are others in these layers, e.g. {d_state: 64}."""
     feed_forward: dict[str, Any] = Field(default_factory=dict)
     """Keys of dense feed-forwards that are others in these layers."""
     moe: dict[str, Any] = Field(default_factory=dict)

@@ -12,13 +12,16 @@ View = Literal["dense", "shared", "sparse"]
 
 @dataclass(frozen=True)
 class Init:
-    """The first values of a weight: constants, or draws from a normal distribution of deviation `std`.
+    """The first values of a weight: constants, or draws.
 
-    A truncated one is cut at two of its deviations.
+    normal: of deviation `std`; a truncated one is cut at two of them. uniform: from `low` to `high`. step: its softplus
+    is, log(softplus) being uniform between those of `low` and `high`. log_count: log(1), log(2) ... along the last dim.
     """
 
-    kind: Literal["zeros", "ones", "normal", "truncated_normal"]
+    kind: Literal["zeros", "ones", "normal", "truncated_normal", "uniform", "step", "log_count"]
     std: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from moescale.model.initialize import initialize
 from moescale.model.language_model import LanguageModel
 from moescale.ops.attention_pattern import Visibility
 from moescale.spec.attention import AttentionConfig
+from moescale.spec.mamba import MambaConfig
 from moescale.spec.model import describe
 from tests.support.groups import in_groups
 
@@ -82,6 +83,8 @@ PATTERNS: dict[str, dict[str, Any]] = {
         {"mixer": "linear_attention", "linear_attention": {"num_heads": 2, "head_dim": 4}},
         {"attention": {"window": 3}}]},
     "multi-head": {"num_kv_heads": 4, "norm": "layernorm"}, "tied": {"tied_embeddings": True, "scale_logits": True},
+    "mamba": {"pattern": [{"mixer": "mamba", "channel_mixer": "feed_forward"}, {"mixer": "mamba"}]},
+    "mamba and attention": {"pattern": [{"mixer": "mamba", "mamba": {"inner_norms": True}}, {}], "window": 5},
     "hybrid": {"pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}], "window": 3},
 }
 
@@ -148,6 +151,15 @@ def test_bfloat16_casts_weights_once_and_routers_never() -> None:
     torch.testing.assert_close(found, model.logits(tokens)[:, 5:], rtol=0, atol=0.05)
     single = for_decoding(build())
     assert single.blocks["0"].mixer.q.weight.dtype == torch.float32
+
+
+def test_a_recurrent_state_is_as_large_as_described() -> None:
+    model = for_decoding(build("bfloat16", pattern=[{"mixer": "mamba"}]))
+    states, spec = model.new_states(3, 100_000), MambaConfig()
+    assert [state.num_bytes() for state in states] == 2 * [spec.state_bytes(16, 3, 100_000, 2)]
+    assert model.blocks["0"].mixer.scan.a_log.dtype == torch.float32
+    model.next_scores(torch.zeros(3, 5, dtype=torch.int64), *torch.arange(5).expand(2, 3, 5), states)
+    assert [state.num_bytes() for state in states] == 2 * [spec.state_bytes(16, 3, 100_000, 2)]
 
 
 def test_a_window_keeps_its_size_and_no_more() -> None:

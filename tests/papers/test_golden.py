@@ -21,6 +21,7 @@ from moescale.verify.shrink import shrink
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = {  # parameters, nats a target, balance loss a token and layer of experts
     "gshard_600b": (16800, 4.15770312, 1.00420961),
+    "jamba_52b": (124461, 4.17719305, 1.00832303),
     "mixtral_8x22b": (35488, 4.17194974, 1.01169787),
     "mixtral_8x7b": (35488, 4.17194974, 1.01169787),
     "palm_540b": (11360, 4.88576923, 0.0),

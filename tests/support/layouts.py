@@ -54,6 +54,12 @@ FAMILIES = {
     "windows": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
                     {"attention": {"window": 3}}, {"attention": {"window": 14, "num_kv_heads": 4}}]}),
                 "moe": {"num_experts": 4, "d_ff": 16}},
+    "jamba": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
+                  {"mixer": "mamba", "channel_mixer": "feed_forward"}, {"channel_mixer": "feed_forward"},
+                  {"mixer": "mamba", "mamba": {"inner_norms": True}}, {"mixer": "mamba", "mamba": {"d_conv": 2}}]}),
+              "mamba": {"d_state": 4}, "moe": {"num_experts": 4, "d_ff": 16}},
+    "mamba": {**in_groups({**MODEL, "num_layers": 2, "init": "fan_in", "pattern": [{"mixer": "mamba"}]}),
+              "mamba": {"d_state": 3, "expand": 1}, "moe": {"num_experts": 4, "d_ff": 16}},
     "palm": {**in_groups({**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
                        "norm": "layernorm", "num_kv_heads": 1, "d_ff": 64, "z_loss_coefficient": 1e-4,
                        "pattern": [{"channel_mixer": "feed_forward"}]})},

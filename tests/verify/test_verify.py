@@ -15,6 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from moescale.cli import app
+from moescale.comm.sequence_shards import SharedSequenceShards
 from moescale.config import ConfigError, load_config, parse_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
@@ -114,6 +115,19 @@ def test_fault_is_found_and_named(proof: Proof, fault: str, monkeypatch: pytest.
     assert row.figures, row.diagnosis  # it ran to the end: what is found is a figure, not an exception
     for words in expected:
         assert words in row.diagnosis
+
+
+def test_a_recurrence_that_is_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that is not handed on from rank to rank, and one that passes through the beginning of a document."""
+    run = parse_config({"model": {"num_layers": 1, "init": "fan_in", "pattern": [
+        {"mixer": "mamba", "channel_mixer": "feed_forward"}]}}, "test")
+    proof, layout = prepare(shrink(run, [Layout(cp=2)]), SEED), Layout(cp=2)
+    assert not try_one(proof, layout).diagnosis
+    whole = SharedSequenceShards._first_states
+    for fault in (lambda *arguments: whole(*arguments) * 0,
+                  lambda self, last, passes, positions: whole(self, last, passes, positions + 1)):
+        monkeypatch.setattr(SharedSequenceShards, "_first_states", fault)
+        assert "features after the mixer of layer 0" in try_one(proof, layout).diagnosis
 
 
 def test_hanging_ranks_are_named(proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:

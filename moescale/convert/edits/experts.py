@@ -39,7 +39,8 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
     pattern = []
     for entry in config.model.pattern:
         keys = {key: value // parts if key == "d_ff" else value for key, value in entry.feed_forward.items()}
-        pattern.append({"channel_mixer": "moe", "attention": entry.attention, "moe": keys})
+        of_mixer = {"mixer": entry.mixer, entry.mixer: getattr(entry, entry.mixer)}
+        pattern.append({"channel_mixer": "moe", **of_mixer, "moe": keys})
     changed = _with(config, model={"pattern": pattern}, moe={
         "num_experts": num_experts, "top_k": top_k, "d_ff": dense.d_ff // parts, "router": "mixtral",
         "activation": dense.activation,

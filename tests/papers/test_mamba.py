@@ -1,0 +1,109 @@
+"""Mamba, once more: straight from the paper in float64, and as `transformers` has it, with the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moescale.config import parse_config
+from moescale.mixers.mamba import Mamba
+from moescale.model.build import MIXERS
+from moescale.model.initialize import initialize
+from moescale.spec.mamba import MambaConfig
+from moescale.spec.model import ModelConfig, describe
+from tests.support.exact import check
+
+D_MODEL, SEQ = 24, 40
+POSITIONS = torch.stack([torch.cat([torch.arange(size) for size in sizes]) for sizes in ((40,), (3, 1, 36))])
+
+
+def make(**keys: bool | int) -> Mamba:
+    torch.manual_seed(0)
+    mixer = MIXERS[MambaConfig](ModelConfig(d_model=D_MODEL), MambaConfig(d_state=5, **keys))
+    assert isinstance(mixer, Mamba)
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, 0, 0.3)
+    return mixer
+
+
+def by_the_paper(x: Tensor, positions: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """Algorithm 2 and figure 3, one document and one position at a time; A by zero-order hold, B by Euler's rule."""
+    w, rows = weights, []
+    for row, at in zip(x, positions, strict=True):
+        outs, rank, h = [], w["scan.step"].shape[1], torch.zeros(())
+        for t in range(len(row)):
+            if at[t] == 0:
+                h, begins = torch.zeros_like(w["scan.a_log"]), t
+            u = sum(w["conv.weight"][:, 3 - back] * (w["x.weight"] @ row[t - back])
+                    for back in range(min(4, t - begins + 1))) + w["conv.bias"]
+            u = u * torch.sigmoid(u)
+            step, b, c = (w["select.weight"] @ u).split((rank, 5, 5))
+            if "step_norm.weight" in w:  # Jamba
+                step, b, c = (part / (part.square().mean() + 1e-5).sqrt() * w[f"{name}_norm.weight"]
+                              for part, name in ((step, "step"), (b, "b"), (c, "c")))
+            delta = torch.log(1 + torch.exp(w["scan.step"] @ step + w["scan.step_bias"]))
+            h = torch.exp(-delta[:, None] * w["scan.a_log"].exp()) * h + (delta * u)[:, None] * b
+            gate = w["gate.weight"] @ row[t]
+            outs.append(w["out.weight"] @ ((h @ c + w["scan.d"] * u) * gate * torch.sigmoid(gate)))
+        rows.append(torch.stack(outs))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("norms", [False, True], ids=["mamba", "jamba"])
+def test_the_mixer_is_the_papers(norms: bool) -> None:
+    mixer = make(inner_norms=norms)
+    names, weights = zip(*mixer.named_parameters(), strict=True)
+
+    def ours(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(mixer, dict(zip(names, weights, strict=True)), (x, POSITIONS))
+
+    check(ours, lambda x, *weights: by_the_paper(x, POSITIONS, dict(zip(names, weights, strict=True))),
+          [torch.randn(2, SEQ, D_MODEL), *(weight.detach() for weight in weights)], [torch.float32] * (1 + len(names)))
+
+
+def test_the_mixer_is_that_of_transformers() -> None:
+    from transformers import MambaConfig as TheirConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    mixer = make(dt_rank=3)
+    theirs = MambaMixer(TheirConfig(hidden_size=D_MODEL, state_size=5, time_step_rank=3, num_hidden_layers=1), 0)
+    pairs = {"conv1d.weight": "conv.weight", "conv1d.bias": "conv.bias", "x_proj.weight": "select.weight",
+             "dt_proj.weight": "scan.step", "dt_proj.bias": "scan.step_bias", "A_log": "scan.a_log", "D": "scan.d",
+             "out_proj.weight": "out.weight"}
+    their_own, own = dict(theirs.named_parameters()), dict(mixer.named_parameters())
+    with torch.no_grad():
+        their_own["in_proj.weight"].copy_(torch.cat((own["x.weight"], own["gate.weight"])))
+        for name, ours in pairs.items():
+            their_own[name].copy_(own[ours].view_as(their_own[name]))
+    x = torch.randn(2, SEQ, D_MODEL, requires_grad=True)
+    given = torch.randn(2, SEQ, D_MODEL)
+    outs = []
+    for module, arguments in ((mixer, (torch.arange(SEQ).expand(2, -1),)), (theirs, ())):
+        out = module(x, *arguments)
+        grads = torch.autograd.grad((out * given).sum(), [x, *module.parameters()])
+        outs.append((out, grads[0], dict(zip(dict(module.named_parameters()), grads[1:], strict=True))))
+    (out, grad, grads), (their_out, their_grad, their_grads) = outs
+    grads["in"] = torch.cat((grads["x.weight"], grads["gate.weight"]))
+    compared = [(out, their_out), (grad, their_grad), (grads["in"], their_grads["in_proj.weight"]),
+                *((grads[ours], their_grads[name].view_as(grads[ours])) for name, ours in pairs.items())]
+    assert len(compared) == 2 + len(their_own)
+    for mine, their in compared:
+        assert float((mine - their).detach().norm()) < 1e-5 * float(their.detach().norm())
+
+
+def test_first_values_are_the_papers() -> None:
+    config = parse_config({"model": {"d_model": 64, "num_layers": 1, "pattern": [{"mixer": "mamba"}]}}, "test")
+    mixer = MIXERS[MambaConfig](config.model, config.mamba)
+    initialize(nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"mixer": mixer})])}), describe(config), 3)
+    scan = mixer.scan
+    assert torch.equal(scan.a_log, torch.arange(1, 17).log().expand(128, 16))
+    assert torch.equal(scan.d, torch.ones(128))
+    steps = F.softplus(scan.step_bias).detach().log10()
+    assert float(steps.min()) > -3.001
+    assert float(steps.max()) < -0.999
+    assert float(steps.mean()) == pytest.approx(-2, abs=0.15)
+    assert 0.2 < float(scan.step.max()) < 0.5 + 1e-6  # dt_rank = 64 / 16
+    kept = {weight.name[-1] for weight in describe(config).weights() if not weight.decays and "mixer" in weight.name}
+    assert kept == {"a_log", "d", "step_bias", "bias"}
