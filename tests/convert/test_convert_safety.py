@@ -209,11 +209,15 @@ def test_a_folder_beside_the_destination_stays(source: Path) -> None:
     assert not mine.exists()
 
 
+@pytest.mark.parametrize(("keys", "named"), [
+    ({"pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "feed_forward", "attention": {"window": 3}}]},
+     r"model\.pattern\.1\.attention\.window=3"),
+    ({"block_size": 4}, r"attention\.block_size=4"), ({"window": 3, "dilation": 2}, r"attention\.dilation=2"),
+    ({"window": 3, "stride": 4}, r"attention\.stride=4"), ({"window": 3, "global_tokens": 1}, "global_tokens=1")])
 @pytest.mark.parametrize("to", ["hf", "megatron"])
-def test_layers_with_keys_of_their_own_do_not_lose_them(tmp_path: Path, to: str) -> None:
-    pattern = [{"channel_mixer": "feed_forward"}, {"channel_mixer": "feed_forward", "attention": {"window": 3}}]
-    opened = open_source(write_run(tmp_path / "run", make_config({"pattern": pattern})))
-    with pytest.raises(ConfigError, match=r"model\.pattern\.1\.attention\.window=3 .*--to moescale"):
+def test_what_no_foreign_format_can_say_is_not_lost(tmp_path: Path, to: str, keys: dict, named: str) -> None:
+    opened = open_source(write_run(tmp_path / "run", make_config(keys)))
+    with pytest.raises(ConfigError, match=rf"{named}.*--to moescale"):
         convert(opened, tmp_path / "there", to, FileLayout())
     assert not (tmp_path / "there").exists()
 
