@@ -33,6 +33,11 @@ the piece's positions [batch, length], which every rank can compute for every pi
 class SequenceShards:
     """All positions are on this rank: nothing to do."""
 
+    @property
+    def hands_on(self) -> bool:
+        """Say whether pieces begin with the state of others: a state at the end is for them, or for generation."""
+        return False
+
     def part(self, whole: Tensor) -> Tensor:
         """[batch, seq, ...] -> [batch, seq/cp, ...]"""
         return whole
@@ -94,6 +99,10 @@ class SharedSequenceShards(SequenceShards):
         self._gather, self._scatter = gather_sequence, scatter_sequence
         if compiled:
             self._gather, self._scatter = torch.compiler.disable(self._gather), torch.compiler.disable(self._scatter)
+
+    @property
+    def hands_on(self) -> bool:
+        return len(self.pieces) > 1
 
     @property
     def num_pieces(self) -> int:

@@ -25,9 +25,11 @@ from moescale.spec.group import Group
 from moescale.spec.hippo import HippoConfig
 from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
+from moescale.spec.lssl import LsslConfig
 from moescale.spec.mamba import MambaConfig
 from moescale.spec.model import Layer, ModelConfig, with_changes
 from moescale.spec.moe import MoEConfig
+from moescale.spec.s4 import S4Config
 
 MOST_EXPERTS = 1_000_000  # of all layers
 MOVED = {  # keys of earlier versions: where they are now
@@ -46,6 +48,8 @@ class Config(Group):
     lmu: LmuConfig = Field(default_factory=LmuConfig)
     linear_attention: LinearAttentionConfig = Field(default_factory=LinearAttentionConfig)
     mamba: MambaConfig = Field(default_factory=MambaConfig)
+    lssl: LsslConfig = Field(default_factory=LsslConfig)
+    s4: S4Config = Field(default_factory=S4Config)
     feed_forward: FeedForwardConfig = Field(default_factory=FeedForwardConfig)
     moe: MoEConfig = Field(default_factory=MoEConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

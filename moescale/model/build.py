@@ -18,6 +18,7 @@ from moescale.mixers.hippo import Hippo
 from moescale.mixers.linear_attention import LinearAttention
 from moescale.mixers.lmu import Lmu
 from moescale.mixers.mamba import Mamba
+from moescale.mixers.state_space import DiagonalSystems, DplrSystems, LsslSystems, StateSpace, Systems
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
 from moescale.moe.experts import Experts
@@ -30,10 +31,12 @@ from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.hippo import HippoConfig
 from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
+from moescale.spec.lssl import LsslConfig
 from moescale.spec.mamba import MambaConfig
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.model import Layer, ModelConfig
 from moescale.spec.moe import OWN_KEYS, MoEConfig
+from moescale.spec.s4 import S4Config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -53,6 +56,20 @@ def _mamba(model: ModelConfig, keys: MambaConfig) -> Mamba:
         norm_eps=model.norm_eps if keys.inner_norms else None)
 
 
+def _lssl(model: ModelConfig, keys: LsslConfig) -> StateSpace:
+    systems = LsslSystems(model.d_model, keys.outputs, keys.d_state, keys.alpha)
+    return StateSpace(model.d_model, keys.outputs, systems, gated=False)
+
+
+def _s4(model: ModelConfig, keys: S4Config) -> StateSpace:
+    systems: Systems
+    if keys.form == "dplr":
+        systems = DplrSystems(model.d_model, keys.d_state)
+    else:
+        systems = DiagonalSystems(model.d_model, keys.d_state, keys.discretization)
+    return StateSpace(model.d_model, 1, systems, gated=keys.output == "glu")
+
+
 MIXERS: dict[type[MixerConfig], Callable[[ModelConfig, Any], Mixer[Any]]] = {  # a kind: what makes it of its keys
     AttentionConfig: _attention,
     HippoConfig: lambda model, keys: Hippo(
@@ -61,6 +78,8 @@ MIXERS: dict[type[MixerConfig], Callable[[ModelConfig, Any], Mixer[Any]]] = {  #
         model.d_model, keys.memories, keys.units, Memory("lmu", keys.order, keys.theta), recurrent=keys.recurrent),
     LinearAttentionConfig: lambda model, keys: LinearAttention(model.d_model, keys.num_heads, keys.head_dim),
     MambaConfig: _mamba,
+    LsslConfig: _lssl,
+    S4Config: _s4,
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from moescale.ops.s4 import first_values
 from moescale.spec.model import ModelSpec
 from moescale.spec.weights import Init
 
@@ -46,6 +47,10 @@ def _fill(tensor: Tensor, init: Init, generator: torch.Generator) -> None:
         tensor.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
     elif init.kind == "log_count":
         tensor.copy_(torch.arange(1, tensor.shape[-1] + 1, device=tensor.device).log())
+    elif init.kind == "log_uniform":
+        tensor.uniform_(math.log(init.low), math.log(init.high), generator=generator)
+    elif init.kind == "table":
+        tensor.copy_(first_values(init.table, 2 * tensor.shape[1]))
     else:
         tensor.fill_({"zeros": 0, "ones": 1}[init.kind])
 

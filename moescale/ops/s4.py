@@ -11,7 +11,7 @@ Sources: Gu, Goel and Re, S4, 2022; Gu et al., S4D, 2022.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -51,6 +51,21 @@ def diagonal_eigenvalues(initialization: Initialization, d_state: int) -> Tensor
     if initialization == "real":
         return torch.complex(-(n + 1), torch.zeros_like(n))
     raise ValueError(f"initialization={initialization!r} is unknown: use one of {', '.join(get_args(Initialization))}")
+
+
+def first_values(table: str, d_state: int) -> Tensor:
+    """Return what S4's weights start with in each channel, in float64.
+
+    table: `INITIALIZATION_log_decay` or `INITIALIZATION_frequency`, [d_state / 2]; `p` or `b` of HiPPO-LegS, or `one`,
+    [d_state / 2, 2] for real and imaginary parts.
+    """
+    if table == "one":
+        return torch.view_as_real(torch.ones(d_state // 2, dtype=torch.complex128))
+    if table in ("p", "b"):
+        return torch.view_as_real(dplr_legs(d_state)[1 if table == "p" else 2].resolve_conj())
+    initialization, _, part = table.partition("_")
+    eigenvalues = diagonal_eigenvalues(cast(Initialization, initialization), d_state)
+    return eigenvalues.imag if part == "frequency" else (-eigenvalues.real).log()
 
 
 def discretize_diagonal(

@@ -43,7 +43,7 @@ def linear_system(
     out = causal_convolution(u, kernel, restarts)
     if state is None:
         return out, None
-    powers = _powers(a)
+    powers = Powers.of(a)
     free = _free_response(powers, c, state, seq, _sum_dtype(u)).to(u.dtype)
     if restarts is not None:
         free = free.masked_fill((restarts.cumsum(1) > 0)[:, :, None, None], 0)
@@ -66,7 +66,7 @@ def krylov_kernel(a: Tensor, b: Tensor, c: Tensor | None, length: int, dtype: to
 
     a, b, c: as in `linear_system`. dtype: of the last product. Returns [channels, outputs, length].
     """
-    powers = _powers(a)
+    powers = Powers.of(a)
     if c is None:
         return powers.krylov(b.unsqueeze(1), length).transpose(1, 2).to(dtype)
     steps = _steps(length)
@@ -76,7 +76,7 @@ def krylov_kernel(a: Tensor, b: Tensor, c: Tensor | None, length: int, dtype: to
     return kernel.transpose(1, 2).flatten(2)[..., :length]
 
 
-def _free_response(powers: _Powers, c: Tensor | None, state: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def _free_response(powers: Powers, c: Tensor | None, state: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Compute what a state adds to the outputs that follow, C A^(k+1) x for k below length.
 
     c, state: as in `linear_system`. dtype: of the last product. Returns [batch, length, channels, outputs].
@@ -93,7 +93,7 @@ def _free_response(powers: _Powers, c: Tensor | None, state: Tensor, length: int
     return out.permute(2, 1, 3, 0, 4).flatten(1, 2)[:, :length]
 
 
-def _last_state(u: Tensor, restarts: Tensor | None, powers: _Powers, b: Tensor, state: Tensor) -> Tensor:
+def _last_state(u: Tensor, restarts: Tensor | None, powers: Powers, b: Tensor, state: Tensor) -> Tensor:
     """Compute the state behind the last position. Arguments and result are those of `linear_system`."""
     batch, seq, channels = u.shape
     u = u.to(_sum_dtype(u))
@@ -113,15 +113,11 @@ def _last_state(u: Tensor, restarts: Tensor | None, powers: _Powers, b: Tensor, 
     for level in range(jumps.bit_length() - 1):
         earlier, later = parts[:, :, 0::2], parts[:, :, 1::2]
         parts = later + _apply(jump[level], earlier.flatten(1, 2)).unflatten(1, (batch, -1))
-    decayed = state.transpose(0, 1)
-    for level in range(seq.bit_length()):
-        if seq >> level & 1:
-            decayed = _apply(powers[level], decayed)
-    return (decayed + parts[:, :, 0]).transpose(0, 1).to(state.dtype)
+    return powers.advance(state, seq) + parts[:, :, 0].transpose(0, 1).to(state.dtype)
 
 
 @dataclass(frozen=True)
-class _Powers:
+class Powers:
     """The powers A, A^2, A^4, A^8, ... in float64, each computed when it is first asked for.
 
     squared: those there are, of all that go back to the same matrix. skipped: how many of them are passed over.
@@ -132,6 +128,10 @@ class _Powers:
     skipped: int = 0
     turned: bool = False
 
+    @classmethod
+    def of(cls, a: Tensor) -> Powers:
+        return cls([a.to(torch.promote_types(a.dtype, torch.float64))])
+
     def __getitem__(self, level: int) -> Tensor:
         level += self.skipped
         while len(self.squared) <= level:
@@ -139,13 +139,21 @@ class _Powers:
             self.squared.append(last @ last if last.dim() == 3 else last * last)
         return _transposed(self.squared[level]) if self.turned else self.squared[level]
 
-    def times(self, steps: int) -> _Powers:
+    def times(self, steps: int) -> Powers:
         """Return the powers of A^steps, steps a power of two, from the same list."""
         return replace(self, skipped=self.skipped + steps.bit_length() - 1)
 
-    def transposed(self) -> _Powers:
+    def transposed(self) -> Powers:
         """Return those of the transposed matrix, from the same list."""
         return replace(self, turned=True)
+
+    def advance(self, state: Tensor, steps: int) -> Tensor:
+        """Compute what becomes of a state without inputs, A^steps x. state: [batch, channels, d_state]."""
+        x = state.transpose(0, 1)
+        for level in range(steps.bit_length()):
+            if steps >> level & 1:
+                x = _apply(self[level], x)
+        return x.transpose(0, 1).to(state.dtype)
 
     def krylov(self, x: Tensor, steps: int) -> Tensor:
         """Compute A^k x for k below steps.
@@ -172,10 +180,6 @@ def _step(
     out = (c * state.unsqueeze(2)).sum(-1)
     out = 2 * out.real if out.is_complex() else out
     return out.unsqueeze(1).to(u.dtype), state
-
-
-def _powers(a: Tensor) -> _Powers:
-    return _Powers([a.to(torch.promote_types(a.dtype, torch.float64))])
 
 
 def _products(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,11 @@ from moescale.spec.group import Group
 from moescale.spec.hippo import HippoConfig
 from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
+from moescale.spec.lssl import LsslConfig
 from moescale.spec.mamba import MambaConfig
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.moe import MAY_DIFFER, MoEConfig
+from moescale.spec.s4 import S4Config
 from moescale.spec.weights import Init, Weight, below, initial, norm
 
 MIXERS: dict[str, type[MixerConfig]] = {
@@ -25,6 +27,8 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "lmu": LmuConfig,
     "linear_attention": LinearAttentionConfig,
     "mamba": MambaConfig,
+    "lssl": LsslConfig,
+    "s4": S4Config,
 }
 """The kinds of mixers: names of `mixer`, of groups of a run, and of the keys of an entry of `model.pattern`."""
 KINDS = (*MIXERS, "feed_forward", "moe")  # of mixers and of channel mixers
@@ -33,7 +37,7 @@ KINDS = (*MIXERS, "feed_forward", "moe")  # of mixers and of channel mixers
 class LayerConfig(Group):
     """One entry of `model.pattern`: what mixes tokens, what mixes features."""
 
-    mixer: Literal["attention", "hippo", "lmu", "linear_attention", "mamba"] = "attention"
+    mixer: Literal["attention", "hippo", "lmu", "linear_attention", "mamba", "lssl", "s4"] = "attention"
     """What mixes the positions of a sequence."""
     channel_mixer: Literal["feed_forward", "moe"] = "moe"
     """What mixes the features of a position: one feed-forward, or a mixture of experts."""
@@ -47,6 +51,10 @@ class LayerConfig(Group):
     """Keys of linear attention that are others in these layers."""
     mamba: dict[str, Any] = Field(default_factory=dict)
     """Keys of Mamba that are others in these layers, e.g. {d_state: 64}."""
+    lssl: dict[str, Any] = Field(default_factory=dict)
+    """Keys of LSSL that are others in these layers, e.g. {d_state: 128}."""
+    s4: dict[str, Any] = Field(default_factory=dict)
+    """Keys of S4 that are others in these layers, e.g. {form: diagonal}."""
     feed_forward: dict[str, Any] = Field(default_factory=dict)
     """Keys of dense feed-forwards that are others in these layers."""
     moe: dict[str, Any] = Field(default_factory=dict)

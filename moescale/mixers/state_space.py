@@ -1,0 +1,199 @@
+"""S4, S4D and LSSL: each channel passes through a linear system of its own, then channels are mixed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moescale.comm.collectives import local_tensor, sum_over
+from moescale.comm.placement import Placement, Share, call
+from moescale.comm.sequence_shards import SequenceShards
+from moescale.layers.exact import Exact
+from moescale.layers.linear import Linear
+from moescale.mixers.base import Mixer
+from moescale.mixers.recurrent_state import RecurrentState
+from moescale.ops.discretize import discretize
+from moescale.ops.hippo import hippo
+from moescale.ops.s4 import discretize_diagonal, discretize_dplr, dplr_kernel, dplr_step
+from moescale.ops.state_space import Powers, krylov_kernel, linear_system
+
+
+class Systems(Exact):
+    """Linear systems of the channels of this rank, in at least float32; weights are of all channels.
+
+    log_step: [channels]. d: [channels] or [channels, outputs], of the inputs that outputs see as they are.
+    """
+
+    state_dtype = torch.float32
+    log_step: nn.Parameter
+    d: nn.Parameter
+
+    def __init__(self, d_state: int) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.share, self.sequence = Share(), SequenceShards()
+
+    def attach(self, placement: Placement) -> None:
+        self.share, self.sequence = placement.tp, placement.sequence
+
+    @abstractmethod
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute discrete A, B and C of this rank's channels, as `ops.linear_system` takes them."""
+
+    def kernel(self, system: tuple[Tensor, Tensor, Tensor], length: int, dtype: torch.dtype) -> Tensor:
+        """Compute the impulse response of each output. Returns [channels, outputs, length]."""
+        return krylov_kernel(*system, length, dtype)
+
+    def step(self, u: Tensor, restarts: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Go on by one position. Arguments and result are those of `ops.linear_system`."""
+        out, last = linear_system(u, restarts, *self.system(), state)
+        assert last is not None
+        return out, last
+
+    def forward(self, u: Tensor, positions: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run each piece that is here through its systems.
+
+        u: [rows, length, channels], at least float32. positions: [batch, seq], whole. state: [batch, channels, states]
+        before the sequence; None = zeros, and the last ones are not wanted. Returns [rows, length, channels, outputs]
+        and the last states.
+        """
+        restarts = self.sequence.apart(self.sequence.part(positions)) == 0
+        length = u.shape[1]
+        d = self.here(self.d).view(u.shape[2], -1)
+        if state is not None and length == 1:
+            out, state = self.step(u, restarts, state)
+            return out + d * u.unsqueeze(3), state
+        system = self.system()
+        kernel = self.kernel(system, length, u.dtype)
+
+        def run(first: Tensor | None) -> tuple[Tensor, Tensor]:
+            if first is None and not self.sequence.hands_on:
+                out, _ = linear_system(u, restarts, *system, None, kernel)
+                return out, u.new_zeros(0)
+            first = self.zeros(u) if first is None else first
+            out, last = linear_system(u, restarts, *system, first, kernel)
+            assert last is not None
+            return out, last
+
+        powers = Powers.of(system[0])
+        out, last = self.sequence.recur(
+            run, lambda before, at: powers.advance(before, at.shape[1]), positions, state)
+        return out + d * u.unsqueeze(3), None if state is None else last
+
+    def here(self, weight: Tensor) -> Tensor:
+        """Take the channels of this rank."""
+        whole = local_tensor(weight)
+        return whole if self.share.size == 1 else whole.chunk(self.share.size)[self.share.rank]
+
+    def zeros(self, like: Tensor) -> Tensor:
+        """Make states that have seen nothing for inputs [batch, length, channels]."""
+        shape = len(like), like.shape[2], self.d_state
+        return torch.zeros(shape, dtype=torch.promote_types(like.dtype, self.state_dtype), device=like.device)
+
+
+class DplrSystems(Systems):
+    """S4's systems, diagonal plus low rank (Gu, Goel and Re, 2022). Complex weights have two parts in their last dim.
+
+    log_decay, frequency: [channels, d_state / 2], eigenvalues are -exp(log_decay) + i frequency.
+    p, b, c: [channels, d_state / 2, 2].
+    """
+
+    def __init__(self, channels: int, d_state: int) -> None:
+        super().__init__(d_state)
+        self.log_decay, self.frequency = (nn.Parameter(torch.empty(channels, d_state // 2)) for _ in range(2))
+        self.p, self.b, self.c = (nn.Parameter(torch.empty(channels, d_state // 2, 2)) for _ in range(3))
+        self.d, self.log_step = (nn.Parameter(torch.empty(channels)) for _ in range(2))
+
+    def continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return eigenvalues, P, B, C and steps, as `ops.s4` takes them."""
+        eigenvalues = torch.complex(-self.here(self.log_decay).exp(), self.here(self.frequency))
+        p, b, c = (torch.view_as_complex(self.here(x).contiguous()) for x in (self.p, self.b, self.c))
+        return eigenvalues, p, b, c.unsqueeze(1), self.here(self.log_step).exp()
+
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        return discretize_dplr(*self.continuous())
+
+    def kernel(self, system: tuple[Tensor, Tensor, Tensor], length: int, dtype: torch.dtype) -> Tensor:
+        return dplr_kernel(*self.continuous(), length, system[0]).to(dtype)
+
+    def step(self, u: Tensor, restarts: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = state.masked_fill(restarts.unsqueeze(2), 0)
+        out, state = dplr_step(u.squeeze(1), *self.continuous(), state)
+        return out.unsqueeze(1), state
+
+
+class DiagonalSystems(Systems):
+    """S4D's systems (Gu et al., 2022); weights as those of `DplrSystems` without P."""
+
+    state_dtype = torch.complex64
+
+    def __init__(self, channels: int, d_state: int, method: Literal["bilinear", "zero_order_hold"]) -> None:
+        super().__init__(d_state // 2)
+        self.method = method
+        self.log_decay, self.frequency = (nn.Parameter(torch.empty(channels, d_state // 2)) for _ in range(2))
+        self.b, self.c = (nn.Parameter(torch.empty(channels, d_state // 2, 2)) for _ in range(2))
+        self.d, self.log_step = (nn.Parameter(torch.empty(channels)) for _ in range(2))
+
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        eigenvalues = torch.complex(-self.here(self.log_decay).exp(), self.here(self.frequency))
+        b, c = (torch.view_as_complex(self.here(x).contiguous()) for x in (self.b, self.c))
+        return *discretize_diagonal(eigenvalues, b, self.here(self.log_step).exp(), self.method), c.unsqueeze(1)
+
+
+class LsslSystems(Systems):
+    """LSSL's systems: HiPPO-LegS, whose A and B stay, read by some outputs (Gu et al., 2021). c: [channels, outputs,
+    d_state]. alpha: of the generalised bilinear transform."""
+
+    def __init__(self, channels: int, outputs: int, d_state: int, alpha: float) -> None:
+        super().__init__(d_state)
+        self.alpha = alpha
+        self.c = nn.Parameter(torch.empty(channels, outputs, d_state))
+        self.d, self.log_step = nn.Parameter(torch.empty(channels, outputs)), nn.Parameter(torch.empty(channels))
+
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        step = self.here(self.log_step).double().exp()
+        with torch.device("cpu"):
+            a, b = hippo("legs", self.d_state)
+        return *discretize(a.to(step.device), b.to(step.device), step, self.alpha), self.here(self.c)
+
+
+class StateSpace(Mixer[RecurrentState]):
+    """Let each feature pass through a linear system along its document, then mix the outputs: a mixer.
+
+    The activation is GELU. gated: the projection has twice as many features, of which one half gates the other.
+    """
+
+    def __init__(self, d_model: int, outputs: int, systems: Systems, *, gated: bool) -> None:
+        super().__init__()
+        self.d_model, self.gated = d_model, gated
+        self.sequence, self.share = SequenceShards(), Share()
+        self.call = call
+        self.systems = systems
+        self.out = Linear(d_model * outputs, 2 * d_model if gated else d_model)
+
+    def attach(self, placement: Placement) -> None:
+        self.sequence, self.share, self.call = placement.sequence, placement.tp, placement.call_eagerly
+
+    def forward(self, x: Tensor, positions: Tensor, state: RecurrentState | None = None) -> Tensor:
+        channels = self.d_model // self.share.size
+        u = self.sequence.apart(x[..., self.share.rank * channels :][..., :channels])
+        u = u.to(torch.promote_types(x.dtype, torch.float32))
+        y, last = self.call(self.systems, u, positions, None if state is None else state["states"])
+        if state is not None:
+            state.update(states=last)
+        mixed = self.out(F.gelu(self.sequence.together(y).flatten(2)).to(x.dtype))
+        if not self.gated:
+            return mixed
+        # The gate needs the sum over all channels, which every rank then has: each gives its part of the result.
+        upcast = torch.promote_types(x.dtype, torch.float32)
+        value, gate = self.call(sum_over, mixed.to(upcast), self.share.group).chunk(2, -1)
+        return (value * gate.sigmoid() / self.share.size).to(x.dtype)
+
+    def new_state(self, batch: int, length: int) -> RecurrentState:
+        weight = self.out.weight
+        like = weight.new_empty(batch, 0, self.d_model, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return RecurrentState(states=self.systems.zeros(like))
