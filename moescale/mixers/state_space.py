@@ -48,24 +48,33 @@ class Systems(Exact):
         """Compute the impulse response of each output. Returns [channels, outputs, length]."""
         return krylov_kernel(*system, length, dtype)
 
-    def step(self, u: Tensor, restarts: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self) -> tuple[Tensor, ...]:
+        """Compute what steps need, which is the same in all of them."""
+        return self.system()
+
+    def step(
+        self, u: Tensor, restarts: Tensor, state: Tensor, prepared: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Go on by one position. Arguments and result are those of `ops.linear_system`."""
-        out, last = linear_system(u, restarts, *self.system(), state)
+        a, b, c = prepared
+        out, last = linear_system(u, restarts, a, b, c, state)
         assert last is not None
         return out, last
 
-    def forward(self, u: Tensor, positions: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, u: Tensor, positions: Tensor, state: Tensor | None, prepared: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, Tensor | None]:
         """Run each piece that is here through its systems.
 
         u: [rows, length, channels], at least float32. positions: [batch, seq], whole. state: [batch, channels, states]
-        before the sequence; None = zeros, and the last ones are not wanted. Returns [rows, length, channels, outputs]
-        and the last states.
+        before the sequence; None = zeros, and the last ones are not wanted. prepared: see `prepare`, for a sequence of
+        one position. Returns [rows, length, channels, outputs] and the last states.
         """
         restarts = self.sequence.apart(self.sequence.part(positions)) == 0
         length = u.shape[1]
         d = self.here(self.d).view(u.shape[2], -1)
         if state is not None and length == 1:
-            out, state = self.step(u, restarts, state)
+            out, state = self.step(u, restarts, state, prepared or self.prepare())
             return out + d * u.unsqueeze(3), state
         system = self.system()
         kernel = self.kernel(system, length, u.dtype)
@@ -120,9 +129,15 @@ class DplrSystems(Systems):
     def kernel(self, system: tuple[Tensor, Tensor, Tensor], length: int, dtype: torch.dtype) -> Tensor:
         return dplr_kernel(*self.continuous(), length, system[0]).to(dtype)
 
-    def step(self, u: Tensor, restarts: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self) -> tuple[Tensor, ...]:
+        return self.continuous()
+
+    def step(
+        self, u: Tensor, restarts: Tensor, state: Tensor, prepared: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
         state = state.masked_fill(restarts.unsqueeze(2), 0)
-        out, state = dplr_step(u.squeeze(1), *self.continuous(), state)
+        eigenvalues, p, b, c, step = prepared
+        out, state = dplr_step(u.squeeze(1), eigenvalues, p, b, c, step, state)
         return out.unsqueeze(1), state
 
 
@@ -161,7 +176,15 @@ class LsslSystems(Systems):
         return *discretize(a.to(step.device), b.to(step.device), step, self.alpha), self.here(self.c)
 
 
-class StateSpace(Mixer[RecurrentState]):
+class SystemState(RecurrentState):
+    """The states of the systems, and what their steps need, which comes from weights alone and is no row's own."""
+
+    def __init__(self, states: Tensor, prepared: tuple[Tensor, ...]) -> None:
+        super().__init__(states=states)
+        self.prepared = prepared
+
+
+class StateSpace(Mixer[SystemState]):
     """Let each feature pass through a linear system along its document, then mix the outputs: a mixer.
 
     The activation is GELU. gated: the projection has twice as many features, of which one half gates the other.
@@ -178,12 +201,14 @@ class StateSpace(Mixer[RecurrentState]):
     def attach(self, placement: Placement) -> None:
         self.sequence, self.share, self.call = placement.sequence, placement.tp, placement.call_eagerly
 
-    def forward(self, x: Tensor, positions: Tensor, state: RecurrentState | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, state: SystemState | None = None) -> Tensor:
         channels = self.d_model // self.share.size
         u = self.sequence.apart(x[..., self.share.rank * channels :][..., :channels])
         u = u.to(torch.promote_types(x.dtype, torch.float32))
-        y, last = self.call(self.systems, u, positions, None if state is None else state["states"])
-        if state is not None:
+        if state is None:
+            y, _ = self.call(self.systems, u, positions, None)
+        else:
+            y, last = self.systems(u, positions, state["states"], state.prepared)
             state.update(states=last)
         mixed = self.out(F.gelu(self.sequence.together(y).flatten(2)).to(x.dtype))
         if not self.gated:
@@ -193,7 +218,8 @@ class StateSpace(Mixer[RecurrentState]):
         value, gate = self.call(sum_over, mixed.to(upcast), self.share.group).chunk(2, -1)
         return (value * gate.sigmoid() / self.share.size).to(x.dtype)
 
-    def new_state(self, batch: int, length: int) -> RecurrentState:
+    def new_state(self, batch: int, length: int) -> SystemState:
         weight = self.out.weight
         like = weight.new_empty(batch, 0, self.d_model, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return RecurrentState(states=self.systems.zeros(like))
+        with torch.no_grad():
+            return SystemState(self.systems.zeros(like), self.systems.prepare())
