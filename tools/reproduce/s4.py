@@ -109,7 +109,7 @@ def generation(seed: int) -> Figures:
     torch.manual_seed(seed)
     features, contexts = 64, (256, 4096)
     mixer = StateSpace(features, 1, start(DplrSystems(features, D_STATE), dplr_legs(D_STATE)[0]), gated=True)
-    attention = Attention(features, 4, 4, 16, window=None, rope_theta=10000.0, alibi=False)
+    attention = Attention(features, 4, 4, 16, rope_theta=10000.0)
     for matrix in (mixer.out, attention.q, attention.k, attention.v, attention.o):
         nn.init.normal_(matrix.weight, std=features**-0.5)
     x, positions = torch.randn(1, contexts[-1] + 1, features), torch.arange(contexts[-1] + 1).unsqueeze(0)
