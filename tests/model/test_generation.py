@@ -84,6 +84,8 @@ PATTERNS: dict[str, dict[str, Any]] = {
         {"attention": {"window": 3}}]},
     "multi-head": {"num_kv_heads": 4, "norm": "layernorm"}, "tied": {"tied_embeddings": True, "scale_logits": True},
     "mamba": {"pattern": [{"mixer": "mamba", "channel_mixer": "feed_forward"}, {"mixer": "mamba"}]},
+    "s4 and lssl": {"pattern": [{"mixer": "s4"}, {"mixer": "s4", "s4": {"form": "diagonal"}}, {"mixer": "lssl"}],
+                    "num_layers": 3},
     "mamba and attention": {"pattern": [{"mixer": "mamba", "mamba": {"inner_norms": True}}, {}], "window": 5},
     "hybrid": {"pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}], "window": 3},
 }

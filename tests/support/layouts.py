@@ -51,6 +51,10 @@ FAMILIES = {
                      {"mixer": "hippo", "hippo": {"measure": "legt", "theta": 6.0}}]}),
                  "hippo": {"channels": 4, "d_state": 6}, "lmu": {"memories": 2, "order": 5, "theta": 9.0, "units": 12},
                  "moe": {"num_experts": 4, "d_ff": 16}},
+    "systems": {**in_groups({**MODEL, "num_layers": 3, "init": "fan_in", "pattern": [
+                    {"mixer": "s4"}, {"mixer": "s4", "s4": {"form": "diagonal", "output": "linear"}},
+                    {"mixer": "lssl"}]}),
+                "s4": {"d_state": 6}, "lssl": {"d_state": 5, "outputs": 2}, "moe": {"num_experts": 4, "d_ff": 16}},
     "windows": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
                     {"attention": {"window": 3}}, {"attention": {"window": 14, "num_kv_heads": 4}}]}),
                 "moe": {"num_experts": 4, "d_ff": 16}},
