@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tools" / "reproduce"))  # its scripts find each other so
 
 from all import scripts  # noqa: E402
-from frame import RESULTS, Criterion, Figures, Reproduction, as_result, told, write_page  # noqa: E402
+from frame import PAGE, RESULTS, Criterion, Figures, Reproduction, as_result, told, write_page  # noqa: E402
 
 
 def reproduction(*criteria: Criterion) -> Reproduction:
@@ -47,7 +48,11 @@ def test_one_criterion_that_falls_short_is_said_everywhere(tmp_path: Path) -> No
     assert "good: 1 (>= 0) **short**" not in page
 
 
-def test_every_result_is_of_a_script_and_has_a_plot() -> None:
+def test_every_result_is_of_a_script_and_on_the_page() -> None:
+    page = PAGE.read_text()
     for result in RESULTS.glob("*.json"):
         assert result.stem in scripts(), f"no script gives {result.name}: remove it, or restore the script"
         assert result.with_suffix(".png").exists(), f"{result.name} has no plot"
+        verdict = "pass" if json.loads(result.read_text())["passed"] else "**short**"
+        assert re.search(rf"{re.escape(verdict)} \| \d+ \| `python tools/reproduce/{result.stem}.py`", page), (
+            f"docs/reproduced.md does not say {verdict} of {result.stem}: run python tools/reproduce/all.py --page")

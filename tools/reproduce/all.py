@@ -1,6 +1,6 @@
 """Runs the reproductions, two at a time, and writes docs/reproduced.md from all results that there are.
 
-    python tools/reproduce/all.py [NAMES] [--jobs 2] [--minutes 12] [--missing] [--resume] [--page]
+    python tools/reproduce/all.py [NAMES] [--jobs 2] [--minutes 20] [--missing] [--resume] [--page]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAMES", help=", ".join(scripts()))
     parser.add_argument("--jobs", type=int, default=2, help="scripts that run at a time, each on one thread")
-    parser.add_argument("--minutes", type=float, default=12, help="after which a script is ended")
+    parser.add_argument("--minutes", type=float, default=20, help="after which a script is ended")
     parser.add_argument("--missing", action="store_true", help="only those without a result")
     parser.add_argument("--resume", action="store_true", help="take what seeds gave before, if a script is the same")
     parser.add_argument("--page", action="store_true", help="run nothing, only write the page")
@@ -42,7 +42,7 @@ def main() -> None:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             ended_well = pool.map(lambda name: _run(name, arguments.resume, 60 * arguments.minutes), names)
             failed = [name for name, well in zip(names, ended_well, strict=True) if not well]
-    write_page()
+    write_page(scripts=scripts())
     if failed:
         sys.exit(f"did not end well: {', '.join(failed)}")
 

@@ -14,6 +14,7 @@ from training import Trainer, text_batches, train
 
 from moescale.mixers.attention import Attention
 from moescale.ops.attention import attention
+from moescale.ops.attention_pattern import Visibility
 
 LENGTH, D_HEAD = 4096, 64
 SRAM = (25_600, 51_200)  # elements of fast memory
@@ -123,8 +124,8 @@ class Core(nn.Module):
         super().__init__()
         self.name = name
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **pattern: Any) -> Tensor:
-        return attention(q, k, v, backend=self.name, **pattern)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, visibility: Visibility, **others: Any) -> Tensor:
+        return attention(q, k, v, backend=self.name, **vars(visibility), **others)
 
 
 def errors(seed: int) -> Figures:

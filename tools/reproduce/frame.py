@@ -180,8 +180,11 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_page(folder: Path = RESULTS, page: Path = PAGE) -> None:
-    """Write the page of all results in the folder: a table, then each claim with its figures and its plot."""
+def write_page(folder: Path = RESULTS, page: Path = PAGE, scripts: Sequence[str] = ()) -> None:
+    """Write the page of all results in the folder: a table, then each claim with its figures and its plot.
+
+    scripts: all that there are; the page says which of them have no result.
+    """
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     passed = sum(result["passed"] for result in results.values())
     lines = [
@@ -191,7 +194,7 @@ def write_page(folder: Path = RESULTS, page: Path = PAGE) -> None:
         "these seeds.",
         "", "```sh", "python tools/reproduce/all.py           # all of them, two at a time, and this page",
         "python tools/reproduce/all.py switch    # one of them, and this page", "```", "",
-        f"**{passed} of {len(results)} keep all their bounds.**", "",
+        f"**{passed} of {len(results)} keep all their bounds.**" + _missing(set(scripts) - set(results)), "",
         "| paper | claim | miniature | figures: median (bound) | result | seconds a seed | command |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -215,6 +218,10 @@ def write_page(folder: Path = RESULTS, page: Path = PAGE) -> None:
                   f"{result['processor']}, Python {result['python']}, torch {result['torch']}."
                   + _since(name, result)]
     page.write_text("\n".join(lines) + "\n")
+
+
+def _missing(names: set[str]) -> str:
+    return f" No three seeds have been tried yet of {', '.join(sorted(names))}." if names else ""
 
 
 def _since(name: str, result: Mapping[str, Any]) -> str:
