@@ -30,7 +30,7 @@ from torch.futures import Future
 
 from moescale.checkpoint.archive import DTYPES, read_archive, shape_of
 from moescale.checkpoint.plain_pickle import MOST_BYTES, Name, PlainPickleError, Record, read_plain
-from moescale.checkpoint.strided_view import Stored, read_region, region
+from moescale.checkpoint.strided_view import Stored, box, read_region
 from moescale.config import ConfigError
 from moescale.files.reading import inside, read_bytes
 
@@ -155,26 +155,13 @@ class SafeReader(FileSystemReader):
             if item.type == LoadItemType.BYTE_IO:
                 raise ConfigError(f"{self.path} holds {item.storage_index.fqn}, which is no tensor")
             stored = read_part(Path(self.path), self.storage_data[item.storage_index])
-            part = region(stored.shape, *(_narrowed(dim, start, length) for dim, (start, length) in enumerate(
-                zip(item.storage_offsets, item.lengths, strict=True))))
+            part = box(stored.shape, item.storage_offsets, item.lengths)
             target = planner.resolve_tensor(item).detach()
             target.copy_(read_region(stored, part).reshape(target.shape))
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-
-def _narrowed(dim: int, start: int, length: int) -> Any:
-    return lambda tensor: tensor.narrow(dim, start, length)
-
-
-def read_index(folder: Path, files: Collection[str]) -> dict[str, TensorStorageMetadata]:
-    """Read the index, hold it to the checkpoint, and return what is stored of each tensor, by name.
-
-    Arguments and errors are those of `tensors_of`.
-    """
-    return tensors_of(read_metadata(folder), folder, files)
 
 
 def tensors_of(metadata: Metadata, folder: Path, files: Collection[str]) -> dict[str, TensorStorageMetadata]:

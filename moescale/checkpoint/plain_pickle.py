@@ -57,10 +57,6 @@ class Record:
     items: dict[Any, Any]
     values: list[Any]
 
-    def set_state(self, state: Any) -> None:
-        """Give it attributes, as the pickle says."""
-        self.state = state
-
     def attributes(self) -> dict[str, Any]:
         """List its attributes by name; none where its state is no dict."""
         return {key: value for key, value in self.state.items() if isinstance(key, str)} \
@@ -112,7 +108,8 @@ class _Machine:
         self.persistent = persistent
         self.calls: dict[str, Callable[..., Any]] = {
             "collections.OrderedDict": self._dict, "collections.defaultdict": lambda *args: {},
-            "torch.Size": self._copied, "_codecs.encode": self._bytes, "copyreg._reconstructor": self._object,
+            "torch.Size": self._copied, "_codecs.encode": self._bytes,
+            "copyreg._reconstructor": lambda made, *_: _record(made.name, ()),
             **{f"builtins.{name}": self._listed for name in ("set", "frozenset")}, **calls,
         }
 
@@ -182,6 +179,8 @@ class _Machine:
         found = self._marked()
         self.stack.append(found)
 
+    _do_FROZENSET = _do_LIST
+
     def _do_DICT(self, _: Any) -> None:
         found = self._marked()
         self.stack.append({})
@@ -203,17 +202,12 @@ class _Machine:
         self._last(3)
 
     def _do_APPEND(self, _: Any) -> None:
-        item = self.stack.pop()
-        self._extend([item])
+        self._extend([self.stack.pop()])
 
     def _do_APPENDS(self, _: Any) -> None:
         self._extend(self._marked())
 
     _do_ADDITEMS = _do_APPENDS
-
-    def _do_FROZENSET(self, _: Any) -> None:
-        found = self._marked()
-        self.stack.append(found)
 
     def _extend(self, items: Iterable[Any]) -> None:
         goal = self.stack[-1]
@@ -270,7 +264,7 @@ class _Machine:
         state = self.stack.pop()
         made = self.stack[-1]
         if isinstance(made, Record):
-            made.set_state(state)
+            made.state = state
         elif isinstance(made, (Name, str, int, float)) or made is None:
             raise PlainPickleError("sets attributes of what has none")
 
@@ -303,9 +297,6 @@ class _Machine:
         if encoding not in ("latin1", "latin-1"):
             raise PlainPickleError(f"encodes as {encoding!r:.40}")
         return text.encode("latin-1")
-
-    def _object(self, made: Name, *_: Any) -> Record:
-        return _record(made.name, ())
 
 
 def _record(name: str, args: tuple[Any, ...]) -> Record:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from moescale.checkpoint.index import INDEX, SafeReader, read_index, read_metadata, tensors_of
+from moescale.checkpoint.index import INDEX, SafeReader, read_metadata, tensors_of
 from moescale.checkpoint.readers import ATTEMPTS, trying_again
 from moescale.checkpoint.together import Failed, Ranks, describe, limited
 from moescale.config import ConfigError, TrainingError
@@ -125,7 +125,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def read_stored(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Say what is stored of each tensor, by its name. Raises ConfigError."""
-    return read_index(folder, _read_manifest(folder)["files"])
+    return tensors_of(read_metadata(folder), folder, _read_manifest(folder)["files"])
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -138,7 +138,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, state: dict[str, Any]) -> None:
     """List what lies in a folder, which makes it a checkpoint. state: small values, with `step` and `seed`"""
     listing = {name: sums for name, sums in _check_sums(folder, "*").items() if name != MANIFEST}
-    state["optimizer"] = any(name.startswith("optim.") for name in read_index(folder, listing))
+    stored = tensors_of(read_metadata(folder), folder, listing)
+    state["optimizer"] = any(name.startswith("optim.") for name in stored)
     write_synced(folder / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
 
 
@@ -279,7 +280,7 @@ def _finish(partial: Path, folder: Path, state: dict[str, Any], listing: dict[st
             listing.update(_check_sums(partial, path.name))
     write_synced(partial / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
     sync(partial)
-    read_index(partial, listing)  # what a later torch may put there, and loading would refuse, shows now
+    tensors_of(read_metadata(partial), partial, listing)  # what a later torch writes and loading refuses shows now
     replaced = folder.with_suffix(".old.partial")
     if folder.exists():  # of the same step: one that is not whole, or the run would have gone on from it
         set_aside(folder, replaced)

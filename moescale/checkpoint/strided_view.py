@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,12 @@ def region(shape: Shape, *views: View) -> Region:
     for view in views:
         tensor = view(tensor)
     return Region(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+
+
+def box(shape: Shape, offsets: Sequence[int], sizes: Sequence[int]) -> Region:
+    """Say where a box in a tensor of this shape lies, which begins at `offsets` and has these sizes."""
+    slices = tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True))
+    return region(shape, itemgetter(slices))
 
 
 def stored_whole(path: Path, offset: int, dtype: torch.dtype, shape: Shape) -> Stored:

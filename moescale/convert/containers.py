@@ -11,14 +11,13 @@ import math
 import os
 import pickle
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from functools import cache, partial
-from itertools import pairwise
+from collections.abc import Collection, Mapping
+from functools import cache
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -32,7 +31,7 @@ from torch.serialization import skip_data
 
 from moescale.checkpoint.archive import read_archive, shape_of
 from moescale.checkpoint.index import INDEX, read_metadata, read_part
-from moescale.checkpoint.strided_view import Chunk, Shape, Stored, covers_once, region, stored_whole
+from moescale.checkpoint.strided_view import Chunk, Shape, Stored, box, covers_once, stored_whole
 from moescale.config import ConfigError
 from moescale.files.reading import explain, open_regular
 from moescale.files.reading import inside as inside
@@ -110,14 +109,6 @@ def create_safetensors(path: Path, sizes: Sizes) -> dict[str, Stored]:
     return open_safetensors(path)[0]
 
 
-def open_pickle(path: Path) -> Any:
-    """Read what `torch.save` wrote into plain values (`plain_pickle`), with Stored in the place of tensors.
-
-    No code runs: objects become Records, of whatever class they are. Raises ConfigError.
-    """
-    return read_archive(path)
-
-
 def sizes_by_file(sizes: Sizes) -> dict[str, Sizes]:
     """Sort tensors by the file that each key names before its colon, and name them by what follows it."""
     by_file: dict[str, dict[str, tuple[Shape, torch.dtype]]] = {}
@@ -135,7 +126,7 @@ def create_pickle(path: Path, values: Mapping[str, Any], inside: str, sizes: Siz
     with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
         torch.save({**values, inside: tensors} if inside else {**values, **tensors}, path)
-    read = open_pickle(path)
+    read = read_archive(path)
     return {name: stored for name, stored in (read[inside] if inside else read).items() if name in sizes}
 
 
@@ -162,16 +153,12 @@ def open_distributed(
             item = read_part(folder, info)
             if math.prod(item.shape) != math.prod(chunk.sizes) or item.dtype != entry.properties.dtype:
                 raise ConfigError(f"{folder} is damaged: {info.relative_path} does not hold {name} as its index says")
-            parts.append(region(shape, partial(_box, box=_slices(chunk.offsets, chunk.sizes))))
+            parts.append(box(shape, chunk.offsets, chunk.sizes))
             chunks.append(Chunk(item.chunks[0].path, item.chunks[0].offset, parts[-1]))
         tensors[name] = Stored(entry.properties.dtype, shape, tuple(chunks))
         if covers_once(shape, parts):
             raise ConfigError(f"{folder} is damaged: its index does not hold the whole of {name} once")
     return tensors
-
-
-def _box(tensor: Tensor, box: tuple[slice, ...]) -> Tensor:
-    return tensor[box]
 
 
 def create_distributed(folder: Path, files: Mapping[str, Sizes], leading: Mapping[str, int]) -> dict[str, Stored]:
@@ -189,11 +176,10 @@ def create_distributed(folder: Path, files: Mapping[str, Sizes], leading: Mappin
                 cut = leading.get(name, 0)
                 size = (*(1 for _ in shape[:cut]), *shape[cut:])
                 chunks, stored = [], []
-                for index in range(math.prod(shape[:cut])):
-                    offsets = (*_unravel(index, shape[:cut]), *(0 for _ in shape[cut:]))
+                for leading_offsets in product(*map(range, shape[:cut])):
+                    offsets = (*leading_offsets, *(0 for _ in shape[cut:]))
                     start = file.tell()
-                    part = region(shape, partial(_box, box=_slices(offsets, size)))
-                    stored.append(Chunk(folder / file_name, _reserve(file, size, dtype), part))
+                    stored.append(Chunk(folder / file_name, _reserve(file, size, dtype), box(shape, offsets, size)))
                     places[MetadataIndex(name, offsets)] = _StorageInfo(file_name, start, file.tell() - start)
                     chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(size)))
                 entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
@@ -218,18 +204,6 @@ def _header_size(shape: Shape, dtype: torch.dtype) -> int:
         torch.save(torch.empty(shape, dtype=dtype), archive)
         archive.seek(0)
         return int(torch.load(archive, weights_only=True).untyped_storage()._checkpoint_offset)  # our own
-
-
-def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-
-
-def _unravel(index: int, shape: Shape) -> Shape:
-    offsets = []
-    for size in reversed(shape):
-        index, rest = divmod(index, size)
-        offsets.append(rest)
-    return tuple(reversed(offsets))
 
 
 def refuse_pointer(path: Path, content: bytes) -> None:

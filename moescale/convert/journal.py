@@ -32,7 +32,7 @@ class Journal:
         self.folder = destination.with_name(destination.name + ".partial")
         self.data = self.folder / "data"
         self._file = self.folder / "journal.jsonl"
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._waiting: dict[str, list[str]] = {}  # digests of what was written since the last commit
         self._bytes = 0  # of it
         # the folder is ours, and nobody else's
@@ -74,19 +74,15 @@ class Journal:
             self._waiting[weight] = digests
             self._bytes += size_bytes
             if self._bytes >= COMMIT_BYTES:
-                self._commit()
+                self.commit()
 
     def commit(self) -> None:
-        """Wait until all that was finished is on the disk, and remember it."""
+        """Wait until all that was finished is on the disk: first the data, then the word that it is there."""
         with self._guard:
-            self._commit()
-
-    def _commit(self) -> None:
-        """Write first the data, then the word that it is there."""
-        sync_tree(self.data)
-        self._append({"weight": weight, "digests": digests} for weight, digests in self._waiting.items())
-        self.done.update(self._waiting)
-        self._waiting, self._bytes = {}, 0
+            sync_tree(self.data)
+            self._append({"weight": weight, "digests": digests} for weight, digests in self._waiting.items())
+            self.done.update(self._waiting)
+            self._waiting, self._bytes = {}, 0
 
     def publish(self) -> None:
         """Put the data into its place, in one step."""

@@ -55,10 +55,6 @@ JOURNAL = 2  # of what it says of a tensor; one that says it otherwise begins an
 FORMATS: dict[str, Format] = {module.NAME: module for module in (native, hf, megatron_files, deepspeed)}
 
 
-class RemovedError(ConfigError):
-    """A source that is no longer there."""
-
-
 @dataclass(frozen=True)
 class Change:
     """Another model than the source's: its configuration, and a recipe for each of its native tensors.
@@ -147,7 +143,8 @@ def convert(
         raise ConfigError(f"{destination} exists already: give a folder that does not")
 
     # the model that is written, and how each of its native tensors comes about
-    config, recipes = (source.config, _unchanged(source)) if change is None else (change.config, change.recipes)
+    unchanged = {name: Recipe((name,)) for name in source.weights}
+    config, recipes = (source.config, unchanged) if change is None else (change.config, change.recipes)
     if to != native.NAME:  # no other format takes the optimizer's state
         recipes = {name: recipe for name, recipe in recipes.items() if name.moment is None}
         _refuse_differences(config, to)
@@ -180,7 +177,7 @@ def convert(
         journal.adopt(fresh)
 
         # the numbers, unless an earlier call copied them
-        Copier(source, recipes, weights, source.by_weight(), by_weight(pieces), places).copy_all(journal)
+        Copier(source, recipes, weights, by_weight(source.pieces), by_weight(pieces), places).copy_all(journal)
         target.finish(journal.data, source)
 
         # a last look, and the whole appears in one step
@@ -203,15 +200,11 @@ def _kept_or_discarded(journal: Journal, source: Opened, destination: Path) -> I
         raise
     except OSError as error:
         if not source.path.exists():
-            raise RemovedError(f"{source.path} was removed while it was read") from None
+            raise ConfigError(f"{source.path} was removed while it was read") from None
         raise ConfigError(f"{destination} could not be written: {(error.strerror or str(error)).lower()}; the same "
                           "command goes on from here") from None
     finally:
         journal.close()
-
-
-def _unchanged(source: Opened) -> dict[NativeName, Recipe]:
-    return {name: Recipe((name,)) for name in source.weights}
 
 
 def _dtypes(

@@ -137,9 +137,9 @@ class _Unpacked(io.RawIOBase):
     def __init__(self, file: SourceFile, raw: BinaryIO) -> None:
         self.file, self.raw, self.count = file, raw, 0
         if file.compression == ".zst":
-            from moescale.data.pyarrow import open_zstd
+            from moescale.data.pyarrow import ZstdStream
 
-            self.source = open_zstd(raw)
+            self.source = cast(BinaryIO, ZstdStream(raw))
         else:
             self.source = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
 

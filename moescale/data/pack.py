@@ -87,7 +87,8 @@ class Pack:
         """Say whether the blocks of these tokens have the checksums that they were written with."""
         for block in range(begin // BLOCK_TOKENS, -(-end // BLOCK_TOKENS)):
             if not self.checked[block]:
-                if _checksum(self.tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]) != self.blocks[block]:
+                tokens = self.tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+                if zlib.crc32(tokens.data) != self.blocks[block]:
                     return False
                 self.checked[block] = True
         return True
@@ -107,7 +108,7 @@ def open_pack(directory: Path) -> Pack | None:
             return None
         arrays = {name: _map(directory / f"{name}.bin", dtype, meta["lengths"][name])
                   for name, dtype in {"tokens": np.dtype(meta["dtype"]), **ARRAYS}.items()}
-        if any(_checksum(arrays[name]) != meta["crc32"][name] for name in ARRAYS):
+        if any(zlib.crc32(arrays[name].data) != meta["crc32"][name] for name in ARRAYS):
             return None
         files = tuple(PackedFile(**{**file, "first_bad": file["first_bad"] and BadDocument(**file["first_bad"])})
                       for file in meta["files"])
@@ -125,14 +126,10 @@ def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
-def _checksum(values: np.ndarray) -> int:
-    return zlib.crc32(values.data)
-
-
 def block_checksums(tokens: np.ndarray) -> np.ndarray:
     """Give the checksum of each block of tokens."""
-    return np.array([_checksum(tokens[begin : begin + BLOCK_TOKENS]) for begin in range(0, len(tokens), BLOCK_TOKENS)],
-                    dtype=np.uint32)
+    blocks = (tokens[begin : begin + BLOCK_TOKENS] for begin in range(0, len(tokens), BLOCK_TOKENS))
+    return np.array([zlib.crc32(block.data) for block in blocks], dtype=np.uint32)
 
 
 def text_hash(content: bytes) -> int:
@@ -215,7 +212,7 @@ class PackWriter:
         meta = {"format": FORMAT, "options": self.options, "vocab_size": self.tokenizer.vocab_size,
                 "dtype": self.dtype.name, "kinds": list(self.kinds), "files": self.files,
                 "lengths": {"tokens": self.num_tokens, **{name: len(values) for name, values in arrays.items()}},
-                "crc32": {name: _checksum(values) for name, values in arrays.items()}}
+                "crc32": {name: zlib.crc32(values.data) for name, values in arrays.items()}}
         text = json.dumps({"crc32": zlib.crc32(_canonical(meta)), "meta": meta})
         (self.directory / "meta.json").write_text(text + "\n", encoding="utf-8")
 

@@ -11,8 +11,8 @@ import pyarrow.parquet
 ROWS = 256  # read at a time
 
 
-class _Zstd:
-    """A stream that raises ValueError where it is damaged."""
+class ZstdStream:
+    """The stream that a zstd file unpacks to; `read` raises ValueError where the file is damaged."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw, self.stream = raw, pyarrow.CompressedInputStream(raw, "zstd")
@@ -22,11 +22,6 @@ class _Zstd:
             return bytes(self.stream.read(size))
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(_reason(error)) from None
-
-
-def open_zstd(raw: BinaryIO) -> Any:
-    """Give the stream that a zstd file unpacks to; its `read` raises ValueError where the file is damaged."""
-    return _Zstd(raw)
 
 
 def read_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[float, list[bytes | None]]]:

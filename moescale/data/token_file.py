@@ -84,7 +84,9 @@ def prepare_tokens(config: DataConfig) -> TokenCorpus:
     _refuse_binary(corpora)
     hashes = cache.content_hashes([file for corpus in corpora for file in corpus.files])
     recipes = [_plan(corpus, hashes, options) for corpus in corpora]
-    halves = _halves_of(recipes[0], options, config.held_out)
+    # a corpus of one text has a pack in which each document is cut in two
+    keys = tuple(key for recipe in recipes[0] for key in recipe.keys)
+    halves = _Recipe(corpora[0].files, keys, _hash(options, keys, config.held_out), corpora[0], config.held_out)
     cache.claim([recipe.key for recipe in (*itertools.chain(*recipes), halves)])
     try:
         packs = [_obtain(cache, some, tokenizer, options) for some in recipes]
@@ -122,12 +124,6 @@ def _plan(corpus: Corpus, hashes: dict[str, str], options: str) -> list[_Recipe]
             some.append(file)
             size += file.size_bytes
     return recipes
-
-
-def _halves_of(recipes: Sequence[_Recipe], options: str, held_out: float) -> _Recipe:
-    """Give the pack of a corpus of one text, each document of which is cut in two."""
-    corpus, keys = recipes[0].corpus, tuple(key for recipe in recipes for key in recipe.keys)
-    return _Recipe(corpus.files, keys, _hash(options, keys, held_out), corpus, held_out)
 
 
 def _hash(*parts: object) -> str:

@@ -13,7 +13,7 @@ from moescale.config import Config, ConfigError, parse_config
 from moescale.convert.copying import Recipe
 from moescale.convert.fingerprint import has_rows
 from moescale.convert.formats.native import native_weights
-from moescale.convert.mapping.mapped import Opened, read_weight
+from moescale.convert.mapping.mapped import Opened, by_weight, read_weight
 from moescale.convert.mapping.table import NativeName
 from moescale.convert.run import Change
 from moescale.spec.weights import Weight
@@ -180,7 +180,7 @@ def _sources(opened: Opened, layer: int, counts: Sequence[int], left: int, merge
     made = {expert: [expert] for expert in kept}
     if merge:
         name = NativeName(("blocks", str(layer), "channel_mixer", "router", "weight"))
-        rows = torch.nn.functional.normalize(read_weight(opened, opened.by_weight()[name], name).float(), dim=-1)
+        rows = torch.nn.functional.normalize(read_weight(opened, by_weight(opened.pieces)[name], name).float(), dim=-1)
         for expert in busiest[left:]:
             made[kept[int((rows[kept] @ rows[expert]).argmax())]].append(expert)
     return [made[expert] for expert in kept]

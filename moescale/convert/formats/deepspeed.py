@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from moescale.checkpoint.archive import read_archive
 from moescale.checkpoint.plain_pickle import Record
 from moescale.checkpoint.strided_view import Chunk, Region, Shape, Stored
 from moescale.config import Config, ConfigError, load_config
-from moescale.convert.containers import Sizes, create_pickle, inside, open_pickle, sizes_by_file
+from moescale.convert.containers import Sizes, create_pickle, inside, sizes_by_file
 from moescale.convert.formats.megatron.arguments import refuse_changes, words
 from moescale.convert.formats.native import native_weights
 from moescale.convert.mapping.mapped import FileLayout, Opened
@@ -86,7 +87,7 @@ def open_checkpoint(path: Path) -> Opened:
     left_out: dict[str, str] = {}
     for name in names:
         if MODEL_FILE.fullmatch(name):
-            values = open_pickle(inside(folder, name))
+            values = read_archive(inside(folder, name))
             _refuse_settings(values, config, str(folder / name))
             if zero and not config.num_moe_layers:
                 tensors |= _gather(folder, values, zero, len(ranks))
@@ -96,13 +97,13 @@ def open_checkpoint(path: Path) -> Opened:
                 raise ConfigError(f"{folder / name} has no `module`")
             tensors |= {f"{name}:{key}": value for key, value in module.items() if isinstance(value, Stored)}
         elif EXPERT_FILE.fullmatch(name):
-            values = open_pickle(inside(folder, name))
+            values = read_archive(inside(folder, name))
             tensors |= {f"{name}:{key}": value for key, value in values.items() if isinstance(value, Stored)}
     if zero and config.num_moe_layers:
         left_out |= dict.fromkeys(zero.values(), "float32 copies of a mixture of experts are not gathered")
     weights = native_weights(config)
     layout = FileLayout(tp=len(ranks), etp=_expert_tensor(config, tensors, len(ranks)))
-    pieces = _pieces(config, weights, layout)
+    pieces = plan(config, layout, weights)
     return Opened(NAME, folder, config, layout, weights, tensors, pieces, left_out)
 
 
@@ -141,7 +142,7 @@ def _gather(folder: Path, values: Mapping[str, Any], zero: Mapping[int, str], ra
     """Find each weight in ZeRO's flat float32 partitions, as if the model's file held them."""
     if ranks > 1:
         raise ConfigError(f"{folder}: ZeRO's partitions beside model parallelism are not gathered")
-    states = [open_pickle(inside(folder, zero[rank]))["optimizer_state_dict"] for rank in sorted(zero)]
+    states = [read_archive(inside(folder, zero[rank]))["optimizer_state_dict"] for rank in sorted(zero)]
     shapes = [{name: tuple(size) for name, size in group.items()} for group in values["param_shapes"]]
     if "fp32_flat_groups" in states[0]:
         flat = [state["fp32_flat_groups"] for state in states]
@@ -222,10 +223,6 @@ def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> Non
 
 
 def plan(config: Config, layout: FileLayout, weights: Weights) -> list[Piece]:
-    return _pieces(config, weights, layout)
-
-
-def _pieces(config: Config, weights: Weights, layout: FileLayout) -> list[Piece]:
     mixtures = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
     found = []
     for rank in range(layout.tp):

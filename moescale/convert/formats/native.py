@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moescale.checkpoint.index import read_index
+from moescale.checkpoint.index import read_metadata, tensors_of
 from moescale.checkpoint.store import (
     MANIFEST,
     latest_checkpoint,
@@ -145,5 +145,5 @@ def create(
 def finish(folder: Path, opened: Opened) -> None:
     """Write the manifest, with the size and checksum of every file."""
     (inner,) = (folder / "checkpoints").iterdir()
-    names = read_index(inner, {path.name for path in inner.iterdir()})
+    names = tensors_of(read_metadata(inner), inner, {path.name for path in inner.iterdir()})
     write_manifest(inner, _state(names, opened.state))

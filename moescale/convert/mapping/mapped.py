@@ -54,10 +54,6 @@ class Opened:
         check_pieces(self.weights, {key: stored.shape for key, stored in self.tensors.items()}, self.pieces,
                      str(self.path), self.left_out)
 
-    def by_weight(self) -> dict[NativeName, list[Piece]]:
-        """List the pieces of each native tensor."""
-        return by_weight(self.pieces)
-
 
 def by_weight(pieces: Iterable[Piece]) -> dict[NativeName, list[Piece]]:
     """List the pieces of each native tensor."""
@@ -117,7 +113,7 @@ def read_weight(opened: Opened, pieces: Sequence[Piece], name: NativeName) -> Te
 
 def weights_of(opened: Opened, *, moments: bool = False) -> Iterator[tuple[NativeName, Tensor]]:
     """Read the weights of the model, one after another. moments: the optimizer's too"""
-    for name, pieces in opened.by_weight().items():
+    for name, pieces in by_weight(opened.pieces).items():
         if moments or name.moment is None:
             yield name, read_weight(opened, pieces, name)
 

@@ -32,13 +32,10 @@ class ConfigJson:
         self.defaults = {key.name: key.default for key in family.keys.values()}
         for key in family.keys.values():
             if key.alias is not None and key.alias in self.values:
-                self._give_one_name(key.name, key.alias)
-
-    def _give_one_name(self, name: str, alias: str) -> None:
-        other = self.values.pop(alias)
-        if self.values.setdefault(name, other) != other:
-            self.refuse(f"{alias}={other!r} and {name}={self.values[name]!r} are two names of one number: leave out "
-                        "the wrong one")
+                other = self.values.pop(key.alias)
+                if self.values.setdefault(key.name, other) != other:
+                    self.refuse(f"{key.alias}={other!r} and {key.name}={self.values[key.name]!r} are two names of one "
+                                "number: leave out the wrong one")
 
     def refuse(self, why: str) -> NoReturn:
         """Raise ConfigError with one line that names the file."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from moescale.checkpoint.archive import read_archive
 from moescale.checkpoint.index import read_metadata, read_object
 from moescale.checkpoint.plain_pickle import Record
 from moescale.checkpoint.strided_view import Stored
@@ -21,7 +22,6 @@ from moescale.convert.containers import (
     create_pickle,
     inside,
     open_distributed,
-    open_pickle,
     sizes_by_file,
 )
 from moescale.convert.formats.megatron.names import (
@@ -85,13 +85,13 @@ def stored_arguments(folder: Path) -> Namespace:
     if (folder / METADATA).is_file():
         return _arguments(_common(folder, read_metadata(folder))[0])
     first = min(inner.name for inner in folder.glob("mp_rank_*"))
-    return _arguments(open_pickle(inside(folder, f"{first}/{MODEL_FILE}")))
+    return _arguments(read_archive(inside(folder, f"{first}/{MODEL_FILE}")))
 
 
 def _common(folder: Path, metadata: Metadata) -> tuple[Any, Path]:
     """Read what a distributed checkpoint keeps beside tensors. Returns it, and where it lies."""
     if (folder / COMMON).is_file():
-        return open_pickle(inside(folder, COMMON)), folder / COMMON
+        return read_archive(inside(folder, COMMON)), folder / COMMON
     stored = read_object(folder, metadata, COMMON_OBJECT)  # a list of the one object
     return stored[0] if isinstance(stored, list) and stored else None, folder
 
@@ -157,7 +157,7 @@ def _open_ranks(folder: Path) -> Opened:
         found = RANK.fullmatch(inner.name)
         if found is None:
             raise ConfigError(f"{folder} holds {inner.name}, which names no rank: mp_rank_00 and mp_rank_00_001 do")
-        values = open_pickle(inside(folder, f"{inner.name}/{MODEL_FILE}"))
+        values = read_archive(inside(folder, f"{inner.name}/{MODEL_FILE}"))
         if not isinstance(values, Mapping) or not isinstance(values.get("model"), Mapping):
             raise ConfigError(f"{inner / MODEL_FILE} has no `model`"
                               + (": virtual pipeline stages are not read" if "model0" in values else ""))
