@@ -281,10 +281,8 @@ class Family:
 
     def write(self, config: Config) -> dict[str, Any]:
         """Turn a run into the keys of config.json that describe the model."""
-        values: dict[str, Any] = {"architectures": [f"{self.title}ForCausalLM"], "model_type": self.name}
-        for key, value in self._written(config):
-            values[key.name] = key.translation.write(value, config)
-        return {**values, **self.constants}
+        written = {key.name: key.translation.write(value, config) for key, value in self._written(config)}
+        return {"architectures": [f"{self.title}ForCausalLM"], "model_type": self.name, **written, **self.constants}
 
     def misfits(self, config: Config) -> list[str]:
         """Name what of a run a model of this family cannot have, as `key=value`."""

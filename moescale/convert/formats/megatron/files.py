@@ -275,9 +275,7 @@ def create(
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {f"{name}_version": 1 for name in backends}
     (inner / METADATA).write_text(json.dumps({**backends, **versions}), encoding="utf-8")
-    files: dict[str, dict[str, Any]] = {}
-    for index, (key, size) in enumerate(sizes.items()):
-        files[f"__{index}_0.distcp"] = {key: size}
+    files = {f"__{index}_0.distcp": {key: size} for index, (key, size) in enumerate(sizes.items())}
     stacked = int(_kind(config) == "stacked")
     leading = {key: stacked * ("layers." in key) + (".experts.experts." in key) for key in sizes}
     return create_distributed(inner, files, leading)
