@@ -14,6 +14,7 @@ from moescale.spec.small import Small, smallest_divisor, smallest_multiple
 from moescale.spec.weights import Init, Weight, below, initial
 
 OWN_KEYS: dict[str, tuple[str, ...]] = {  # a router: its arguments that no other router has
+    "mixtral": ("normalize_weights",),
     "sigmoid_bias": ("num_expert_groups", "top_k_groups", "routed_scaling", "bias_update_rate"),
     "switch": ("left_behind_choices",),
 }
@@ -60,6 +61,8 @@ class MoEConfig(Group):
     """Tokens over which the balance loss takes its means: those of a sequence, a pass or a whole step."""
     router_z_coefficient: float = Field(0.0, ge=0)
     """Weight of the router z-loss, which keeps the router's logits small (ST-MoE: 1e-3)."""
+    normalize_weights: bool = True
+    """With `mixtral`: weights of a token's experts add up to 1; false leaves their shares among all experts (Jamba)."""
     num_expert_groups: int = Field(1, ge=1)
     """With `sigmoid_bias`: groups that the experts lie in."""
     top_k_groups: int = Field(1, ge=1)
@@ -80,7 +83,7 @@ class MoEConfig(Group):
         refuse(self.router in ("mixtral", "sigmoid_bias") and self.capacity_factor is not None,
                 f"moe.router={self.router} drops nothing: write moe.capacity_factor=null, or moe.router="
                 f"{any_of(WITH_CAPACITY)}")
-        one = self.router in ("mixtral", "sigmoid_bias") and self.top_k == 1 < self.num_experts
+        one = self.normalizes and self.top_k == 1 < self.num_experts
         refuse(one and self.load_balance_coefficient == 0 and self.router_z_coefficient == 0,
                 f"moe.router={self.router} gives the one expert of moe.top_k=1 the weight 1, so that no loss trains "
                 "the router: write e.g. moe.load_balance_coefficient=0.01, or moe.router=switch")
@@ -90,6 +93,11 @@ class MoEConfig(Group):
         self._check_expert_choice()
         check_width("moe.d_ff", self.d_ff)
         return self
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the weights of a token's experts add up to the same for all tokens, so that one has no say."""
+        return self.router == "sigmoid_bias" or (self.router == "mixtral" and self.normalize_weights)
 
     def _check_keys(self) -> None:
         """Refuse what means nothing to the router, or to a router without capacity."""

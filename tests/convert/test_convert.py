@@ -109,6 +109,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "multi-query": ({"num_kv_heads": 1}, {}), "all heads": ({"num_kv_heads": 4}, {}),
     "gelu": ({**DENSE, "activation": "gelu"}, {}),
     "shared": ({}, {"num_shared_experts": 2, "router": "sigmoid_bias", "num_expert_groups": 4}),
+    "probabilities": ({}, {"normalize_weights": False, "top_k": 3}),
     "switch": ({}, {"router": "switch", "top_k": 1, "capacity_factor": 1.25, "eval_capacity_factor": 1.25}),
 }
 GOALS = {"hf": ("dense", "tied", "multi-query", "all heads"), "deepspeed": ("dense", "mixed", "tied", "gelu", "switch"),

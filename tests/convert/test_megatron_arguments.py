@@ -67,7 +67,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {"moe_router_load_balancing_type": "sinkhorn"}), ("mixtral", {"moe_expert_capacity_factor": 1.0}),
     ("mixtral", {"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}), ("mixtral", {"window_size": 5}),
     ("mixtral", {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_aux_loss_coeff": [0.1, 0.1]}),
-    ("mixtral", {"moe_router_topk_scaling_factor": 2.5}), ("mixtral", {"moe_router_pre_softmax": True}),
+    ("mixtral", {"moe_router_topk_scaling_factor": 2.5}),
     ("mixtral", {"moe_router_num_groups": 4, "moe_router_group_topk": 2}),
     ("mixtral", {"moe_router_score_function": "sqrtsoftplus"}), ("mixtral", {"moe_router_enable_expert_bias": True}),
     ("mixtral", {"normalization": "LayerNorm"}), ("mixtral", {"layernorm_epsilon": 1e-3}),
@@ -98,7 +98,8 @@ OTHER: dict[str, tuple[str, Any]] = {  # what is read: a model, and another valu
     "moe_router_num_groups": ("sigmoid", 2), "moe_router_group_topk": ("sigmoid", 1),
     "moe_router_bias_update_rate": ("sigmoid", 0.1), "moe_router_load_balancing_type": ("sigmoid", "global_aux_loss"),
     "moe_aux_loss_coeff": ("sigmoid", 0.3), "moe_z_loss_coeff": ("mixtral", 0.3),
-    "moe_input_jitter_eps": ("mixtral", 0.1), "moe_expert_capacity_factor": ("switch", 1.5),
+    "moe_router_pre_softmax": ("mixtral", True), "moe_input_jitter_eps": ("mixtral", 0.1),
+    "moe_expert_capacity_factor": ("switch", 1.5),
 }
 
 

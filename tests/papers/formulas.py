@@ -89,14 +89,15 @@ def next_token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def mixture(x: Tensor, router: Tensor, experts: list[Weights], activation: str, kind: str, *, top_k: int,
             capacity: float | None, draws: Tensor, bias: Tensor | None = None,
-            groups: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
+            groups: tuple[int, int] = (1, 1), normalize: bool = True) -> tuple[Tensor, Tensor]:
     """A layer of experts, token by token, and its balance loss summed over tokens. x: [seq, d_model].
 
-    kind: "mixtral", softmax over the top_k logits (Mixtral of Experts, section 2.1); "switch", the best expert by its
-    probability (Switch Transformers, equations 1 to 6); "gshard", the best two normalised, the second one taken when
-    twice its weight exceeds a uniform draw (GShard, algorithm 1); "sigmoid_bias" (DeepSeek-V3, equations 12 to 20, and
-    node-limited routing): groups and experts are chosen with the bias, the balance loss counts the best without either;
-    "expert_choice", each expert takes its best tokens (Zhou et al., 2022, equations 1 to 3).
+    kind: "mixtral", softmax over the top_k logits (Mixtral of Experts, section 2.1) or, without `normalize`, the
+    softmax over all (Jamba); "switch", the best expert by its probability (Switch Transformers, equations 1 to 6);
+    "gshard", the best two normalised, the second one taken when twice its weight exceeds a uniform draw (GShard,
+    algorithm 1); "sigmoid_bias" (DeepSeek-V3, equations 12 to 20, and node-limited routing): groups and experts are
+    chosen with the bias, the balance loss counts the best without either; "expert_choice", each expert takes its best
+    tokens (Zhou et al., 2022, equations 1 to 3).
     groups: how many there are, and how many of them a token's experts come from.
     capacity: slots over the even share, None = no limit.
     """
@@ -120,7 +121,8 @@ def mixture(x: Tensor, router: Tensor, experts: list[Weights], activation: str, 
     for choice in range(top_k):
         for t, token in enumerate(x):
             expert = best[t][choice]
-            weight = probs[t, expert] if kind == "switch" else scores[t, expert] / scores[t, best[t]].sum()
+            as_it_is = kind == "switch" or not normalize
+            weight = probs[t, expert] if as_it_is else scores[t, expert] / scores[t, best[t]].sum()
             left_out = kind == "gshard" and choice == 1 and not 2 * weight.item() > float(draws[t])
             if left_out or used[expert] >= slots:
                 continue

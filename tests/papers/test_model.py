@@ -31,6 +31,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
                                           "pattern": [{"channel_mixer": "feed_forward"}]})},
     "mixtral": {**in_groups({**SERIAL, "window": 5, "rope_theta": 1e6}),
                 "moe": {"num_experts": 6, "top_k": 2, "d_ff": 8, "router_z_coefficient": 0.2}},
+    "mixtral, not normalized": {**in_groups({**SERIAL, "positions": "none"}), "moe": {
+        "num_experts": 6, "top_k": 2, "d_ff": 8, "normalize_weights": False}},
     "switch": {**in_groups({**SERIAL, "activation": "geglu", "tied_embeddings": True, "scale_logits": True,
                          "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]}),
                "moe": {"router": "switch", "num_experts": 3, "top_k": 1, "capacity_factor": 0.9, "d_ff": 8,
@@ -125,7 +127,8 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id:
         y, balance = formulas.mixture(h, router, experts, channel_mixer.activation, config.moe.router,
                                       top_k=config.moe.top_k, capacity=config.moe.capacity_factor,
                                       draws=uniform(token_id, salt), bias=own.get("channel_mixer.router.expert_bias"),
-                                      groups=(config.moe.num_expert_groups, config.moe.top_k_groups))
+                                      groups=(config.moe.num_expert_groups, config.moe.top_k_groups),
+                                      normalize=config.moe.normalize_weights)
         x, losses = x + y, [losses[0] + balance, losses[1] + formulas.router_z(h, router)]
     h = norm(x, weights["norm.weight"], model.norm_eps)
     head = weights["embedding.weight"] if model.tied_embeddings else weights["head.weight"]

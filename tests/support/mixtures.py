@@ -28,8 +28,9 @@ class Kind:
 
 
 KINDS = [
-    Kind("mixtral", 2), Kind("mixtral", 3), Kind("sigmoid_bias", 2), Kind("expert_choice", 2, 1.7, leaks=True),
-    Kind("switch", 1, 0.7), Kind("switch", 1, 1.25), Kind("switch", 1, 0.2, capacity={"least": 2}),
+    Kind("mixtral", 2), Kind("mixtral", 3, own={"normalize_weights": False}), Kind("sigmoid_bias", 2),
+    Kind("expert_choice", 2, 1.7, leaks=True), Kind("switch", 1, 0.7), Kind("switch", 1, 1.25),
+    Kind("switch", 1, 0.2, capacity={"least": 2}),
     Kind("switch", 1, 0.7, leaks=True, own={"left_behind_choices": 3}),
     Kind("switch", 1, 0.7, leaks=True, capacity={"by_probability": True}),
     Kind("gshard", 2, 0.6, leaks=True), Kind("gshard", 2, 9.0),
@@ -42,6 +43,8 @@ KINDS = [
 
 def make_router(kind: Kind, num_experts: int = 5, d_model: int = 8, balance_over: str = "sequence") -> Router:
     own: dict[str, Any] = {}
+    if kind.name == "mixtral":
+        own = {"normalize_weights": True}
     if kind.name == "switch":
         own = {"left_behind_choices": 1}
     if kind.name == "sigmoid_bias":

@@ -84,6 +84,7 @@ class MoEScale(Peer):
 
 CAPACITY = {"switch": 1.25, "gshard": 1.25, "expert_choice": 1.25}
 OWN: dict[str, dict[str, Any]] = {
+    "mixtral": {"normalize_weights": True},
     "sigmoid_bias": {"num_expert_groups": 1, "top_k_groups": 1, "routed_scaling": 1.0, "bias_update_rate": 0.001},
     "switch": {"left_behind_choices": 1},
 }

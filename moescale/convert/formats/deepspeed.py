@@ -203,7 +203,10 @@ def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> Non
     if config.num_moe_layers and config.moe.router not in ROUTERS:
         raise ConfigError(f"moe.router={config.moe.router} cannot be expressed by DeepSpeed's gate: convert --to "
                           "moescale or megatron")
-    if config.num_moe_layers and config.moe.router == "mixtral" and config.moe.top_k == 1 < config.moe.num_experts:
+    if config.num_moe_layers and not config.moe.normalize_weights and config.moe.top_k > 1:
+        raise ConfigError("moe.normalize_weights=false cannot be expressed by DeepSpeed's gate, which weighs several "
+                          "experts by their shares of what is chosen: convert --to moescale or megatron")
+    if config.num_moe_layers and config.moe.normalizes and config.moe.top_k == 1 < config.moe.num_experts:
         raise ConfigError("moe.top_k=1 with moe.router=mixtral cannot be expressed by DeepSpeed's gate, which weighs "
                           "one expert by its share of all: convert --to moescale")
     if layout.style is not None:

@@ -2,14 +2,15 @@
 
 | router        | experts       | weight                          | balance loss counts | drops               | causal |
 |---------------|---------------|---------------------------------|---------------------|---------------------|--------|
-| mixtral       | top_k         | softmax over the chosen logits  | all choices         | nothing             | yes    |
+| mixtral       | top_k         | softmax over the chosen logits+ | all choices         | nothing             | yes    |
 | switch        | 1             | raw probability                 | the first choice    | over capacity       | yes *  |
 | gshard        | 2             | normalised over both, then drop | first choices       | over it, or by coin | no     |
 | sigmoid_bias  | top_k         | normalised sigmoid scores       | the top_k unbiased  | nothing             | yes    |
 | expert_choice | that chose it | raw probability                 | none needed         | what none chose     | no     |
 | sinkhorn      | top_k         | raw probability                 | all choices         | over capacity       | no     |
 
-Weights are computed before anything is dropped, and not again afterwards.
+Weights are computed before anything is dropped, and not again afterwards. + Raw probabilities with
+`normalize_weights: false`, as Jamba has them.
 
 **Capacity** is counted per sequence, whichever ranks hold its positions: `capacity_factor` x its even share, at least
 `min_capacity`; null = dropless. All first choices come before all second ones, and among them the earlier token, or,

@@ -15,13 +15,20 @@ from moescale.ops.token_random import uniform
 
 
 class MixtralRouter(Router):
-    """Chooses the top_k experts; weights are a softmax over the chosen logits alone (Mixtral of Experts, sec. 2.1)."""
+    """Chooses the top_k experts; weights are a softmax over the chosen logits alone (Mixtral of Experts, sec. 2.1).
+
+    normalize_weights: False leaves them the probabilities that they have among all experts (Jamba).
+    """
 
     drops_nothing = True
 
+    def __init__(self, d_model: int, num_experts: int, top_k: int, *, normalize_weights: bool, **others: Any) -> None:
+        super().__init__(d_model, num_experts, top_k, **others)
+        self.normalize_weights = normalize_weights
+
     def choose(self, logits: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         chosen, expert = top_k(logits, self.top_k)
-        return expert, chosen.softmax(-1)
+        return expert, chosen.softmax(-1) if self.normalize_weights else probs.gather(-1, expert)
 
     def settle(self, logits: Tensor, token_id: Tensor, valid_whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not triton_runs(logits):
@@ -33,7 +40,7 @@ class MixtralRouter(Router):
             probs = self.probabilities(logits.detach())
             for observe in self.observers:
                 observe(probs, valid)
-        weight, mass, z, expert, choices = route(logits, valid, self.top_k, True)
+        weight, mass, z, expert, choices = route(logits, valid, self.top_k, self.normalize_weights)
         balance = load_balance_loss(mass, self.scope.total(choices, self.sequence))
         return expert, weight, valid.unsqueeze(-1).expand_as(expert), torch.stack((balance, z.sum()))
 

@@ -61,12 +61,14 @@ def test_rows_are_those_of_a_stable_sort(tokens: int, choices: int, experts: int
 
 
 @settings(QUICK, max_examples=4)
-@given(st.integers(1, 2), st.integers(1, 40), st.sampled_from([(1, 1), (6, 2), (20, 8)]), st.sampled_from([*SCOPES]))
+@given(st.integers(1, 2), st.integers(1, 40), st.sampled_from([(1, 1), (6, 2), (20, 8)]), st.sampled_from([*SCOPES]),
+       st.booleans())
 def test_a_router_with_the_kernels_equals_one_without(
-    groups: int, tokens: int, sizes: tuple[int, int], balance_over: str
+    groups: int, tokens: int, sizes: tuple[int, int], balance_over: str, normalize_weights: bool
 ) -> None:
     torch.manual_seed(tokens)
-    router = MixtralRouter(8, *sizes, capacity=Capacity(), balance_over=balance_over, jitter=0.0, salt=0)
+    router = MixtralRouter(8, *sizes, capacity=Capacity(), balance_over=balance_over, jitter=0.0, salt=0,
+                           normalize_weights=normalize_weights)
     torch.nn.init.normal_(router.weight)
     x = torch.randn(groups, tokens, 8, requires_grad=True)
     token_id = torch.where(torch.rand(groups, tokens) < 0.8, torch.arange(groups * tokens).view(groups, tokens), -1)

@@ -54,6 +54,6 @@ FAMILY = Family(
         Key("router_jitter_noise", 0.0, "moe.jitter", NUMBER),
     ),
     rows=EMBEDDING | ATTENTION | HEAD, experts=EXPERTS,
-    fixed={**DECODER, "moe.router": "mixtral", "moe.num_shared_experts": 0},
+    fixed={**DECODER, "moe.router": "mixtral", "moe.normalize_weights": True, "moe.num_shared_experts": 0},
     begins={"moe.balance_over": "global_batch"},
 )

@@ -193,11 +193,10 @@ def _read_moe(get: Any, activation: str, source: str) -> dict[str, Any]:
         "moe_router_score_function": score not in ("softmax", "sigmoid"),
         "moe_router_enable_expert_bias": sigmoid != get("moe_router_enable_expert_bias", False),
         "moe_router_topk": sigmoid and top_k == 1,  # its weight would be the score as it is, not a share of one
-        "moe_router_pre_softmax": not sigmoid and before and top_k != 1,
         "moe_router_topk_scaling_factor": not sigmoid and scaling != 1,
         "moe_router_num_groups": not sigmoid and groups > 1,
         "moe_router_group_topk": groups > 1 and top_k < get("moe_router_group_topk"),
-        "moe_expert_capacity_factor": capacity >= 0 and (sigmoid or not before),
+        "moe_expert_capacity_factor": capacity >= 0 and (sigmoid or not before or top_k > 1),
         "moe_token_drop_policy": get("moe_token_drop_policy", "probs") not in POLICIES.values(),
         "moe_shared_expert_intermediate_size": shared % width != 0,
     }.items():
@@ -215,6 +214,8 @@ def _read_moe(get: Any, activation: str, source: str) -> dict[str, Any]:
             "top_k_groups": get("moe_router_group_topk", 1),
             "bias_update_rate": get("moe_router_bias_update_rate", 0.001),
         }
+    elif before and top_k > 1:
+        moe["normalize_weights"] = False
     elif before:
         moe["router"] = "switch"
         if capacity >= 0:
@@ -276,7 +277,8 @@ def write_arguments(config: Config, layout: FileLayout) -> Namespace:
             "num_experts": moe.num_experts, "moe_router_topk": moe.top_k, "moe_ffn_hidden_size": moe.d_ff,
             "moe_layer_freq": [int(layer.channel_mixer == "moe") for layer in model.layers],
             "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
-            "moe_router_pre_softmax": switch or (not sigmoid and moe.num_experts == 1),
+            "moe_router_pre_softmax": switch or not moe.normalize_weights or (
+                not sigmoid and moe.num_experts == 1),
             "moe_router_enable_expert_bias": sigmoid,
             "moe_router_bias_update_rate": moe.bias_update_rate,
             "moe_router_topk_scaling_factor": moe.routed_scaling if sigmoid else None,
@@ -302,8 +304,7 @@ def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> Non
     attention, dense = config.attention, config.feed_forward
     groups = mixtures and moe.num_expert_groups > 1 and moe.top_k < moe.top_k_groups
     # there the weight of the only choice is its score as it is, or its share of all experts' probability, never 1
-    one = mixtures and moe.top_k == 1 and (
-        moe.router == "sigmoid_bias" or (moe.router == "mixtral" and moe.num_experts > 1))
+    one = mixtures and moe.top_k == 1 and moe.normalizes and (moe.router == "sigmoid_bias" or moe.num_experts > 1)
     wrong = {
         "model.block": model.block != "serial", "model.norm": model.norm != "rmsnorm",
         "attention.positions": attention.positions == "alibi", "model.scale_logits": model.scale_logits,
