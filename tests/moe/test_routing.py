@@ -54,7 +54,7 @@ def loop(kind: Kind, router: Router, logits: torch.Tensor, token_id: torch.Tenso
 
 
 def weigh(kind: Kind, logits: torch.Tensor, ranked: list[int], choice: int) -> float:
-    if kind.name in ("switch", "sinkhorn"):
+    if kind.name in ("switch", "sinkhorn") or not kind.own.get("normalize_weights", True):
         return float(logits.softmax(-1)[ranked[choice]])
     return float(logits[ranked].softmax(-1)[choice])
 

@@ -248,15 +248,15 @@ HEAD = rows(row("norm.weight", "model.norm.weight"), row("head.weight", "lm_head
 class Family:
     """A model_type of transformers.
 
-    title: of its class, without ForCausalLM. channel_mixer: of all its layers. rows: for its weights, but those of
-    experts. experts: their rows, by style. fixed: keys of a run that have this one value in all its models. begins:
-    keys of a run that get this value when a model is read, and may have others when one is written. constants: keys
-    that are always written so.
+    title: of its class, without ForCausalLM. layers: the kinds of layers that it has, as mixer and channel mixer; of
+    several kinds, keys say which layer is of which. rows: for its weights, but those of experts. experts: their rows,
+    by style. fixed: keys of a run that have this one value in all its models. begins: keys of a run that get this
+    value when a model is read, and may have others when one is written. constants: keys that are always written so.
     """
 
     name: str
     title: str
-    channel_mixer: str
+    layers: tuple[tuple[str, str], ...]
     keys: dict[str, Key]
     rows: dict[tuple[str, ...], Row]
     experts: Mapping[str, Mapping[tuple[str, ...], Row]] = field(default_factory=dict)
@@ -270,7 +270,8 @@ class Family:
 
     def read(self, values: ConfigJson) -> dict[str, dict[str, Any]]:
         """Turn a config.json into the keys of a run, by groups. Raises ConfigError."""
-        found = {"model.pattern": [{"channel_mixer": self.channel_mixer}], **self.fixed, **self.begins}
+        mixer, channel_mixer = self.layers[0]
+        found = {"model.pattern": [{"mixer": mixer, "channel_mixer": channel_mixer}], **self.fixed, **self.begins}
         for key in self.keys.values():
             found |= dict.fromkeys(key.ours.split(), key.translation.read(values, key.name))
         groups: dict[str, dict[str, Any]] = {}
@@ -284,12 +285,16 @@ class Family:
         written = {key.name: key.translation.write(value, config) for key, value in self._written(config)}
         return {"architectures": [f"{self.title}ForCausalLM"], "model_type": self.name, **written, **self.constants}
 
+    def other_layers(self, config: Config) -> list[str]:
+        """Name kinds of layers that no model of this family has."""
+        others = {(layer.mixer, layer.channel_mixer) for layer in config.model.layers} - set(self.layers)
+        return [f"a layer with mixer={mixer} and channel_mixer={kind}" for mixer, kind in sorted(others)]
+
     def misfits(self, config: Config) -> list[str]:
         """Name what of a run a model of this family cannot have, as `key=value`."""
-        found = [f"{name}={value_of(config, name)}" for name, value in self.fixed.items()
-                 if value_of(config, name) != value]
-        if any(layer.channel_mixer != self.channel_mixer for layer in config.model.layers):
-            found.append("model.pattern with dense and moe layers")
+        found = self.other_layers(config)
+        found += [f"{name}={value_of(config, name)}" for name, value in self.fixed.items()
+                  if value_of(config, name) != value]
         for key, value in self._written(config):
             if not key.translation.fits(value, config):
                 found.append(f"{key.ours.split()[0]}={value}")

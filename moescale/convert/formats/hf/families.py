@@ -16,12 +16,11 @@ def titles(names: list[str]) -> str:
 
 def family_of(config: Config) -> Family:
     """Choose the family that a run is written as. Raises ConfigError where there is none that can express it."""
-    channel_mixer = "moe" if config.num_moe_layers else "feed_forward"
-    candidates = [family for family in FAMILIES.values() if family.channel_mixer == channel_mixer]
+    candidates = [family for family in FAMILIES.values() if not family.other_layers(config)] or list(FAMILIES.values())
     best = min(candidates, key=lambda family: len(family.misfits(config)))
     misfits = best.misfits(config)
     if misfits:
         names = titles([family.title for family in FAMILIES.values()])
-        raise ConfigError(f"{misfits[0]} cannot be expressed by Hugging Face's {names}: convert --to moescale, "
-                          "megatron or deepspeed")
+        raise ConfigError(f"{misfits[0]} cannot be expressed by Hugging Face's {best.title}, which of {names} "
+                          "is nearest to this run: convert --to moescale, megatron or deepspeed")
     return best

@@ -22,7 +22,7 @@ from moescale.convert.formats.hf.base import (
 
 HEADS = Translation(ConfigJson.positive, fits=lambda value, config: config.model.d_model % value == 0)
 FAMILY = Family(
-    "llama", "Llama", "feed_forward",
+    "llama", "Llama", (("attention", "feed_forward"),),
     keys=COMMON | keys(
         Key("num_attention_heads", 32, "attention.num_heads", HEADS),  # its class wants hidden_size to be a multiple
         Key("intermediate_size", 11008, "feed_forward.d_ff"),

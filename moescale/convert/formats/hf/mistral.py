@@ -19,7 +19,7 @@ from moescale.convert.formats.hf.base import (
 )
 
 FAMILY = Family(
-    "mistral", "Mistral", "feed_forward",
+    "mistral", "Mistral", (("attention", "feed_forward"),),
     keys=COMMON | keys(
         Key("intermediate_size", 14336, "feed_forward.d_ff"),
         Key("num_key_value_heads", 8, "attention.num_kv_heads", KEY_HEADS),

@@ -39,7 +39,7 @@ EXPERTS = {
     ),
 }
 FAMILY = Family(
-    "mixtral", "Mixtral", "moe",
+    "mixtral", "Mixtral", (("attention", "moe"),),
     keys=COMMON | keys(
         Key("hidden_act", "silu", "moe.activation feed_forward.activation", ACTIVATION),
         Key("intermediate_size", 14336, "moe.d_ff"),
