@@ -57,6 +57,10 @@ class Record:
     items: dict[Any, Any]
     values: list[Any]
 
+    def set_state(self, state: Any) -> None:
+        """Give it attributes, as the pickle says."""
+        self.state = state
+
     def attributes(self) -> dict[str, Any]:
         """List its attributes by name; none where its state is no dict."""
         return {key: value for key, value in self.state.items() if isinstance(key, str)} \
@@ -264,7 +268,7 @@ class _Machine:
         state = self.stack.pop()
         made = self.stack[-1]
         if isinstance(made, Record):
-            made.state = state
+            made.set_state(state)
         elif isinstance(made, (Name, str, int, float)) or made is None:
             raise PlainPickleError("sets attributes of what has none")
 
