@@ -88,7 +88,7 @@ def _acts(key: str, config: Config) -> bool:
     if key.startswith("moe."):
         return config.num_moe_layers > 0
     if key.startswith("feed_forward."):
-        return config.num_moe_layers < config.model.num_layers
+        return any(layer.channel_mixer == "feed_forward" for layer in config.model.layers)
     group, _, name = key.partition(".")
     return group not in MIXERS or any(
         isinstance(layer.mixer, MIXERS[group]) and layer.mixer.acts(name) for layer in config.layers)

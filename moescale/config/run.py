@@ -74,8 +74,9 @@ class Config(Group):
         """Lay the keys of an entry of the pattern over those of its kinds. Raises ConfigError for what none can be."""
         entry, where = self.model.pattern[number], f"model.pattern.{number}"
         mixer, channel_mixer = (
-            with_changes(getattr(self, kind), getattr(entry, kind), f"{where}.{kind}")
+            None if kind == "none" else with_changes(getattr(self, kind), getattr(entry, kind), f"{where}.{kind}")
             for kind in (entry.mixer, entry.channel_mixer))
+        assert mixer is not None
         return Layer(mixer, channel_mixer)
 
     @property

@@ -118,9 +118,9 @@ def _refuse_differences(config: Config, to: str) -> None:
         if value != type(config.attention).model_fields[key].default:
             raise ConfigError(f"attention.{key}={value}, which --to {to} cannot say: convert --to moescale")
     for number, entry in enumerate(config.model.pattern):
-        if entry.mixer != "attention":
-            raise ConfigError(f"model.pattern.{number}.mixer={entry.mixer}, which --to {to} cannot say: convert "
-                              "--to moescale")
+        if to != hf.NAME and (entry.mixer != "attention" or entry.channel_mixer == "none"):
+            raise ConfigError(f"model.pattern.{number} with mixer={entry.mixer} and channel_mixer="
+                              f"{entry.channel_mixer}, which --to {to} cannot say: convert --to moescale")
         for kind in KINDS:
             for key, value in getattr(entry, kind).items():
                 if value != getattr(getattr(config, kind), key):

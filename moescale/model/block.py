@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,12 +19,15 @@ from moescale.moe.routing_statistics import Uncounted
 class Block(nn.Module):
     """Mix tokens, then features; with channel_norm None both side by side on one norm (PaLM, sec. 2).
 
+    With channel_mixer None tokens alone, with channel_norm None too (Mamba).
+
     Mixers and dense feed-forwards work on the part of the sequence that the ranks of `tp` share, each with its cut of
     the matrices; a mixture of experts works on the own positions.
     """
 
     def __init__(
-        self, mixer_norm: nn.Module, mixer: nn.Module, channel_norm: nn.Module | None, channel_mixer: nn.Module
+        self, mixer_norm: nn.Module, mixer: nn.Module, channel_norm: nn.Module | None,
+        channel_mixer: nn.Module | None,
     ) -> None:
         super().__init__()
         self.mixer_norm, self.mixer = mixer_norm, mixer
@@ -59,6 +63,8 @@ class Block(nn.Module):
         h = self.mixer_norm(x)
         part = gather(h)  # [batch, seq/cp, d_model]
         mixed = self.mixer(part, positions, state)
+        if self.channel_mixer is None:
+            return x + scatter(mixed), torch.zeros(2, device=x.device)
         if self.channel_norm is None:
             y, losses = self.channel_mixer(part if dense else h, token_id)
             return x + (scatter(mixed + y) if dense else scatter(mixed) + y), losses

@@ -103,12 +103,12 @@ def build_model(config: Config, device: torch.device | str = "meta") -> Language
 
 
 def _block(config: Config, layer: Layer, index: int) -> Block:
-    model = config.model
+    model, mixes_channels = config.model, layer.channel_mixer is not None
     return Block(
         NORMS[model.norm](model.d_model, model.norm_eps),
         MIXERS[type(layer.mixer)](model, layer.mixer),
-        None if model.block == "parallel" else NORMS[model.norm](model.d_model, model.norm_eps),
-        _channel_mixer(config, layer.channel_mixer, index),
+        NORMS[model.norm](model.d_model, model.norm_eps) if model.block == "serial" and mixes_channels else None,
+        _channel_mixer(config, layer.channel_mixer, index) if layer.channel_mixer else None,
     )
 
 

@@ -33,7 +33,7 @@ def count_parameters(config: Config) -> ParameterCount:
 def layer_flops_per_token(config: Config) -> tuple[list[int], int]:
     """Count the forward pass of one token, of each layer and of the head."""
     d_model, context = config.model.d_model, config.data.seq_len
-    layers = [layer.mixer.flops_per_token(d_model, context) + layer.channel_mixer.flops_per_token(d_model, context)
+    layers = [sum(part.flops_per_token(d_model, context) for part in (layer.mixer, layer.channel_mixer) if part)
               for layer in describe(config).layers]
     return layers, 2 * config.model.vocab_size * d_model
 

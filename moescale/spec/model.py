@@ -39,8 +39,8 @@ class LayerConfig(Group):
 
     mixer: Literal["attention", "hippo", "lmu", "linear_attention", "mamba", "lssl", "s4"] = "attention"
     """What mixes the positions of a sequence."""
-    channel_mixer: Literal["feed_forward", "moe"] = "moe"
-    """What mixes the features of a position: one feed-forward, or a mixture of experts."""
+    channel_mixer: Literal["feed_forward", "moe", "none"] = "moe"
+    """What mixes the features of a position: a feed-forward, a mixture of experts, or nothing more (Mamba)."""
     attention: dict[str, Any] = Field(default_factory=dict)
     """Keys of attention that are others in these layers, e.g. {window: 512}."""
     hippo: dict[str, Any] = Field(default_factory=dict)
@@ -136,7 +136,7 @@ class Layer:
     """One block of a model: the keys of its mixer and of its channel mixer."""
 
     mixer: MixerConfig
-    channel_mixer: FeedForwardConfig | MoEConfig
+    channel_mixer: FeedForwardConfig | MoEConfig | None
 
 
 class Described(Protocol):
@@ -159,11 +159,12 @@ class ModelSpec:
     def layer_weights(self, index: int) -> tuple[Weight, ...]:
         """Describe the weights of one layer, named from its block on."""
         model, layer = self.model, self.layers[index]
+        mixer = (norm("mixer_norm", model.d_model), *below("mixer", layer.mixer.weights(model.d_model, model.init)))
+        if layer.channel_mixer is None:
+            return mixer
         channel_norm = () if model.block == "parallel" else (norm("channel_norm", model.d_model),)
-        return (
-            norm("mixer_norm", model.d_model), *below("mixer", layer.mixer.weights(model.d_model, model.init)),
-            *channel_norm, *below("channel_mixer", layer.channel_mixer.weights(model.d_model, model.init)),
-        )
+        channel_mixer = layer.channel_mixer.weights(model.d_model, model.init)
+        return (*mixer, *channel_norm, *below("channel_mixer", channel_mixer))
 
     def weights(self) -> tuple[Weight, ...]:
         """Describe all weights, each by its full name; a tied embedding, which is the head too, once."""

@@ -29,7 +29,8 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
     pattern = []
     for number, entry in enumerate(config.model.pattern):
         layer = config.layer_of(number)
-        shrunk = {entry.mixer: layer.mixer.shrink(small), entry.channel_mixer: layer.channel_mixer.shrink(small)}
+        parts = {entry.mixer: layer.mixer, entry.channel_mixer: layer.channel_mixer}
+        shrunk = {kind: part.shrink(small) for kind, part in parts.items() if part is not None}
         pattern.append(entry.model_copy(update={
             kind: {key: getattr(values, key) for key in getattr(entry, kind)} for kind, values in shrunk.items()}))
     update = {

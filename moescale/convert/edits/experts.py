@@ -31,7 +31,9 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
     top_k = 2 * parts if top_k is None else top_k
     if config.num_moe_layers:
         raise ConfigError("--upcycle takes a dense model; this one has experts: write --experts N for more of them")
-    widths = {layer.channel_mixer.d_ff for layer in config.layers}
+    widths = {layer.channel_mixer.d_ff for layer in config.layers if layer.channel_mixer is not None}
+    if not widths:
+        raise ConfigError("--upcycle makes feed-forwards into experts, and this model has none")
     for key, number in (("--upcycle", num_experts), ("--top-k", top_k),
                         *(("feed_forward.d_ff", width) for width in widths)):
         if number % parts:
@@ -40,7 +42,8 @@ def upcycle(opened: Opened, num_experts: int, top_k: int | None, granularity: in
     for entry in config.model.pattern:
         keys = {key: value // parts if key == "d_ff" else value for key, value in entry.feed_forward.items()}
         of_mixer = {"mixer": entry.mixer, entry.mixer: getattr(entry, entry.mixer)}
-        pattern.append({"channel_mixer": "moe", **of_mixer, "moe": keys})
+        kind = "none" if entry.channel_mixer == "none" else "moe"
+        pattern.append({"channel_mixer": kind, **of_mixer, "moe": keys})
     changed = _with(config, model={"pattern": pattern}, moe={
         "num_experts": num_experts, "top_k": top_k, "d_ff": dense.d_ff // parts, "router": "mixtral",
         "activation": dense.activation,
