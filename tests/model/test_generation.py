@@ -88,6 +88,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
                     "num_layers": 3},
     "mamba and attention": {"pattern": [{"mixer": "mamba", "mamba": {"inner_norms": True}}, {}], "window": 5},
     "hybrid": {"pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}], "window": 3},
+    "mixer alone": {"pattern": [{"channel_mixer": "none"}, {"channel_mixer": "moe"}]},
 }
 
 

@@ -54,6 +54,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         {"channel_mixer": "feed_forward", "attention": keys} for keys in (
             {"window": 3, "dilation": 2}, {"block_size": 5}, {"window": 2, "stride": 3, "positions": "alibi"},
             {"window": 2, "global_tokens": 3}, {"dilation": 3, "num_kv_heads": 1})]})},
+    "only attention in every second layer": {**in_groups({**SERIAL, "num_layers": 4, "pattern": [
+        {"channel_mixer": "none"}, {"channel_mixer": "feed_forward"}]})},
     "expert_choice": {**in_groups(SERIAL), "moe": {"router": "expert_choice", "num_experts": 4, "top_k": 2,
                                                "capacity_factor": 1.7, "d_ff": 8}},
 }
@@ -116,6 +118,8 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id:
             x = x + mixed + formulas.feed_forward(h, _dense(own), channel_mixer.activation)
             continue
         x = x + mixed
+        if channel_mixer is None:
+            continue
         h = norm(x, own["channel_norm.weight"], model.norm_eps)
         if isinstance(channel_mixer, FeedForwardConfig):
             x = x + formulas.feed_forward(h, _dense(own), channel_mixer.activation)

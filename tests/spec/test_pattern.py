@@ -92,7 +92,7 @@ def test_all_that_counts_and_compares_layers_asks_each() -> None:
 
 
 def test_upcycling_keeps_what_differs_between_layers(tmp_path: Path) -> None:
-    pattern = [{"channel_mixer": "feed_forward", "attention": {"window": 5}},
+    pattern = [{"channel_mixer": "none"}, {"channel_mixer": "feed_forward", "attention": {"window": 5}},
                {"channel_mixer": "feed_forward", "feed_forward": {"d_ff": 48, "activation": "gelu"}}]
     run = write_run(tmp_path / "run", make_config({"pattern": pattern}))
     opened = open_source(run)

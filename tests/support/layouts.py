@@ -44,7 +44,8 @@ FAMILIES = {
                          "drop_by": "probability", "balance_over": "global_batch"}},
     "pattern": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
                     {"channel_mixer": "feed_forward", "attention": {"window": 5, "num_heads": 8}},
-                    {"attention": {"rope_theta": 100.0}, "moe": {"d_ff": 24}}]}),
+                    {"attention": {"rope_theta": 100.0}, "moe": {"d_ff": 24}},
+                    {"channel_mixer": "none"}, {"moe": {"d_ff": 8}}]}),
                 "moe": {"num_experts": 4, "d_ff": 16}},
     "memories": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
                      {"mixer": "hippo"}, {"mixer": "lmu"},
