@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 BILLIONS = {  # total and active as published, and how far the published digits reach
     "mixtral_8x7b": (46.7, 12.9, 0.05), "mixtral_8x22b": (141, 39, 0.5), "palm_8b": (8.63, 8.63, 0.01),
     "palm_540b": (540.35, 540.35, 0.01), "switch_base": (7.4, None, 0.05), "gshard_600b": (600, None, 20),
-    "jamba_52b": (51.57, 12.11, 0.01),
+    "jamba_52b": (51.57, 12.11, 0.01), "mamba_130m": (0.129, 0.129, 0.0005),
 }
 
 

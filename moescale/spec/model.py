@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -113,6 +114,15 @@ class ModelConfig(Group):
         check_width("model.d_model", self.d_model)
         refuse(not self.pattern, "model.pattern is empty: write at least one layer, e.g. [{channel_mixer: moe}]")
         return self
+
+
+Entry = TypeVar("Entry")
+
+
+def shortest_pattern(layers: Sequence[Entry]) -> Sequence[Entry]:
+    """Find the shortest pattern that, tiled, gives these layers."""
+    return next(layers[:size] for size in range(1, len(layers) + 1)
+                if all(layer == layers[index % size] for index, layer in enumerate(layers)))
 
 
 Kind = TypeVar("Kind", bound=Group)

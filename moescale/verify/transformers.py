@@ -35,10 +35,10 @@ def _run(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     top_k = getattr(model.config, "num_experts_per_tok", 0)
     if not top_k:
         return model(tokens).logits, margins
-    found = model(tokens, output_router_logits=True)
-    for router_logits in found.router_logits:
+    found = model.base_model(tokens, output_router_logits=True)  # the head would ask for a loss of the routers
+    for router_logits in found.router_logits or ():
         if top_k >= router_logits.shape[-1]:
             continue
         best = router_logits.float().softmax(-1).topk(top_k + 1).values
         margins = torch.minimum(margins, (best[:, -2] - best[:, -1]).view(tokens.shape))
-    return found.logits, margins
+    return model.lm_head(found.last_hidden_state), margins

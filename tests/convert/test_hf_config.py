@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, MistralConfig, MixtralConfig
+from transformers import AutoConfig, JambaConfig, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moescale.config import ConfigError
@@ -19,7 +19,8 @@ from moescale.moe.losses import load_balance_loss
 from tests.support.models import DENSE, make_config
 
 DEFAULTS = {name: {key.name: key.default for key in family.keys.values()} for name, family in FAMILIES.items()}
-CLASSES = {"mixtral": MixtralConfig, "mistral": MistralConfig, "llama": LlamaConfig}
+CLASSES = {"mixtral": MixtralConfig, "mistral": MistralConfig, "llama": LlamaConfig, "mamba": MambaConfig,
+           "jamba": JambaConfig}
 SMALL = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -32,18 +33,32 @@ def read(kind: str, **changes: Any) -> Any:
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_key_that_is_absent_has_the_default_of_its_class(kind: str) -> None:
     theirs = CLASSES[kind]().to_dict()
-    theirs["rope_theta"] = theirs["rope_parameters"]["rope_theta"]
-    theirs["head_dim"] = None  # which the class works out from other keys
-    theirs["num_key_value_heads"] = DEFAULTS[kind]["num_key_value_heads"] and theirs["num_key_value_heads"]
+    rope = theirs.pop("rope_parameters", {})
+    theirs |= {name: rope[name] for name in ("rope_theta",) if name in rope}
+    for name in ("head_dim", "num_key_value_heads", "time_step_rank", "mamba_dt_rank"):
+        if DEFAULTS[kind].get(name) in (None, "auto"):
+            theirs[name] = DEFAULTS[kind].get(name)  # the class works it out from other keys
     told = {key: value for key, value in DEFAULTS[kind].items() if not key.startswith(("rope_sc", "rope_p", "layer_t"))}
     assert told == {key: theirs.get(key) for key in told}
-    of_weights = theirs.keys() - told.keys() - HARMLESS - NEUTRAL.keys()
-    assert of_weights == {"rope_parameters"}, "keys of the class that nobody decided about"
+    undecided = {key for key in theirs.keys() - told.keys() - HARMLESS - NEUTRAL.keys() if theirs[key] is not None}
+    assert not undecided, "keys of the class that nobody decided about"
     neutral = {key: value for key, value in theirs.items() if key in NEUTRAL and key not in told}
     assert neutral == {key: NEUTRAL[key] for key in neutral}
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+def test_an_empty_configuration_of_a_recurrent_model_is_the_class() -> None:
+    mamba, jamba = (read_config({"model_type": kind}, "config.json", None) for kind in ("mamba", "jamba"))
+    for config, theirs in ((mamba, MambaConfig()), (jamba, JambaConfig())):
+        assert (config.model.d_model, config.model.num_layers) == (theirs.hidden_size, theirs.num_hidden_layers)
+    theirs = MambaConfig()
+    assert (mamba.mamba.d_inner(768), mamba.mamba.rank(768)) == (theirs.intermediate_size, theirs.time_step_rank)
+    layers, theirs = jamba.model.layers, JambaConfig()
+    assert [layer.mixer for layer in layers] == theirs.layers_block_type
+    assert [16 if layer.channel_mixer == "moe" else 1 for layer in layers] == theirs.layers_num_experts
+    assert len(jamba.model.pattern) == 8
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mistral", "llama"])
 def test_an_empty_configuration_is_the_class(kind: str) -> None:
     config, theirs = read_config({"model_type": kind}, "config.json", None), CLASSES[kind]()
     model = config.model

@@ -21,7 +21,10 @@ from moescale.verify.shrink import shrink
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = {  # parameters, nats a target, balance loss a token and layer of experts
     "gshard_600b": (16800, 4.15770312, 1.00420961),
-    "jamba_52b": (124461, 4.17719305, 1.00832303),
+    "hippo_small": (29984, 4.66808370, 1.08881655),
+    "jamba_52b": (124461, 4.17768118, 1.00858035),
+    "lmu_small": (30048, 4.72185243, 1.09695403),
+    "mamba_130m": (17376, 4.15887190, 0.0),
     "mixtral_8x22b": (35488, 4.17194974, 1.01169787),
     "mixtral_8x7b": (35488, 4.17194974, 1.01169787),
     "palm_540b": (11360, 4.88576923, 0.0),

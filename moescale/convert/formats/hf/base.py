@@ -115,6 +115,15 @@ HEAD_DIM = Translation(lambda values, name: values.integer_or_null(name)
 SEQ_LEN = Translation(lambda values, name: max(1, min(values.integer(name), LONGEST)))
 
 
+def only(value: Any, *spellings: Any) -> Translation:
+    """Refuse other values of a key than the one that MoEScale computes with. spellings: others that mean the same"""
+    def read(values: ConfigJson, name: str) -> None:
+        if values.raw(name) not in (value, *spellings):
+            values.refuse(f"{name}={shorten(values.raw(name))} cannot be expressed by MoEScale: only {value} can")
+
+    return Translation(read)
+
+
 def _read_activation(values: ConfigJson, name: str) -> str:
     value = values.raw(name)
     if not isinstance(value, str) or value not in ACTIVATIONS:
@@ -292,12 +301,13 @@ class Family:
 
     def misfits(self, config: Config) -> list[str]:
         """Name what of a run a model of this family cannot have, as `key=value`."""
+        present = {"model", *(kind for layer in config.model.layers for kind in (layer.mixer, layer.channel_mixer))}
         found = self.other_layers(config)
         found += [f"{name}={value_of(config, name)}" for name, value in self.fixed.items()
-                  if value_of(config, name) != value]
+                  if value_of(config, name) != value and name.partition(".")[0] in present]
         for key, value in self._written(config):
             if not key.translation.fits(value, config):
-                found.append(f"{key.ours.split()[0]}={value}")
+                found.append(f"{key.ours.split()[0]}={shorten(value)}")
         return found
 
     def _written(self, config: Config) -> Iterator[tuple[Key, Any]]:

@@ -106,7 +106,8 @@ def write_config(config: Config, dtype: torch.dtype, carried: Mapping[str, Any])
               "attention_dropout": 0.0}
     if not _same_model(carried, values):
         return values
-    values["max_position_embeddings"] = max(config.data.seq_len, int(carried.get("max_position_embeddings") or 0))
+    if "max_position_embeddings" in values:
+        values["max_position_embeddings"] = max(config.data.seq_len, int(carried.get("max_position_embeddings") or 0))
     kept = {key: value for key, value in carried.items() if key in HARMLESS and key not in ("dtype", "_name_or_path")
             and (key not in values or key == "attention_dropout")}
     return {**values, **kept}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from moescale.config import Config, ConfigError
-from moescale.convert.formats.hf import llama, mistral, mixtral
+from moescale.convert.formats.hf import jamba, llama, mamba, mistral, mixtral
 from moescale.convert.formats.hf.base import Family
 
-FAMILIES = {family.name: family for family in (mixtral.FAMILY, llama.FAMILY, mistral.FAMILY)}
+FAMILIES = {family.name: family for family in (
+    mixtral.FAMILY, llama.FAMILY, mistral.FAMILY, mamba.FAMILY, jamba.FAMILY)}
 
 
 def titles(names: list[str]) -> str:
@@ -22,5 +23,5 @@ def family_of(config: Config) -> Family:
     if misfits:
         names = titles([family.title for family in FAMILIES.values()])
         raise ConfigError(f"{misfits[0]} cannot be expressed by Hugging Face's {best.title}, which of {names} "
-                          "is nearest to this run: convert --to moescale, megatron or deepspeed")
+                          "is nearest to this run: convert --to moescale")
     return best

@@ -23,6 +23,7 @@ from moescale.convert.mapping.table import (
     stacked_layers,
     transposed,
 )
+from moescale.spec.model import shortest_pattern
 
 BLOCK, MIXER = "blocks.{layer}.", "blocks.{layer}.channel_mixer."
 INNER = ("gate", "up")
@@ -142,7 +143,8 @@ def read_arguments(args: Namespace, source: str) -> Config:
         model = {
             "vocab_size": get("padded_vocab_size", get("vocab_size")), "d_model": d_model, "num_layers": layers,
             "norm_eps": epsilons.pop() if epsilons else 1e-5,
-            "tied_embeddings": not get("untie_embeddings_and_output_weights", False), "pattern": _pattern(mixtures),
+            "tied_embeddings": not get("untie_embeddings_and_output_weights", False), "pattern": shortest_pattern(
+                [{"channel_mixer": "moe" if mixture else "feed_forward"} for mixture in mixtures]),
         }
         attention = {
             "num_heads": heads,
@@ -167,13 +169,6 @@ def _mixtures(frequency: int | list[int], layers: int) -> list[bool]:
     if isinstance(frequency, int):
         return [index % frequency == 0 for index in range(layers)]
     return [bool(entry) for entry in frequency]
-
-
-def _pattern(mixtures: list[bool]) -> list[dict[str, str]]:
-    """Find the shortest pattern that, tiled, gives these layers."""
-    kinds = [{"channel_mixer": "moe" if mixture else "feed_forward"} for mixture in mixtures]
-    return next(kinds[:size] for size in range(1, len(kinds) + 1)
-                if all(kind == kinds[index % size] for index, kind in enumerate(kinds)))
 
 
 def _is_causal(window: Any) -> bool:
