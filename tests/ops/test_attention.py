@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,6 +52,9 @@ VISIBILITIES = st.builds(
 )
 
 
+@example(40, 0, (2, 2), True, Visibility(dilation=3), [10, 25], False, "auto")
+@example(90, 0, (2, 2), True, Visibility(5, global_tokens=9), [50, 57], True, "blocks")
+@example(90, 7, (4, 1), True, Visibility(5, global_tokens=9), [50, 57], False, "chunked")
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 90), st.integers(0, 40), st.sampled_from([(2, 2), (4, 1)]), st.booleans(),
