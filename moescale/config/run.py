@@ -27,6 +27,7 @@ from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
 from moescale.spec.lssl import LsslConfig
 from moescale.spec.mamba import MambaConfig
+from moescale.spec.mamba2 import Mamba2Config
 from moescale.spec.model import Layer, ModelConfig, with_changes
 from moescale.spec.moe import MoEConfig
 from moescale.spec.s4 import S4Config
@@ -50,6 +51,7 @@ class Config(Group):
     mamba: MambaConfig = Field(default_factory=MambaConfig)
     lssl: LsslConfig = Field(default_factory=LsslConfig)
     s4: S4Config = Field(default_factory=S4Config)
+    mamba2: Mamba2Config = Field(default_factory=Mamba2Config)
     feed_forward: FeedForwardConfig = Field(default_factory=FeedForwardConfig)
     moe: MoEConfig = Field(default_factory=MoEConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

@@ -20,15 +20,19 @@ from moescale.ops.scan import selective_scan
 
 
 class Convolution(nn.Module):
-    """Convolve the channels of this rank along a document. weight: [channels, width], bias: [channels], of all"""
+    """Convolve the channels of this rank along a document. weight: [channels, width], bias: [channels], of all.
 
-    def __init__(self, channels: int, width: int) -> None:
+    cut: whether the ranks of tp share the channels; otherwise each has all.
+    """
+
+    def __init__(self, channels: int, width: int, *, cut: bool = True) -> None:
         super().__init__()
+        self.cut = cut
         self.weight, self.bias = nn.Parameter(torch.empty(channels, width)), nn.Parameter(torch.empty(channels))
         self.share = Share()
 
     def attach(self, placement: Placement) -> None:
-        self.share = placement.tp
+        self.share = placement.tp if self.cut else Share()
 
     def forward(self, x: Tensor, positions: Tensor, before: Tensor) -> Tensor:
         """Arguments as in `ops.causal_conv`."""

@@ -18,6 +18,7 @@ from moescale.mixers.hippo import Hippo
 from moescale.mixers.linear_attention import LinearAttention
 from moescale.mixers.lmu import Lmu
 from moescale.mixers.mamba import Mamba
+from moescale.mixers.mamba2 import Mamba2
 from moescale.mixers.state_space import DiagonalSystems, DplrSystems, LsslSystems, StateSpace, Systems
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
@@ -33,6 +34,7 @@ from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
 from moescale.spec.lssl import LsslConfig
 from moescale.spec.mamba import MambaConfig
+from moescale.spec.mamba2 import Mamba2Config
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.model import Layer, ModelConfig
 from moescale.spec.moe import OWN_KEYS, MoEConfig
@@ -80,6 +82,9 @@ MIXERS: dict[type[MixerConfig], Callable[[ModelConfig, Any], Mixer[Any]]] = {  #
     MambaConfig: _mamba,
     LsslConfig: _lssl,
     S4Config: _s4,
+    Mamba2Config: lambda model, keys: Mamba2(
+        model.d_model, keys.d_inner(model.d_model), head_dim=keys.head_dim, groups=keys.num_groups,
+        d_state=keys.d_state, d_conv=keys.d_conv, norm_eps=model.norm_eps),
 }
 
 

@@ -45,6 +45,8 @@ def _fill(tensor: Tensor, init: Init, generator: torch.Generator) -> None:
     elif init.kind == "step":
         step = tensor.uniform_(math.log(init.low), math.log(init.high), generator=generator).exp_()
         tensor.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+    elif init.kind == "log_of_uniform":
+        tensor.uniform_(init.low, init.high, generator=generator).log_()
     elif init.kind == "log_count":
         tensor.copy_(torch.arange(1, tensor.shape[-1] + 1, device=tensor.device).log())
     elif init.kind == "log_uniform":

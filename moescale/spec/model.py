@@ -17,6 +17,7 @@ from moescale.spec.linear_attention import LinearAttentionConfig
 from moescale.spec.lmu import LmuConfig
 from moescale.spec.lssl import LsslConfig
 from moescale.spec.mamba import MambaConfig
+from moescale.spec.mamba2 import Mamba2Config
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.moe import MAY_DIFFER, MoEConfig
 from moescale.spec.s4 import S4Config
@@ -30,6 +31,7 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "mamba": MambaConfig,
     "lssl": LsslConfig,
     "s4": S4Config,
+    "mamba2": Mamba2Config,
 }
 """The kinds of mixers: names of `mixer`, of groups of a run, and of the keys of an entry of `model.pattern`."""
 KINDS = (*MIXERS, "feed_forward", "moe")  # of mixers and of channel mixers
@@ -38,7 +40,7 @@ KINDS = (*MIXERS, "feed_forward", "moe")  # of mixers and of channel mixers
 class LayerConfig(Group):
     """One entry of `model.pattern`: what mixes tokens, what mixes features."""
 
-    mixer: Literal["attention", "hippo", "lmu", "linear_attention", "mamba", "lssl", "s4"] = "attention"
+    mixer: Literal["attention", "hippo", "lmu", "linear_attention", "mamba", "lssl", "s4", "mamba2"] = "attention"
     """What mixes the positions of a sequence."""
     channel_mixer: Literal["feed_forward", "moe", "none"] = "moe"
     """What mixes the features of a position: a feed-forward, a mixture of experts, or nothing more (Mamba)."""
@@ -56,6 +58,8 @@ class LayerConfig(Group):
     """Keys of LSSL that are others in these layers, e.g. {d_state: 128}."""
     s4: dict[str, Any] = Field(default_factory=dict)
     """Keys of S4 that are others in these layers, e.g. {form: diagonal}."""
+    mamba2: dict[str, Any] = Field(default_factory=dict)
+    """Keys of Mamba-2 that are others in these layers, e.g. {head_dim: 32}."""
     feed_forward: dict[str, Any] = Field(default_factory=dict)
     """Keys of dense feed-forwards that are others in these layers."""
     moe: dict[str, Any] = Field(default_factory=dict)

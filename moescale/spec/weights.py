@@ -16,12 +16,12 @@ class Init:
 
     normal: of deviation `std`; a truncated one is cut at two of them. uniform: from `low` to `high`. step: its softplus
     is, log(softplus) being uniform between those of `low` and `high`. log_count: log(1), log(2) ... along the last dim.
-    log_uniform: logarithms of `low` and `high`, and between. table: each channel has those of one of S4's tables
-    (`ops.s4.first_values`).
+    log_uniform: logarithms of `low` and `high`, and between; log_of_uniform: the logarithm of what is between. table:
+    each channel has those of one of S4's tables (`ops.s4.first_values`).
     """
 
     kind: Literal["zeros", "ones", "normal", "truncated_normal", "uniform", "step", "log_count", "log_uniform",
-                  "table"]
+                  "log_of_uniform", "table"]
     std: float = 0.0
     low: float = 0.0
     high: float = 0.0

@@ -56,6 +56,6 @@ def _shrink_model(model: ModelConfig, layouts: Sequence[Layout]) -> ModelConfig:
     stages = 2 * longest if longest <= 4 else longest  # two each, so that schedules that interleave run too
     return model.model_copy(update={
         "vocab_size": smallest_multiple(64, (layout.tp for layout in layouts)),
-        "d_model": smallest_multiple(32, (8, *cuts)),
+        "d_model": smallest_multiple(32, (8, *cuts, *(layout.tp for layout in layouts))),
         "num_layers": smallest_multiple(max(2, stages), [len(model.pattern)]),
     })

@@ -86,6 +86,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "mamba": {"pattern": [{"mixer": "mamba", "channel_mixer": "feed_forward"}, {"mixer": "mamba"}]},
     "s4 and lssl": {"pattern": [{"mixer": "s4"}, {"mixer": "s4", "s4": {"form": "diagonal"}}, {"mixer": "lssl"}],
                     "num_layers": 3},
+    "mamba2": {"pattern": [{"mixer": "mamba2", "mamba2": {"head_dim": 8, "d_state": 6, "num_groups": 2}}, {}]},
     "mamba and attention": {"pattern": [{"mixer": "mamba", "mamba": {"inner_norms": True}}, {}], "window": 5},
     "hybrid": {"pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}], "window": 3},
     "mixer alone": {"pattern": [{"channel_mixer": "none"}, {"channel_mixer": "moe"}]},

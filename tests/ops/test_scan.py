@@ -11,6 +11,7 @@ from torch import Tensor
 from moescale.ops import scan_blocks
 from moescale.ops.causal_conv import causal_conv, causal_conv_reference
 from moescale.ops.scan import selective_scan, selective_scan_reference
+from moescale.ops.ssd import ssd, ssd_reference
 from tests.support.exact import check
 from tests.support.memory import Memory
 
@@ -49,6 +50,33 @@ def test_a_scan_is_its_steps() -> None:
     for t in range(2000):
         at = slice(t, t + 1)
         step, state = selective_scan(u[:, at], delta[:, at], a, b[:, at], c[:, at], d, restarts[:, at], state)
+        steps.append(step)
+    assert float((torch.cat(steps, 1) - whole).abs().max()) < 1e-5 * float(whole.abs().max())
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_chunks_of_heads_equal_the_loop(groups: int) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 150, 4, 3), torch.rand(2, 150, 4), -3 * torch.rand(4), torch.randn(2, 150, groups, 5),
+              torch.randn(2, 150, groups, 5), torch.randn(4), torch.randn(2, 4, 3, 5)]
+    restarts = torch.rand(2, 150) < 0.03
+    check(lambda *x: ssd(*x[:6], restarts, x[6]), lambda *x: ssd_reference(*x[:6], restarts, x[6]), inputs,
+          [torch.float32] * 7)
+
+
+def test_heads_are_their_steps() -> None:
+    """2,000 positions at once, of several documents, and one by one with the state handed on, in float32."""
+    torch.manual_seed(0)
+    x, delta, a, d = torch.randn(2, 2000, 4, 3), torch.rand(2, 2000, 4) / 9, -16 * torch.rand(4), torch.randn(4)
+    b, c, first = torch.randn(2, 2000, 1, 8), torch.randn(2, 2000, 1, 8), torch.randn(2, 4, 3, 8)
+    restarts = torch.zeros(2, 2000, dtype=torch.bool)
+    restarts[0, [300, 301, 1700]] = restarts[1, 0] = True
+    whole, last = ssd(x, delta, a, b, c, d, restarts, first)
+    state, steps = first, []
+    for t in range(2000):
+        at = slice(t, t + 1)
+        step, state = ssd(x[:, at], delta[:, at], a, b[:, at], c[:, at], d, restarts[:, at], state)
         steps.append(step)
     assert float((torch.cat(steps, 1) - whole).abs().max()) < 1e-5 * float(whole.abs().max())
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Mamba, once more: straight from the paper in float64, and as `transformers` has it, with the same weights."""
+"""Mamba and Mamba-2, once more: straight from the papers in float64, and with `transformers`' mixers' weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from moescale.config import parse_config
 from moescale.mixers.mamba import Mamba
+from moescale.mixers.mamba2 import Mamba2
 from moescale.model.build import MIXERS
 from moescale.model.initialize import initialize
+from moescale.ops import ssd
 from moescale.spec.mamba import MambaConfig
+from moescale.spec.mamba2 import Mamba2Config
 from moescale.spec.model import ModelConfig, describe
 from tests.support.exact import check
 
@@ -91,6 +94,86 @@ def test_the_mixer_is_that_of_transformers() -> None:
     assert len(compared) == 2 + len(their_own)
     for mine, their in compared:
         assert float((mine - their).detach().norm()) < 1e-5 * float(their.detach().norm())
+
+
+def make2(**keys: int) -> Mamba2:
+    torch.manual_seed(0)
+    mixer = MIXERS[Mamba2Config](ModelConfig(d_model=D_MODEL), Mamba2Config(d_state=5, head_dim=6, **keys))
+    assert isinstance(mixer, Mamba2)
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, 0, 0.3)
+    return mixer
+
+
+def mamba2_by_the_paper(x: Tensor, positions: Tensor, weights: dict[str, Tensor], groups: int) -> Tensor:
+    """Listing 1's recurrence, one document and one position at a time, with the gated norm behind it."""
+    w, rows = weights, []
+    heads = len(w["scan.d"]) // groups
+    for row, at in zip(x, positions, strict=True):
+        outs, h = [], torch.zeros(())
+        for t in range(len(row)):
+            if at[t] == 0:
+                h, begins = torch.zeros(groups * heads, 6, 5, dtype=x.dtype), t
+            parts = []
+            for conv, matrix in (("conv", "x"), ("select_conv", "select")):
+                u = sum(w[f"{conv}.weight"][:, 3 - back] * (w[f"{matrix}.weight"] @ row[t - back])
+                        for back in range(min(4, t - begins + 1))) + w[f"{conv}.bias"]
+                parts.append(u * torch.sigmoid(u))
+            u = parts[0].view(-1, 6)
+            b, c = (each.view(groups, 5).repeat_interleave(heads, 0) for each in parts[1].chunk(2))
+            delta = torch.log(1 + torch.exp(w["step.weight"] @ row[t] + w["scan.step_bias"]))
+            h = torch.exp(-delta * w["scan.a_log"].exp())[:, None, None] * h + (
+                delta[:, None, None] * u[:, :, None] * b[:, None, :])
+            gate = w["gate.weight"] @ row[t]
+            y = ((h * c[:, None]).sum(-1) + w["scan.d"][:, None] * u).flatten() * gate * torch.sigmoid(gate)
+            y = y.view(groups, -1)
+            y = (y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten() * w["norm.weight"]
+            outs.append(w["out.weight"] @ y)
+        rows.append(torch.stack(outs))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_mamba2_is_the_papers(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssd, "CHUNK", 16)  # the last one has 8 positions
+    mixer = make2(num_groups=groups)
+    names, weights = zip(*mixer.named_parameters(), strict=True)
+
+    def ours(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(mixer, dict(zip(names, weights, strict=True)), (x, POSITIONS))
+
+    check(ours, lambda x, *weights: mamba2_by_the_paper(x, POSITIONS, dict(zip(names, weights, strict=True)), groups),
+          [torch.randn(2, SEQ, D_MODEL), *(weight.detach() for weight in weights)], [torch.float32] * (1 + len(names)))
+
+
+def test_mamba2_is_that_of_transformers() -> None:
+    from transformers import Mamba2Config as TheirConfig
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    mixer = make2(num_groups=2)
+    theirs = Mamba2Mixer(TheirConfig(hidden_size=D_MODEL, state_size=5, num_heads=8, head_dim=6, n_groups=2,
+                                     chunk_size=16, num_hidden_layers=1, layer_norm_epsilon=1e-5), 0)
+    joined = {"in_proj.weight": ("gate.weight", "x.weight", "select.weight", "step.weight"),
+              "conv1d.weight": ("conv.weight", "select_conv.weight"),
+              "conv1d.bias": ("conv.bias", "select_conv.bias"), "dt_bias": ("scan.step_bias",),
+              "A_log": ("scan.a_log",), "D": ("scan.d",), "norm.weight": ("norm.weight",),
+              "out_proj.weight": ("out.weight",)}
+    their_own, own = dict(theirs.named_parameters()), dict(mixer.named_parameters())
+    assert their_own.keys() == joined.keys()
+    with torch.no_grad():
+        for name, parts in joined.items():
+            their_own[name].copy_(torch.cat([own[part] for part in parts]).view_as(their_own[name]))
+    x = torch.randn(2, SEQ, D_MODEL, requires_grad=True)
+    given = torch.randn(2, SEQ, D_MODEL)
+    out, their_out = mixer(x, torch.arange(SEQ).expand(2, -1)), theirs(x)
+    grad, *grads = torch.autograd.grad((out * given).sum(), [x, *own.values()])
+    their_grad, *their_grads = torch.autograd.grad((their_out * given).sum(), [x, *their_own.values()])
+    by_name = dict(zip(own, grads, strict=True))
+    compared = [(out, their_out), (grad, their_grad),
+                *((torch.cat([by_name[part] for part in joined[name]]), each)
+                  for name, each in zip(their_own, their_grads, strict=True))]
+    for mine, their in compared:
+        assert float((mine - their.view_as(mine)).detach().norm()) < 1e-5 * float(their.detach().norm())
 
 
 def test_first_values_are_the_papers() -> None:

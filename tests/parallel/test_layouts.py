@@ -34,7 +34,7 @@ LAYOUTS_OF = {  # what is not named takes all
     "expert_choice": [CUT, GATHERED, PIPELINE],
     "surest": [(4, {"ep": 2, "recompute": "full"}), CUT, PIPELINE],
     "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), PIPELINE],
-    "jamba": [CUT, PIPELINE], "mamba": [(4, {"cp": 4})],
+    "jamba": [CUT, PIPELINE], "mamba": [(4, {"cp": 4})], "mamba2": [CUT],
     "pattern": [CUT, PIPELINE], "windows": [(2, {"cp": 2})], "memories": [CUT], "systems": [CUT],
 }
 CASES = [(family, *layout) for family in FAMILIES for layout in LAYOUTS_OF.get(family, LAYOUTS)]

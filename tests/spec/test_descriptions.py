@@ -15,13 +15,16 @@ from moescale.config import Config, load_config, parse_config
 from moescale.model import build
 from moescale.model.build import build_model
 from moescale.optim.optimizer import build_optimizer
-from moescale.spec.attention import AttentionConfig
+from moescale.spec.mamba import MambaConfig
+from moescale.spec.mamba2 import Mamba2Config
 from moescale.spec.model import MIXERS, LayerConfig, describe
 from moescale.spec.weights import Weight
 from tests.support.groups import in_groups
 
 CONFIGS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
 SMALL = {"vocab_size": 40, "d_model": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 24}
+SCORES = {  # a kind of mixer: its scan, and its convolution of three
+    MambaConfig: 32 * 6 * 6 + 2 * 3 * 32, Mamba2Config: 32 * 6 * 6 + 2 * 3 * (32 + 2 * 2 * 6)}
 MIXED = [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}, {"channel_mixer": "none"}]
 KINDS: dict[str, dict[str, Any]] = {
     f"{block}, {norm}, {activation}, {init}{', tied' if tied else ''}": {
@@ -35,6 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
 NORMED = {"mixer": "mamba", "mamba": {"inner_norms": True}}
 KINDS["mamba"] = {**in_groups({**SMALL, "pattern": [{"mixer": "mamba"}, NORMED]}),
                   "mamba": {"d_state": 6, "d_conv": 3}, "moe": {"num_experts": 4, "d_ff": 8}}
+KINDS["mamba2"] = {**in_groups({**SMALL, "pattern": [{"mixer": "mamba2"}]}), "moe": {"num_experts": 4, "d_ff": 8},
+                   "mamba2": {"d_state": 6, "d_conv": 3, "head_dim": 8, "num_groups": 2}}
 KINDS["sigmoid_bias"] = {**in_groups(SMALL), "moe": {"router": "sigmoid_bias", "num_experts": 4, "d_ff": 8}}
 
 
@@ -87,7 +92,7 @@ def test_a_description_counts_what_the_module_computes(kind: dict[str, Any]) -> 
                     part(x, tokens)
                 scores = 0
                 if part is block.mixer:  # of which kernels count other shares, or are no products of matrices
-                    scores = 4 * 32 * 6 if isinstance(of_part, AttentionConfig) else 32 * (6 * 6 + 2 * 3)
+                    scores = SCORES.get(type(of_part), 4 * 32 * 6)
                 products = of_part.flops_per_token(16, 6) - scores
                 counted = counter.get_flop_counts()["Global"]
                 matrices = sum(n for operation, n in counted.items() if str(operation) in ("aten.mm", "aten.addmm"))

@@ -63,6 +63,9 @@ FAMILIES = {
                   {"mixer": "mamba", "channel_mixer": "feed_forward"}, {"channel_mixer": "feed_forward"},
                   {"mixer": "mamba", "mamba": {"inner_norms": True}}, {"mixer": "mamba", "mamba": {"d_conv": 2}}]}),
               "mamba": {"d_state": 4}, "moe": {"num_experts": 4, "d_ff": 16, "normalize_weights": False}},
+    "mamba2": {**in_groups({**MODEL, "num_layers": 2, "init": "fan_in", "pattern": [
+                   {"mixer": "mamba2"}, {"mixer": "mamba2", "mamba2": {"num_groups": 4}}]}),
+               "mamba2": {"d_state": 3, "head_dim": 8}, "moe": {"num_experts": 4, "d_ff": 16}},
     "mamba": {**in_groups({**MODEL, "num_layers": 2, "init": "fan_in", "pattern": [{"mixer": "mamba"}]}),
               "mamba": {"d_state": 3, "expand": 1}, "moe": {"num_experts": 4, "d_ff": 16}},
     "palm": {**in_groups({**MODEL, "init": "fan_in", "block": "parallel", "tied_embeddings": True, "scale_logits": True,
