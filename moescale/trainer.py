@@ -107,7 +107,8 @@ def _named_memory(config: Config) -> Iterator[None]:
         advice = [f"data.micro_batch={smaller}"] if smaller else []
         advice += ["parallel.recompute=full"] if parallel.recompute != "full" else []
         moments = OPTIMIZERS[config.optim.name].moments
-        kept = sum(moment.size for weight in describe(config).weights() if weight.learns for moment in moments(weight))
+        kept = sum(moment.size for weight in describe(config).weights() if weight.learns
+                   for moment in moments(weight, config.optim))
         state_bytes = 4 * (2 * count.total + kept)
         advice += [f"a data.seq_len below {data.seq_len}", "more ranks for parallel.dp_shard", "a smaller model"]
         raise TrainingError(f"out of memory: {asked} could not be had, with data.micro_batch={micro_batch}, "

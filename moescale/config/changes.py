@@ -20,7 +20,7 @@ HARMLESS = frozenset({
     "data.cache_dir", "data.global_batch", "data.max_epochs",
     "model.init",  # the weights are there
     "optim.lr", "optim.warmup_steps", "optim.schedule", "optim.final_lr_share", "optim.weight_decay",
-    "optim.clip_norm",  # not betas and eps, with which the moments in the checkpoint were made
+    "optim.clip_norm", "optim.clip_update",  # not those with which the moments in the checkpoint were made
     *(f"parallel.{key}" for key in (
         "dp_replicate", "dp_shard", "tp", "cp", "pp", "ep", "etp", "dispatcher", "dispatch_chunks", "node_ranks",
         "pp_schedule", "recompute", "compile")),

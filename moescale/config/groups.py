@@ -122,17 +122,27 @@ class ParallelConfig(Group):
         return self
 
 
+OPTIMIZER_KEYS = {"adamw": ("betas", "eps"), "adafactor": ("factored", "momentum", "clip_update")}
+"""The keys of `optim` that one optimizer alone has."""
+
+
 class OptimConfig(Group):
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """The optimizer: AdamW, or Adafactor, whose learning rate is relative to the size of each matrix (PaLM: 1e-2)."""
     lr: float = Field(1e-3, gt=0)
     """The learning rate after warmup, the highest of the run."""
     betas: tuple[float, float] = (0.9, 0.95)
     """How slowly AdamW's means of gradients and of their squares move."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of AdamW's second moment."""
+    factored: bool = True
+    """Whether Adafactor keeps second moments of a matrix as means of rows and columns; PaLM keeps all."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """How slowly Adafactor's mean of updates moves (PaLM: 0.9); 0 keeps none."""
+    clip_update: float | None = Field(1.0, gt=0)
+    """The largest root mean square of Adafactor's update of a matrix, before it is scaled; null limits none."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay, never on norms and embeddings."""
+    """Decoupled weight decay, never on norms and embeddings: times lr, under Adafactor times lr squared (PaLM: 1)."""
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises from zero."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -146,6 +156,11 @@ class OptimConfig(Group):
     def _check(self) -> Self:
         refuse(not all(0 <= beta < 1 for beta in self.betas),
                 f"optim.betas={list(self.betas)}: both must be at least 0 and below 1, e.g. [0.9, 0.95]")
+        for name, keys in OPTIMIZER_KEYS.items():
+            for key in keys if name != self.name else ():
+                value, usual = getattr(self, key), type(self).model_fields[key].default
+                refuse(value != usual, f"optim.{key} means nothing to optim.name={self.name}: leave it out, or write "
+                       f"optim.name={name}")
         return self
 
 

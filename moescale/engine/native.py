@@ -177,7 +177,7 @@ class NativeEngine:
         moments, parameters = OPTIMIZERS[self.config.optim.name].moments, self.parameters()
         for weight in describe(self.config).weights():
             name = ".".join(weight.name)
-            for moment in moments(weight) if name in parameters else ():
+            for moment in moments(weight, self.config.optim) if name in parameters else ():
                 tensors["optim." + ".".join(moment.name)] = self.optimizer.state[parameters[name]][moment.name[0]]
         return tensors
 

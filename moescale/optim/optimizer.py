@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import nn
 
@@ -12,12 +14,13 @@ from moescale.spec.model import ModelSpec
 
 def build_optimizer(model: nn.Module, spec: ModelSpec, config: OptimConfig) -> torch.optim.Optimizer:
     """Make the optimizer that the run names, its moments at zero. spec: says which weights decay."""
-    decays = {".".join(weight.name): weight.decays for weight in spec.weights()}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    described = {".".join(weight.name): weight for weight in spec.weights()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        groups[decays[name]].append(parameter)
-    return OPTIMIZERS[config.name].make(
-        [{"params": params, "weight_decay": config.weight_decay * decays} for decays, params in groups.items()], config)
+        groups[described[name].decays, described[name].view == "sparse"].append(parameter)
+    return OPTIMIZERS[config.name].make([
+        {"params": params, "weight_decay": config.weight_decay * decays, "experts": experts}
+        for (decays, experts), params in groups.items()], config)
 
 
 def count_from(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -17,15 +17,19 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=str)
-def test_resume_in_another_layout(tmp_path: Path, before: tuple, after: tuple) -> None:
-    unbroken = run_joined(before, tmp_path, False, None)
-    saved = run_joined(before, tmp_path, False, STEPS // 2)
-    again = run_joined(before, tmp_path, True, None)
+OPTIMIZERS = ({"lr": 3e-3}, {"lr": 3e-2, "name": "adafactor", "momentum": 0.9}, {"lr": 3e-2, "name": "adafactor"})
+
+
+@pytest.mark.parametrize(("before", "after", "optim"), list(zip(
+    LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], 3 * OPTIMIZERS, strict=False)), ids=str)
+def test_resume_in_another_layout(tmp_path: Path, before: tuple, after: tuple, optim: dict) -> None:
+    unbroken = run_joined(before, tmp_path, False, None, optim)
+    saved = run_joined(before, tmp_path, False, STEPS // 2, optim)
+    again = run_joined(before, tmp_path, True, None, optim)
     assert saved["losses"] + again["losses"] == unbroken["losses"], "the same layout goes on bit for bit"
     for name, tensor in unbroken["state"].items():
         assert torch.equal(again["state"][name], tensor), name
-    other = run_joined(after, tmp_path, True, None)
+    other = run_joined(after, tmp_path, True, None, optim)
     assert other["losses"] == pytest.approx(unbroken["losses"][STEPS // 2 :], rel=1e-5)
     assert other["loaded"].keys() == saved["state"].keys()
     for name, tensor in saved["state"].items():

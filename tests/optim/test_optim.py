@@ -80,7 +80,7 @@ def test_every_optimizer_keeps_what_its_description_says(name: str) -> None:
         for key, parameter in model.named_parameters():
             kept = {moment: tuple(tensor.shape) for moment, tensor in optimizer.state[parameter].items()
                     if moment != "step"}
-            moments = OPTIMIZERS[name].moments(described[key])
+            moments = OPTIMIZERS[name].moments(described[key], config.optim)
             assert kept == {moment.name[0]: moment.shape for moment in moments}, key
             assert all(moment.name[1:] == described[key].name and not moment.learns for moment in moments)
         optimizer.step()

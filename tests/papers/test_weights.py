@@ -13,6 +13,7 @@ from torch import Tensor
 from moescale.config import parse_config
 from moescale.model.build import build_model
 from moescale.model.initialize import initialize
+from moescale.model.language_model import LanguageModel
 from moescale.optim.optimizer import build_optimizer
 from moescale.optim.schedule import learning_rate
 from moescale.spec.model import describe
@@ -60,19 +61,10 @@ def _fan_in(name: str) -> int:
 
 def test_a_step_is_adamw_with_decay_on_matrices_alone() -> None:
     """Three steps of algorithm 2 of Decoupled Weight Decay Regularization, with its schedule multiplier as lr."""
-    config = parse_config({
-        **in_groups({"d_model": 16, "num_layers": 2,
-                     "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 16,
-                  "vocab_size": 264, "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]}),
-        "moe": {"num_experts": 3, "d_ff": 8},
-        "optim": {"lr": 0.01, "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.5}}, "test")
-    model = build_model(config, "cpu").double()
-    initialize(model, describe(config), seed=0)
-    optimizer = build_optimizer(model, describe(config), config.optim)
+    model, optimizer = _model_to_step({"lr": 0.01, "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.5})
     names = [name for name, _ in model.named_parameters()]
     expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     first, second = ({name: torch.zeros_like(weight) for name, weight in expected.items()} for _ in range(2))
-    torch.manual_seed(0)
     for step in range(1, 4):
         for name, parameter in model.named_parameters():
             parameter.grad = torch.randn_like(parameter)
@@ -81,6 +73,18 @@ def test_a_step_is_adamw_with_decay_on_matrices_alone() -> None:
     for name in names:
         torch.testing.assert_close(model.get_parameter(name).detach(), expected[name], rtol=1e-9, atol=1e-12)
     assert sum(_decays(name) for name in names) == 4 * 2 + 3 + 1 + 3 + 1  # q k v o, a feed-forward, a mixture, the head
+
+
+def _model_to_step(optim: dict[str, Any]) -> tuple[LanguageModel, torch.optim.Optimizer]:
+    config = parse_config({
+        **in_groups({"d_model": 16, "num_layers": 2,
+                     "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 16,
+                  "vocab_size": 264, "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]}),
+        "moe": {"num_experts": 3, "d_ff": 8}, "optim": optim}, "test")
+    model = build_model(config, "cpu").double()
+    initialize(model, describe(config), seed=0)
+    torch.manual_seed(0)
+    return model, build_optimizer(model, describe(config), config.optim)
 
 
 def _decays(name: str) -> bool:
@@ -106,3 +110,69 @@ def test_the_learning_rate_warms_up_and_falls(schedule: str, share: Any) -> None
     for step in range(24):
         expected = 2.0 * (step + 1) / 5 if step < 4 else 2.0 * share((step - 4) / 19)
         assert learning_rate(step, 24, optim) == pytest.approx(expected, rel=1e-12), step
+
+
+ADAFACTOR = {"in rows and columns": {"factored": True, "momentum": 0.0, "clip_update": 1.0, "weight_decay": 0.0},
+             "as PaLM": {"factored": False, "momentum": 0.9, "clip_update": 1.0, "weight_decay": 1.0},
+             "unlimited": {"factored": True, "momentum": 0.5, "clip_update": None, "weight_decay": 3.0}}
+
+
+@pytest.mark.parametrize("form", ADAFACTOR)
+def test_three_steps_are_adafactors(form: str) -> None:
+    """Of algorithms 4 and 5 of Adafactor, and of section 5 of PaLM; each expert is a matrix."""
+    optim = ADAFACTOR[form]
+    model, optimizer = _model_to_step({"lr": 0.3, "name": "adafactor", **optim})
+    weights, states = {}, {}  # of matrices and vectors
+    for name, parameter in model.named_parameters():
+        for number, one in enumerate(parameter.detach() if "experts" in name else parameter.detach()[None]):
+            weights[name, number], states[name, number] = one.clone(), {}
+    for step in range(1, 4):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter) * step
+            for number, grad in enumerate(parameter.grad if "experts" in name else parameter.grad[None]):
+                key = name, number
+                _adafactor(weights[key], grad.clone(), states[key], step, decays=_decays(name), **optim)
+        optimizer.step()
+    for (name, number), weight in weights.items():
+        ours = model.get_parameter(name).detach()
+        torch.testing.assert_close(ours[number] if "experts" in name else ours, weight, rtol=1e-9, atol=1e-12)
+
+
+def _adafactor(weight: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, *, decays: bool, factored: bool,
+               momentum: float, clip_update: float | None, weight_decay: float) -> None:
+    def mean(old: str, new: Tensor) -> Tensor:
+        keep = 1 - step**-0.8
+        state[old] = keep * state.get(old, torch.zeros_like(new)) + (1 - keep) * new
+        return state[old]
+
+    squares = grad**2 + 1e-30
+    if factored and weight.ndim == 2:
+        rows, columns = mean("rows", squares.sum(1)), mean("columns", squares.sum(0))
+        spread = torch.outer(rows, columns) / rows.sum()
+    else:
+        spread = mean("all", squares)
+    update = grad / spread.sqrt()
+    if clip_update is not None:
+        update = update / max(1.0, float(update.pow(2).mean().sqrt()) / clip_update)
+    update = 0.3 * max(1e-3, float(weight.pow(2).mean().sqrt())) * update
+    state["running"] = momentum * state.get("running", torch.zeros_like(update)) + (1 - momentum) * update
+    weight.copy_((1 - 0.3**2 * weight_decay * decays) * weight - state["running"])
+
+
+def test_adafactor_equals_transformers() -> None:
+    """With the weights that are no experts, which transformers' own takes for one tensor each."""
+    from transformers.optimization import Adafactor
+
+    model, optimizer = _model_to_step({"lr": 0.02, "name": "adafactor", "momentum": 0.9, "weight_decay": 0.0})
+    ours = {name: parameter for name, parameter in model.named_parameters() if "experts" not in name}
+    theirs = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in ours.items()}
+    peer = Adafactor(theirs.values(), lr=0.02, beta1=0.9, scale_parameter=True, relative_step=False)
+    torch.manual_seed(0)
+    for _ in range(5):
+        for name, parameter in ours.items():
+            parameter.grad = torch.randn_like(parameter)
+            theirs[name].grad = parameter.grad.clone()
+        optimizer.step()
+        peer.step()
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, theirs[name], rtol=1e-6, atol=1e-9)  # a rate of theirs is a float32

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +19,10 @@ from moescale.parallel.ranks import run_ranks
 from tests.support.groups import in_groups
 
 STEPS = 6
+NONE: Mapping[str, Any] = {}
 
 
-def make_config(folder: Path, parallel: dict[str, int]) -> Config:
+def make_config(folder: Path, parallel: dict[str, int], optim: Mapping[str, Any]) -> Config:
     return parse_config({
         "run": {"dir": str(folder), "steps": STEPS, "seed": 3},
         "data": {"files": [str(folder / "text/*.txt")], "cache_dir": str(folder / "cache"),
@@ -28,13 +31,15 @@ def make_config(folder: Path, parallel: dict[str, int]) -> Config:
                      "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
                   "init": "fan_in", "window": 16, "pattern": [{"channel_mixer": "feed_forward"}, {}]}),
         "moe": {"num_experts": 12, "top_k": 2, "d_ff": 16, "router": "sigmoid_bias", "bias_update_rate": 0.01},
-        "parallel": parallel, "optim": {"lr": 3e-3, "warmup_steps": 3}, "checkpoint": {"keep": 9},
+        "parallel": parallel, "optim": {"lr": 3e-3, "warmup_steps": 3, **optim}, "checkpoint": {"keep": 9},
     }, "test").for_world(world_size())
 
 
-def run_steps(folder: Path, parallel: dict[str, int], resume: bool, save_at: int | None) -> dict:
+def run_steps(
+    folder: Path, parallel: dict[str, int], resume: bool, save_at: int | None, optim: Mapping[str, Any] = NONE,
+) -> dict:
     """Train to the last step, or to where it saves. -> the losses, every weight and moment at the end and as loaded"""
-    config = make_config(folder, parallel)
+    config = make_config(folder, parallel, optim)
     tokens = prepare_tokens(config.data).train
     batches = Batches(tokens, seq_len=32, global_batch=8, seed=3)
     mesh = start_mesh(config)
@@ -70,10 +75,12 @@ def write_text(folder: Path) -> None:
         (folder / f"text/{number}.txt").write_text(" ".join(words))
 
 
-def run_joined(layout: tuple[int, dict], folder: Path, resume: bool, save_at: int | None) -> dict:
+def run_joined(
+    layout: tuple[int, dict], folder: Path, resume: bool, save_at: int | None, optim: Mapping[str, Any] = NONE,
+) -> dict:
     """Return the first rank's losses, and the tensors of all ranks, which a pipeline spreads over some of them."""
     write_text(folder)
-    results = run_ranks(layout[0], run_steps, folder, layout[1], resume, save_at)
+    results = run_ranks(layout[0], run_steps, folder, layout[1], resume, save_at, optim)
     return {"losses": results[0]["losses"],
             **{key: {name: tensor for result in results for name, tensor in result[key].items()}
                for key in ("state", "loaded")}}

@@ -50,7 +50,8 @@ def with_moments(weights: Weights, config: Config) -> dict[NativeName, Weight]:
     """Add what the run's optimizer keeps beside each weight that learns."""
     moments = OPTIMIZERS[config.optim.name].moments
     return {**weights, **{native._replace(moment=moment.name[0]): moment
-                          for native, weight in weights.items() if weight.learns for moment in moments(weight)}}
+                          for native, weight in weights.items() if weight.learns
+                          for moment in moments(weight, config.optim)}}
 
 
 def native_pieces(weights: Weights) -> list[Piece]:
