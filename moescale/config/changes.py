@@ -19,7 +19,8 @@ HARMLESS = frozenset({
     "run.engine", "run.dir", "run.steps", "run.timeout_seconds", "run.time_limit_minutes", "run.allow_changes",
     "data.cache_dir", "data.global_batch", "data.max_epochs",
     "model.init",  # the weights are there
-    "optim.lr", "optim.warmup_steps", "optim.schedule", "optim.final_lr_share", "optim.weight_decay",
+    "optim.lr", "optim.warmup_steps", "optim.schedule", "optim.final_lr_share", "optim.stable_steps",
+    "optim.decay_steps", "optim.weight_decay",
     "optim.clip_norm", "optim.clip_update",  # not those with which the moments in the checkpoint were made
     *(f"parallel.{key}" for key in (
         "dp_replicate", "dp_shard", "tp", "cp", "pp", "ep", "etp", "dispatcher", "dispatch_chunks", "node_ranks",

@@ -124,6 +124,7 @@ class ParallelConfig(Group):
 
 OPTIMIZER_KEYS = {"adamw": ("betas", "eps"), "adafactor": ("factored", "momentum", "clip_update")}
 """The keys of `optim` that one optimizer alone has."""
+SCHEDULE_KEYS = {"inverse_sqrt": ("stable_steps",), "wsd": ("decay_steps",)}
 
 
 class OptimConfig(Group):
@@ -145,10 +146,14 @@ class OptimConfig(Group):
     """Decoupled weight decay, never on norms and embeddings: times lr, under Adafactor times lr squared (PaLM: 1)."""
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises from zero."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after warmup."""
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """How the learning rate falls after warmup: `wsd` in a line over the last steps; `inverse_sqrt` as PaLM's."""
     final_lr_share: float = Field(0.1, ge=0, le=1)
-    """The last step's learning rate, over lr."""
+    """The last step's learning rate, over lr; constant and inverse_sqrt have none."""
+    stable_steps: int = Field(0, ge=0)
+    """First step after which inverse_sqrt falls, as one over the root of the step; at least warmup_steps."""
+    decay_steps: int = Field(0, ge=0)
+    """Steps at the end in which wsd falls."""
     clip_norm: float | None = Field(1.0, gt=0)
     """The largest norm of the gradient over all parameters; null clips nothing."""
 
@@ -156,11 +161,14 @@ class OptimConfig(Group):
     def _check(self) -> Self:
         refuse(not all(0 <= beta < 1 for beta in self.betas),
                 f"optim.betas={list(self.betas)}: both must be at least 0 and below 1, e.g. [0.9, 0.95]")
-        for name, keys in OPTIMIZER_KEYS.items():
-            for key in keys if name != self.name else ():
-                value, usual = getattr(self, key), type(self).model_fields[key].default
-                refuse(value != usual, f"optim.{key} means nothing to optim.name={self.name}: leave it out, or write "
-                       f"optim.name={name}")
+        for of, kinds in (("name", OPTIMIZER_KEYS), ("schedule", SCHEDULE_KEYS)):
+            for kind, keys in kinds.items():
+                for key in keys if kind != getattr(self, of) else ():
+                    value, usual = getattr(self, key), type(self).model_fields[key].default
+                    refuse(value != usual, f"optim.{key} means nothing to optim.{of}={getattr(self, of)}: leave it "
+                           f"out, or write optim.{of}={kind}")
+        refuse(self.schedule == "wsd" and self.decay_steps == 0,
+               "optim.schedule=wsd falls in the last optim.decay_steps: write e.g. optim.decay_steps=1000")
         return self
 
 

@@ -1,9 +1,9 @@
 """The learning rate as a pure function of the step.
 
 It rises linearly over `optim.warmup_steps` to `optim.lr`, and then falls to `optim.final_lr_share` of that at step
-`run.steps`. Where it falls from is a value of its own, the `Peak`, which checkpoints keep: a run that goes on with
-other `run.steps` or another schedule falls from where its rate stands, so that the rate never jumps. Another
-`optim.lr` scales every rate to come.
+`run.steps`; `inverse_sqrt` alone knows no last step. Where it falls from is a value of its own, the `Peak`, which
+checkpoints keep: a run that goes on with other `run.steps` or another schedule falls from where its rate stands, so
+that the rate never jumps. Another `optim.lr` scales every rate to come.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ def peak_after_change(
     The same settings keep the peak. With others the rate falls from where it stands; within the warm-up it goes on
     rising to the full rate. Another `optim.lr` alone is no other shape.
     """
-    shape, old_shape = (
-        (length, some.warmup_steps, some.schedule, some.final_lr_share)
-        for length, some in ((steps, config), (old_steps, old)))
-    if shape == old_shape:
+    if _shape(steps, config) == _shape(old_steps, old):
         return old_peak
     return first_peak(config) if step < config.warmup_steps else Peak(step, _share(step, old_steps, old, old_peak))
+
+
+def _shape(steps: int, config: OptimConfig) -> tuple[object, ...]:
+    """Gather what the curve depends on, all but its height."""
+    if config.schedule == "inverse_sqrt":
+        return config.warmup_steps, config.schedule, config.stable_steps
+    return config.warmup_steps, config.schedule, steps, config.final_lr_share, config.decay_steps
 
 
 def _share(step: int, steps: int, config: OptimConfig, peak: Peak) -> float:
@@ -56,7 +60,11 @@ def _share(step: int, steps: int, config: OptimConfig, peak: Peak) -> float:
         return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return peak.share
-    done = min(1.0, (step - peak.step) / max(1, steps - 1 - peak.step))
+    if config.schedule == "inverse_sqrt":
+        last_full = max(peak.step + 1, config.stable_steps)
+        return peak.share * math.sqrt(last_full / max(step + 1, last_full))
+    begin = max(peak.step, steps - config.decay_steps) if config.schedule == "wsd" else peak.step
+    done = min(1.0, max(0, step - begin) / max(1, steps - 1 - begin))
     fall = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
     lowest = min(config.final_lr_share, peak.share)
     return lowest + (peak.share - lowest) * fall

@@ -25,11 +25,12 @@ def test_learning_rate_rises_then_falls(schedule: str) -> None:
     assert rates[12] == pytest.approx(2.0 if schedule == "constant" else 1.25)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd", "inverse_sqrt"])
 @pytest.mark.parametrize("warmup", [0, 4])
 @pytest.mark.parametrize("lengths", [(20, 30), (20, 12), (20, 40, 60), (20, 20), (8, 20)], ids=str)
 def test_a_schedule_that_changes_goes_on_where_it_stands(schedule: str, warmup: int, lengths: tuple[int, ...]) -> None:
-    config = OptimConfig(lr=2.0, warmup_steps=warmup, schedule=schedule, final_lr_share=0.25)
+    config = OptimConfig(lr=2.0, warmup_steps=warmup, schedule=schedule, final_lr_share=0.25,
+                         decay_steps=5 if schedule == "wsd" else 0, stable_steps=7 if schedule == "inverse_sqrt" else 0)
     peak, steps, rates = first_peak(config), lengths[0], []
     for length in lengths[1:]:
         at = len(rates) + 9 if length != 12 else 9
@@ -39,9 +40,11 @@ def test_a_schedule_that_changes_goes_on_where_it_stands(schedule: str, warmup: 
         peak, steps = new_peak, length
     rates += [learning_rate(step, steps, config, peak) for step in range(len(rates), steps)]
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True), "never upward"
-    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.5)
+    root = 2.0 * (7 / steps) ** 0.5  # inverse_sqrt falls as it would have without an end
+    assert rates[-1] == pytest.approx({"constant": 2.0, "inverse_sqrt": root}.get(schedule, 0.5))
     unchanged = [learning_rate(step, steps, config) for step in range(steps)]
-    assert (rates == unchanged) == (schedule == "constant" or set(lengths) == {20})
+    stays = schedule in ("constant", "inverse_sqrt") or (schedule == "wsd" and lengths in ((20, 30), (20, 40, 60)))
+    assert (rates == unchanged) == (stays or set(lengths) == {20})
 
 
 def test_a_change_of_the_schedule_itself() -> None:

@@ -103,10 +103,11 @@ def _adamw(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: in
 @pytest.mark.parametrize(("schedule", "share"), [
     ("cosine", lambda done: 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2),  # SGDR, equation 5
     ("linear", lambda done: 1 - 0.9 * done), ("constant", lambda done: 1.0),
+    ("wsd", lambda done: min(1.0, 1 - 0.9 * (19 * done - 12) / 7)),  # warm-up, stable, decay over the last 8 steps
 ])
 def test_the_learning_rate_warms_up_and_falls(schedule: str, share: Any) -> None:
-    optim = parse_config({"optim": {"schedule": schedule, "lr": 2.0, "warmup_steps": 4, "final_lr_share": 0.1}},
-                         "test").optim
+    optim = parse_config({"optim": {"schedule": schedule, "lr": 2.0, "warmup_steps": 4, "final_lr_share": 0.1,
+                                    "decay_steps": 8 * (schedule == "wsd")}}, "test").optim
     for step in range(24):
         expected = 2.0 * (step + 1) / 5 if step < 4 else 2.0 * share((step - 4) / 19)
         assert learning_rate(step, 24, optim) == pytest.approx(expected, rel=1e-12), step
@@ -176,3 +177,11 @@ def test_adafactor_equals_transformers() -> None:
         peer.step()
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-6, atol=1e-9)  # a rate of theirs is a float32
+
+
+def test_palms_learning_rate_is_full_and_then_one_over_the_root_of_the_step() -> None:
+    """Section 5: 10^-2 for the first 10,000 steps, then 1/sqrt(k), k being the step number."""
+    optim = parse_config({"optim": {"schedule": "inverse_sqrt", "lr": 1e-2, "stable_steps": 10_000}}, "test").optim
+    for k in (1, 9_999, 10_000, 10_001, 40_000, 255_000):
+        expected = 1e-2 if k <= 10_000 else k**-0.5
+        assert learning_rate(k - 1, 255_000, optim) == pytest.approx(expected, rel=1e-12), k
