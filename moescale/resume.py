@@ -228,8 +228,9 @@ def _told_position(
             "; as the order is another one, some text of this epoch comes again and some is left out until the next")
         return [f"{' and '.join(other)} changed: {before.tokens:,} tokens were seen, and epoch {epoch} goes on with "
                 f"sequence {sequence:,} of {windows:,}{within}"]
-    if old.data.global_batch != config.data.global_batch:
-        return [f"steps of {config.data.global_batch} sequences go on with the first one not seen, {start.sequences:,}"]
+    if old.data.batches != config.data.batches or old.data.batch_schedule != config.data.batch_schedule:
+        batches = ", then ".join(map(str, config.data.batches))
+        return [f"steps of {batches} sequences go on with the first one not seen, {start.sequences:,}"]
     return []
 
 

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moescale.checkpoint.store import latest_checkpoint
+from moescale.checkpoint.store import go_back, latest_checkpoint, read_state
 from moescale.cluster.agreement import Agreement
 from moescale.cluster.directory import choose_checkpoint, shared_directory
 from moescale.cluster.identity import describe_run, refuse_differences
 from moescale.cluster.launch import read_launch
 from moescale.cluster.stopping import Order, Orders, StopRequests, die_with_launcher
 from moescale.config import Config, ConfigError, Stopped, TrainingError, any_of, memory_asked
-from moescale.data.batches import Batches
+from moescale.data.batches import Batches, Position
 from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import Tokenizer, check_vocabulary, configured_tokenizer
 from moescale.engine.base import StepLosses, build_engine
@@ -42,6 +44,7 @@ from moescale.planner.count import count_parameters, model_flops_per_token
 from moescale.record.metrics import FILE, JsonLines, Sink
 from moescale.resume import Standing, go_on
 from moescale.spec.model import describe
+from moescale.spikes import Spikes, around
 
 LIBRARY_EPOCHS = 50.0  # of Python's own library, which is there to try things out
 MISTAKE_SECONDS = 10.0  # that a rank waits for the others before it says alone what is wrong
@@ -74,13 +77,13 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
         refuse_differences(ranks, {"the tokenizer": tokenizer.fingerprint, "the text": corpus.fingerprint},
                            "give every rank the same files in data.files and data.tokenizer")
         checkpoint = choose_checkpoint(ranks, run_dir)
-        standing = Standing() if checkpoint is None else ranks.together(
-            lambda: go_on(checkpoint, config, corpus, tokenizer))
+        stands = partial(go_on, config=config, corpus=corpus, tokenizer=tokenizer)
+        standing = Standing() if checkpoint is None else ranks.together(lambda: stands(checkpoint))
         batches = ranks.together(lambda: _batches(config, corpus, standing))
         config = _without_allowances(config)
         with _named_memory(config):
             mesh = start_mesh(config, ranks.store)
-            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing)
+            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing, stands)
             orders = Orders(requests, mesh.device, save_minutes=config.checkpoint.every_minutes,
                             limit_minutes=config.run.time_limit_minutes, started=started)
             requests.hold()
@@ -147,8 +150,7 @@ def _prepare(config: Config) -> tuple[Tokenizer, TokenCorpus]:
 def _batches(config: Config, corpus: TokenCorpus, standing: Standing) -> Batches:
     """Order the training text. Raises ConfigError when the run would see it too often."""
     data, steps = config.data, config.run.steps
-    batches = Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
-                      start=standing.start)
+    batches = _ordered(config, corpus, standing.start)
     epochs = batches.epochs(steps)
     limit = LIBRARY_EPOCHS if data.max_epochs is None and corpus.is_default else data.max_epochs
     if limit is not None and epochs > limit:
@@ -157,6 +159,12 @@ def _batches(config: Config, corpus: TokenCorpus, standing: Standing) -> Batches
                           f"{epochs:,.2f} times, and {limit:g} are allowed: name more text in data.files, or write "
                           f"data.max_epochs={math.ceil(epochs)}")
     return batches
+
+
+def _ordered(config: Config, corpus: TokenCorpus, start: Position) -> Batches:
+    data = config.data
+    return Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
+                   start=start, batch_schedule=data.batch_schedule)
 
 
 def _check_packages(config: Config) -> None:
@@ -178,20 +186,20 @@ class _Run:
 
     def __init__(
         self, config: Config, mesh: Mesh, run_dir: Path, tokenizer: Tokenizer, corpus: TokenCorpus, batches: Batches,
-        checkpoint: Path | None, standing: Standing,
+        checkpoint: Path | None, standing: Standing, stands: Callable[[Path], Standing],
     ) -> None:
-        """checkpoint: what the run goes on from. standing: where it stands."""
+        """checkpoint: what the run goes on from. standing: where it stands. stands: finds that for another one."""
         self.config, self.mesh, self.run_dir, self.tokenizer = config, mesh, run_dir, tokenizer
-        self.corpus, self.batches = corpus, batches
+        self.corpus, self.batches, self.stands = corpus, batches, stands
         self.engine = build_engine(config, mesh)
         if checkpoint is not None:
             self.engine.load(checkpoint, standing.peak)
-        self.tokens_per_step = config.data.global_batch * config.data.seq_len
+        self.spikes = Spikes(config.spikes, {} if checkpoint is None else read_state(checkpoint))
         self.terminal = None if mesh.rank != 0 else Terminal(
-            self.engine.step_count, config.run.steps, self.tokens_per_step)
+            self.engine.step_count, config.run.steps, self._tokens_left)
         self.sinks: list[Sink] = self._open_sinks(checkpoint) if mesh.rank == 0 else []
-        moe, monitor = config.moe, config.monitor
-        self.alerts = Alerts(top_k=moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
+        monitor = config.monitor
+        self.alerts, self.news = self._new_alerts(), list[str]()
         self.tracer = Tracer(run_dir, mesh.rank, trace=monitor.trace_steps, profile=monitor.profile_steps)
         self.evaluation = Evaluation(config, mesh, corpus.held_out, tokenizer, run_dir)
         self.began = time.perf_counter()
@@ -201,8 +209,7 @@ class _Run:
     def loop(self, orders: Orders) -> None:
         """Train to the last step, then leave. Raises Stopped where the run is asked to end before."""
         try:
-            if self._follows(self.engine.step_count) and self.engine.step_count < self.config.run.steps:
-                self.evaluation.follow(self.engine)  # with what the first look to come is compared, resumed or not
+            self._begin_to_follow()
             while self.engine.step_count < self.config.run.steps:
                 self._stretch(orders)
             if self.terminal is not None:
@@ -218,6 +225,7 @@ class _Run:
         """Run up to the next step that is logged, evaluated or saved, and do what falls due there. Raises Stopped."""
         engine, config = self.engine, self.config
         started, first = time.perf_counter(), engine.step_count
+        seen: list[Tensor] = []  # the losses, where spikes are looked for
         while True:
             step = engine.step_count + 1  # counted from 1: the number of steps done when it is
             last = step == config.run.steps
@@ -233,11 +241,18 @@ class _Run:
                 losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches], watch=write)
                 grad_norm = engine.step()
             self.highest_loss.copy_(torch.maximum(self.highest_loss, losses.cross_entropy))
+            if self.spikes.looks:
+                seen.append(losses.cross_entropy)
             if self.terminal is not None:
                 self.terminal.advance(step)
             order = Order() if write else orders.after(step)
             if write or save or order.save:
                 break
+        if self.spikes.looks and self._goes_back(first, [*torch.stack(seen).tolist(), grad_norm.item()]):
+            if order.stop:
+                raise Stopped(f"stopped by {order.stop} after going back to step {engine.step_count}; the same command "
+                              "goes on from there", order.status)
+            return
         self._refuse_divergence(loss=losses.cross_entropy.item(), gradient_norm=grad_norm.item())
         if write:
             metrics = self._figures(losses, grad_norm, lr, first, started)
@@ -256,6 +271,67 @@ class _Run:
             if order.stop and not last:
                 raise Stopped(f"stopped by {order.stop} after step {step} of {config.run.steps}; the same command goes "
                               f"on from {checkpoint}", order.status)
+
+    def _goes_back(self, first: int, figures: list[float]) -> bool:
+        """Look at the losses since step `first`, and at the last gradient's norm; after a spike, go back if possible.
+
+        Rank 0 decides for all ranks.
+        """
+        *losses, grad_norm = figures
+        place = self.spikes.find(losses)
+        if place is None and not math.isfinite(grad_norm):
+            place = len(losses) - 1
+        told = torch.tensor([-1, -1], device=self.mesh.device)
+        if self.mesh.rank == 0 and place is not None:
+            to = None
+            if self.spikes.known.rollbacks < self.config.spikes.most:
+                to = go_back(self.run_dir, first + place + 1 - self.config.spikes.back, self.config.checkpoint.every)
+            told = told.new_tensor([place, -1 if to is None else read_state(to)["step"]])
+        if self.mesh.world_group is not None:
+            dist.broadcast(told, 0, group=self.mesh.world_group)
+        spike, step = told.tolist()
+        if spike >= 0 and self.spikes.known.rollbacks >= self.config.spikes.most:
+            raise TrainingError(f"step {first + spike + 1}: loss {losses[spike]:.3f} is a spike, after the run went "
+                                f"back spikes.most={self.config.spikes.most} times: try a lower optim.lr; the last "
+                                f"checkpoint is {latest_checkpoint(self.run_dir)}")
+        if step < 0:
+            self.spikes.take(losses[place:] if place is not None else ())
+            return False
+        self._go_back(step, f"loss spike: {losses[spike]:.3f} at step {first + spike + 1}")
+        return True
+
+    def _go_back(self, step: int, what: str) -> None:
+        """Go on from the checkpoint of this step, around the batches that the run has seen since. what: happened"""
+        checkpoint, done = self.run_dir / "checkpoints" / f"step_{step:08d}", self.engine.step_count
+        standing = self.stands(checkpoint)
+        before = _ordered(self.config, self.corpus, standing.start)
+        start = around(before, done, self.batches, self.config.spikes.skip)
+        self.batches = _ordered(self.config, self.corpus, start)
+        self.engine.load(checkpoint, standing.peak)
+        self.spikes.gone_back(read_state(checkpoint))
+        self.alerts = self._new_alerts()
+        self.highest_loss.fill_(-math.inf)
+        left_out = start.sequences - before.start.sequences
+        self.news = [f"{what}; went back to step {step}, and left out {left_out:,} sequences"]
+        if self.terminal is not None:
+            self.terminal.say(self.news[0])
+            for sink in self.sinks:
+                if sink is not self.terminal:
+                    sink.close()
+            self.sinks = self._open_sinks(checkpoint)
+        self._begin_to_follow()
+
+    def _begin_to_follow(self) -> None:
+        """Note with what the first look to come is compared, whether the run is resumed or not."""
+        if self._follows(self.engine.step_count) and self.engine.step_count < self.config.run.steps:
+            self.evaluation.follow(self.engine)
+
+    def _new_alerts(self) -> Alerts:
+        monitor = self.config.monitor
+        return Alerts(top_k=self.config.moe.top_k, every=monitor.every, dropped_limit=monitor.alert_dropped)
+
+    def _tokens_left(self, step: int) -> int:
+        return self.batches.position(self.config.run.steps).tokens - self.batches.position(step).tokens
 
     def _follows(self, step: int) -> bool:
         """Whether it is time to see how far the routing has moved."""
@@ -277,9 +353,10 @@ class _Run:
     ) -> dict[str, float]:
         """Gather the figures of the step just done; those of speed are means since step `first`."""
         config, step = self.config, self.engine.step_count
-        speed = (step - first) * self.tokens_per_step / (time.perf_counter() - started)
+        position = self.batches.position(step)
+        speed = (position.tokens - self.batches.position(first).tokens) / (time.perf_counter() - started)
         figures = {
-            "tokens": self.batches.position(step).tokens,
+            "tokens": position.tokens,
             "epoch": self.batches.epochs(step),
             "loss": losses.cross_entropy.item(),
             "loss_max": self.highest_loss.item(),
@@ -292,6 +369,8 @@ class _Run:
             "seconds": round(time.perf_counter() - self.began, 3),
             "memory_bytes": self._peak_memory(),
         }
+        if self.spikes.looks:
+            figures["rollbacks"] = self.spikes.known.rollbacks
         if self.mesh.device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(), config.precision.compute)
             if peak is not None:
@@ -314,8 +393,9 @@ class _Run:
     def _write(self, metrics: dict[str, Any]) -> None:
         self.highest_loss.fill_(-math.inf)
         if self.sinks:
-            alerts = self.alerts.check(metrics)
+            alerts = [*self.news, *self.alerts.check(metrics)]
             metrics = {**metrics, "alerts": alerts} if alerts else metrics
+        self.news = []
         for sink in self.sinks:
             sink.write(self.engine.step_count, metrics)
 
@@ -334,9 +414,10 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         """Say how far into which text the run is; the names are a checkpoint's."""
-        position = self.batches.position(self.engine.step_count)
-        return {"sequences": position.sequences, "tokens": position.tokens,
-                "corpus": self.corpus.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+        position, known = self.batches.position(self.engine.step_count), self.spikes.known
+        state = {"sequences": position.sequences, "tokens": position.tokens,
+                 "corpus": self.corpus.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+        return {**state, "losses": astuple(known)} if self.spikes.looks else state
 
     def _open_sinks(self, checkpoint: Path | None) -> list[Sink]:
         assert self.terminal is not None

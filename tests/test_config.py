@@ -46,6 +46,7 @@ def settle(ranks: int, **parallel: Any) -> Config:
     (2, {"pp": 2, "pp_schedule": "zero_bubble", "compile": True}, "write 1f1b"),
     (2, {"row_budget": 1.5, "over_budget": "drop", "moe": {"router": "sigmoid_bias"}}, "parallel.over_budget=passes"),
     (1, {"moe": {"top_k": 1, "load_balance_coefficient": 0}}, "no loss trains the router"),
+    (2, {"data": {"batch_schedule": [[9, 32], [20, 17]]}}, "a step of 17 must be a multiple of the 2 ranks that share"),
     (3, {"model": {"d_model": 72}}, "data.global_batch=16 must be a multiple of the 3 ranks that share it: use 18"),
 ])
 def test_refused_in_one_line(ranks: int, parallel: dict[str, Any], words: str) -> None:

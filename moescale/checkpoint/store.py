@@ -162,6 +162,21 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
+def go_back(run_dir: Path, step: int, every: int) -> Path | None:
+    """Find the checkpoint of the highest step up to this one, of those that every so many steps ask for.
+
+    Where there is one, those of higher steps are removed, since the run takes another course from there.
+    """
+    found = _all(run_dir / "checkpoints")
+    to = max((folder for folder in found if _step(folder) <= step and _step(folder) % every == 0), key=_step,
+             default=None)
+    if to is not None:
+        for folder in sorted(found, key=_step, reverse=True):  # a kill in the middle leaves an older one as the last
+            if _step(folder) > _step(to):
+                _remove(folder)
+    return to
+
+
 def _names(parent: Path) -> set[str]:
     return {folder.name for folder in parent.iterdir()} if parent.is_dir() else set()
 
@@ -295,11 +310,15 @@ def _remove_old(parent: Path, keep: int) -> None:
         for folder in sorted(_all(parent), key=_step)[:-keep]:
             if is_locked(folder, unknown=False):  # somebody reads it
                 continue  # it goes after a later save
-            aside = folder.with_suffix(".partial")  # a kill in the middle leaves nothing that looks whole
-            set_aside(folder, aside)
-            remove_marked(aside)
+            _remove(folder)
     except OSError as error:  # no reason to end the run: the new checkpoint is in its place
         warnings.warn(f"an old checkpoint could not be removed: {describe(error)}", stacklevel=2)
+
+
+def _remove(folder: Path) -> None:
+    aside = folder.with_suffix(".partial")  # a kill in the middle leaves nothing that looks whole
+    set_aside(folder, aside)
+    remove_marked(aside)
 
 
 def _check_sums(folder: Path, pattern: str) -> dict[str, list[int]]:

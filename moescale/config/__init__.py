@@ -14,6 +14,7 @@ from moescale.config.groups import (
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
+    SpikesConfig,
 )
 from moescale.config.layout import sequence_pieces
 from moescale.config.read import load_config, parse_config, read_overrides
@@ -47,6 +48,7 @@ __all__ = [
     "PrecisionConfig",
     "RunConfig",
     "Silenced",
+    "SpikesConfig",
     "Stopped",
     "TrainingError",
     "any_of",

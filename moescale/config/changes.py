@@ -17,7 +17,7 @@ from moescale.spec.model import KINDS, MIXERS
 LONGEST = 200  # letters of a value that are shown
 HARMLESS = frozenset({
     "run.engine", "run.dir", "run.steps", "run.timeout_seconds", "run.time_limit_minutes", "run.allow_changes",
-    "data.cache_dir", "data.global_batch", "data.max_epochs",
+    "data.cache_dir", "data.global_batch", "data.batch_schedule", "data.max_epochs",
     "model.init",  # the weights are there
     "optim.lr", "optim.warmup_steps", "optim.schedule", "optim.final_lr_share", "optim.stable_steps",
     "optim.decay_steps", "optim.weight_decay",
@@ -26,13 +26,13 @@ HARMLESS = frozenset({
         "dp_replicate", "dp_shard", "tp", "cp", "pp", "ep", "etp", "dispatcher", "dispatch_chunks", "node_ranks",
         "pp_schedule", "recompute", "compile")),
 })
-HARMLESS_GROUPS = frozenset({"checkpoint", "monitor"})
+HARMLESS_GROUPS = frozenset({"checkpoint", "monitor", "spikes"})
 OF_TRAINING = frozenset({  # of a model's groups: acts on how weights are trained, not on what they compute
     "model.init", "model.z_loss_coefficient", "moe.load_balance_coefficient", "moe.router_z_coefficient",
     "moe.balance_over", "moe.jitter", "moe.expert_dropout", "moe.bias_update_rate",
 })
 OF_SEQUENCES = frozenset({  # of the group data: acts on how the tokens are cut, not on which there are
-    "data.cache_dir", "data.seq_len", "data.global_batch", "data.micro_batch", "data.max_epochs",
+    "data.cache_dir", "data.seq_len", "data.global_batch", "data.batch_schedule", "data.micro_batch", "data.max_epochs",
 })
 
 

@@ -55,6 +55,8 @@ class DataConfig(Group):
     """Tokens in a training sequence."""
     global_batch: int = Field(16, ge=1)
     """Sequences in a step, over all ranks."""
+    batch_schedule: tuple[tuple[int, int], ...] = ()
+    """Steps after which global_batch is another number, e.g. [[50000, 1024], [115000, 2048]]."""
     micro_batch: int | None = Field(None, ge=1)
     """Sequences in one pass of a rank, at most its share, which null is; more passes add up their gradients."""
     held_out: float = Field(0.02, gt=0, lt=1)
@@ -74,7 +76,16 @@ class DataConfig(Group):
             refuse(self.tokenizer == "bytes" and getattr(self, key) is not None,
                    f"data.{key}={getattr(self, key)} means nothing to data.tokenizer=bytes: write data.{key}=null, or "
                    "data.tokenizer=PATH of a tokenizer.json that has this token")
+        steps = [0, *(step for step, _ in self.batch_schedule)]
+        refuse(steps != sorted(set(steps)) or min(self.batches) < 1,
+               f"data.batch_schedule={[list(each) for each in self.batch_schedule]}: write pairs of a step and a "
+               "number of sequences, each step later than the one before, e.g. [[50000, 1024], [115000, 2048]]")
         return self
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The numbers of sequences that steps have, one after another."""
+        return (self.global_batch, *(batch for _, batch in self.batch_schedule))
 
 
 class ParallelConfig(Group):
@@ -186,6 +197,19 @@ class CheckpointConfig(Group):
     """Checkpoints that are kept, the newest ones."""
     timeout_seconds: float = Field(1800.0, ge=1, le=LONGEST_SECONDS)
     """A rank that waits longer than this for the others to write or read a checkpoint ends the run."""
+
+
+class SpikesConfig(Group):
+    deviations: float | None = Field(None, gt=0)
+    """Standard deviations above its running mean from which on a loss is a spike; null looks for none."""
+    window: int = Field(100, ge=2)
+    """Steps that the running mean is over; before there are so many, only a loss that is no finite number counts."""
+    back: int = Field(100, ge=1)
+    """Steps before a spike that the checkpoint must be at least, to which the run goes back (PaLM: 100)."""
+    skip: int = Field(300, ge=1)
+    """Batches after that checkpoint that are left out, and all that were seen up to the spike (PaLM: 200 to 500)."""
+    most: int = Field(20, ge=1)
+    """Times that a run goes back, at most; the next spike ends it."""
 
 
 class MonitorConfig(Group):

@@ -24,8 +24,8 @@ def settle(config: Config, world_size: int, node_ranks: int | None) -> Config:
     _check_tensor(config, parallel)
     _check_context(config, parallel)
     micro_batch = _settle_micro_batch(config, parallel)
-    share = config.data.global_batch // (parallel.dp_replicate * parallel.dp_shard)
-    _check_pipeline(config, parallel, share // micro_batch)
+    for batch in config.data.batches:
+        _check_pipeline(config, parallel, batch // (parallel.dp_replicate * parallel.dp_shard) // micro_batch)
     return config.model_copy(update={
         "parallel": parallel, "data": config.data.model_copy(update={"micro_batch": micro_batch}),
     })
@@ -125,19 +125,22 @@ def _check_context(config: Config, parallel: ParallelConfig) -> None:
 
 def _settle_micro_batch(config: Config, parallel: ParallelConfig) -> int:
     data, batch_ranks = config.data, parallel.dp_replicate * parallel.dp_shard
-    refuse(data.global_batch % batch_ranks != 0,
-            f"data.global_batch={data.global_batch} must be a multiple of the {batch_ranks} ranks that share it: "
-            f"use {round_up(data.global_batch, batch_ranks)}")
-    share = data.global_batch // batch_ranks
-    if data.micro_batch is not None and data.micro_batch > share and config.moe.balance_over != "micro_batch":
-        return share  # one pass; a file that suits few ranks suits more
+    for batch in data.batches:
+        first = batch == data.global_batch
+        named = f"data.global_batch={batch}" if first else f"data.batch_schedule: a step of {batch}"
+        refuse(batch % batch_ranks != 0, f"{named} must be a multiple of the {batch_ranks} ranks that share it: "
+               f"use {round_up(batch, batch_ranks)}")
+    shares = [batch // batch_ranks for batch in data.batches]
+    share, fewest = math.gcd(*shares), min(shares)
+    if data.micro_batch is not None and data.micro_batch > fewest and config.moe.balance_over != "micro_batch":
+        return share  # as few passes as there can be; a file that suits few ranks suits more
     if data.micro_batch is not None:
         refuse(share % data.micro_batch != 0,
-                f"data.micro_batch={data.micro_batch} must divide a rank's share of {share} sequences "
-                f"(data.global_batch={data.global_batch} over {batch_ranks} ranks): use {divisors(share)}")
+                f"data.micro_batch={data.micro_batch} must divide a rank's share of {any_of(sorted(set(shares)))} "
+                f"sequences (data.global_batch={data.global_batch} over {batch_ranks} ranks): use {divisors(share)}")
         return data.micro_batch
     return share if parallel.pp == 1 else max(
-        n for n in factors(share) if share // n >= parallel.pp or n == 1)
+        n for n in factors(share) if fewest // n >= parallel.pp or n == 1)
 
 
 def _check_pipeline(config: Config, parallel: ParallelConfig, passes: int) -> None:

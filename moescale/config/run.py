@@ -16,6 +16,7 @@ from moescale.config.groups import (
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
+    SpikesConfig,
 )
 from moescale.config.layout import settle
 from moescale.errors import refuse
@@ -58,6 +59,7 @@ class Config(Group):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    spikes: SpikesConfig = Field(default_factory=SpikesConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
     @property
@@ -114,7 +116,21 @@ class Config(Group):
         refuse(self.moe.router == "sigmoid_bias" and self.parallel.over_budget == "drop",
                 "moe.router=sigmoid_bias balances by loads, of which parallel.over_budget=drop hides what is over: "
                 "write parallel.over_budget=passes")
+        refuse(self.optim.warmup_steps + self.optim.decay_steps > self.run.steps,
+               f"optim.warmup_steps={self.optim.warmup_steps} and optim.decay_steps={self.optim.decay_steps} are more "
+               f"than run.steps={self.run.steps}: write fewer")
+        if self.spikes.deviations is not None:
+            self._check_spikes()
         return self
+
+    def _check_spikes(self) -> None:
+        """Refuse to keep fewer checkpoints than going back takes, or those that a clock chooses."""
+        checkpoint, back = self.checkpoint, self.spikes.back
+        keep = 1 + -(-back // checkpoint.every)
+        refuse(checkpoint.keep < keep, f"spikes.back={back} steps before a spike must lie one of the checkpoints that "
+               f"are kept: write checkpoint.keep={keep}, or a larger checkpoint.every than {checkpoint.every}")
+        refuse(checkpoint.every_minutes is not None, "spikes goes back to checkpoints that steps ask for, which those "
+               "of checkpoint.every_minutes would push out: write checkpoint.every_minutes=null")
 
     def _check_allowed(self) -> None:
         """Refuse names that are no keys, which would allow nothing."""

@@ -6,7 +6,9 @@ in a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -63,11 +65,12 @@ class Batches:
     """
 
     def __init__(
-        self, tokens: TokenSplit, *, seq_len: int, global_batch: int, seed: int, start: Position = START
+        self, tokens: TokenSplit, *, seq_len: int, global_batch: int, seed: int, start: Position = START,
+        batch_schedule: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """start: where a run stood when it went on with these settings."""
-        self.tokens, self.seq_len, self.global_batch, self.seed = tokens, seq_len, global_batch, seed
-        self.start = start
+        """start: where a run stood when it went on with these settings. batch_schedule: steps, and sequences then."""
+        self.tokens, self.seq_len, self.seed, self.start = tokens, seq_len, seed, start
+        self.stretches = [(0, global_batch), *batch_schedule]
         self.num_windows = num_windows(tokens, seq_len)
         if self.num_windows < 1:
             advice = (f"use data.seq_len={tokens.num_tokens - 1} or less, or more text" if tokens.num_tokens > 1
@@ -78,7 +81,9 @@ class Batches:
 
     def position(self, step: int) -> Position:
         """Return where the run is after so many steps, none before the start."""
-        sequences = (step - self.start.step) * self.global_batch
+        sequences = 0
+        for (begin, batch), (end, _) in pairwise([*self.stretches, (max(step, self.stretches[-1][0]), 0)]):
+            sequences += max(0, min(step, end) - max(self.start.step, begin)) * batch
         return Position(step, self.start.sequences + sequences, self.start.tokens + sequences * self.seq_len)
 
     def epochs(self, step: int) -> float:
@@ -91,13 +96,14 @@ class Batches:
         step: counted from 0, not before the start. rank: among the num_ranks that share the global batch.
         micro_batch: sequences a Batch.
         """
-        assert self.global_batch % num_ranks == 0
         assert 0 <= rank < num_ranks
-        share = self.global_batch // num_ranks
+        begin, end = self.position(step).sequences, self.position(step + 1).sequences
+        assert (end - begin) % num_ranks == 0
+        share = (end - begin) // num_ranks
         assert share % micro_batch == 0
-        first = self.position(step).sequences + rank * share
-        return [_stack([self._sequence(number) for number in range(begin, begin + micro_batch)])
-                for begin in range(first, first + share, micro_batch)]
+        first = begin + rank * share
+        return [_stack([self._sequence(number) for number in range(place, place + micro_batch)])
+                for place in range(first, first + share, micro_batch)]
 
     def _sequence(self, number: int) -> np.ndarray:
         epoch, within = divmod(number, self.num_windows)

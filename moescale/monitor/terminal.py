@@ -45,9 +45,10 @@ class _View:
 class Terminal:
     """A sink for standard output."""
 
-    def __init__(self, first_step: int, steps: int, tokens_per_step: int) -> None:
+    def __init__(self, first_step: int, steps: int, tokens_left: Callable[[int], int]) -> None:
+        """tokens_left: tokens that are to come after so many steps."""
         self.console = Console(highlight=False, soft_wrap=True, file=cast(TextIO, _View(sys.stdout)))
-        self.steps, self.tokens_per_step = steps, tokens_per_step
+        self.steps, self.tokens_left = steps, tokens_left
         self._losses: list[float] = []
         self._experts: list[ExpertLoad] = []
         self._progress: Progress | None = None
@@ -77,7 +78,7 @@ class Terminal:
         if self._progress is not None:
             self._progress.update(self._task, figures=figures)
         else:
-            left = (self.steps - step) * self.tokens_per_step / metrics["tokens_per_second"]
+            left = self.tokens_left(step) / metrics["tokens_per_second"]
             self.say(f"step {step}/{self.steps}  {figures}  {int(left) // 60}:{int(left) % 60:02d} left")
         for text in metrics.get("alerts", []):
             self.say(f"step {step}: {text}")

@@ -38,6 +38,7 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
         **{kind: getattr(config, kind).shrink(small) for kind in KINDS},
         "data": config.data.model_copy(update={
             "seq_len": seq_len, "micro_batch": micro_batch, "tokenizer": "none.json",  # batches are made up
+            "batch_schedule": (),
             "global_batch": smallest_multiple(24, (share * each.dp_replicate * each.dp_shard for each in layouts)),
         }),
         "optim": config.optim.model_copy(update={

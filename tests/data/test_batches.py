@@ -109,6 +109,14 @@ def test_each_stretch_of_a_run_goes_on_where_the_one_before_ended() -> None:
     assert (start.sequences, start.tokens) == (42, 42 * 9)
     whole = Batches(tokens, seq_len=9, global_batch=42, seed=1).micro_batches(0, 0, 1, 42)[0]
     assert rows == whole.tokens.tolist()
+    scheduled = Batches(tokens, seq_len=9, global_batch=4, seed=1, batch_schedule=[(3, 10), (5, 2)])
+    halfway = Batches(tokens, seq_len=9, global_batch=4, seed=1, batch_schedule=[(3, 10), (5, 2)],
+                      start=scheduled.position(4))
+    steps = [[row for rank in range(2) for one in each.micro_batches(step, rank, 2, 1) for row in one.tokens.tolist()]
+             for each, first in ((scheduled, 0), (halfway, 4)) for step in range(first, 10)]
+    assert [row for step in steps[:10] for row in step] == rows
+    assert steps[4:10] == steps[10:]
+    assert (scheduled.position(10), halfway.position(10)) == (start, start)
     other = Batches(tokens, seq_len=5, global_batch=3, seed=1, start=Position(start.step, 76, start.tokens))
     numbers += other.micro_batches(start.step + 1, 0, 1, 3)[0].token_id.flatten().tolist()
     assert numbers == [*range(42 * 9), *range(42 * 9 + 3 * 5, 42 * 9 + 6 * 5)]

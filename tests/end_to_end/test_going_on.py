@@ -207,8 +207,8 @@ def test_of_each_key_outside_the_model_it_is_decided_whether_it_may_change() -> 
     keys = {f"{group}.{key}" for group, values in plain.model_dump().items() for key in values}
     assert {key for key in keys if not is_harmless(key, plain, plain) and not decides_text(key)
             and not key.startswith(("model.", "attention.", "feed_forward.", "moe."))} == {
-        "run.seed", "data.seq_len", "optim.name", "optim.betas", "optim.eps", "precision.compute",
-        "parallel.over_budget"}
+        "run.seed", "data.seq_len", "optim.name", "optim.betas", "optim.eps", "optim.factored", "optim.momentum",
+        "precision.compute", "parallel.over_budget"}
 
 
 def test_allowing_what_is_no_key_is_refused_and_what_did_not_change_is_said(run: Started) -> None:

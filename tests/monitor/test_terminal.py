@@ -18,7 +18,7 @@ FIGURES = {"loss": 1.0, "tokens": 10, "tokens_per_second": 5.0}
 
 def show(stream: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", stream)
-    terminal = Terminal(0, 3, 10)
+    terminal = Terminal(0, 3, lambda step: 10 * (3 - step))
     for step in (1, 2, 3):
         terminal.write(step, {**FIGURES, "loss": 1.0 / step})
     terminal.say("an arrow → and a letter ł")

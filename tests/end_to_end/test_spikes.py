@@ -1,0 +1,110 @@
+"""A loss spike sends a run back to an earlier checkpoint and around its batches, interrupted or not."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from moescale.config import ConfigError, TrainingError, parse_config
+from moescale.data.batches import Batches
+from moescale.generate import load_model
+from moescale.spikes import Losses, Spikes
+from moescale.trainer import train
+from tests.support.groups import in_groups
+
+BATCH = 4
+
+
+def run(folder: Path, name: str, steps: int, **spikes: Any) -> list[dict]:
+    """Train or go on to a step. -> the lines of metrics.jsonl"""
+    draw = random.Random(0)
+    (folder / "text").mkdir(exist_ok=True)
+    for number in range(40):
+        (folder / f"text/{number}.txt").write_text(" ".join(draw.choice(("ba", "do", "ki", "lu")) for _ in range(60)))
+    train(parse_config({
+        "run": {"dir": str(folder / name), "steps": steps},
+        "data": {"files": [str(folder / "text/*.txt")], "cache_dir": str(folder / "cache"), "seq_len": 16,
+                 "global_batch": BATCH, "batch_schedule": [[8, 2 * BATCH], [10, BATCH]]},
+        **in_groups({"vocab_size": 264, "d_model": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1,
+                     "head_dim": 8, "d_ff": 16, "pattern": [{"channel_mixer": "feed_forward"}]}),
+        "optim": {"lr": 1e-2, "schedule": "constant"}, "checkpoint": {"every": 4, "keep": 4},
+        "monitor": {"every": 2, "moved_every": None},
+        "spikes": {"deviations": 2.5, "window": 8, "back": 4, "skip": 6, **spikes}}, "test"))
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, sequences: Any) -> list[int]:
+    """Give some sequences targets without sense. -> the numbers of all sequences that are read from now on"""
+    read, sequence = list[int](), Batches._sequence
+
+    def poisoned(self: Batches, number: int) -> np.ndarray:
+        read.append(number)
+        parts = sequence(self, number).copy()
+        if number in sequences:
+            parts[1] = 200 + np.arange(parts.shape[1]) % 7
+        return parts
+
+    monkeypatch.setattr(Batches, "_sequence", poisoned)
+    return read
+
+
+def test_a_spike_sends_a_run_back_and_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = 18 * BATCH + 8  # of step 19 on; steps 9 and 10 are twice as large
+    read = poison(monkeypatch, range(first + 2 * BATCH, first + 4 * BATCH))  # steps 21 and 22
+    lines = run(tmp_path, "run", 30)
+    assert [line["step"] for line in lines] == list(range(2, 31, 2))
+    assert [line["rollbacks"] for line in lines] == 8 * [0] + 7 * [1]
+    (alert,) = [text for line in lines for text in line.get("alerts", []) if "went back" in text]
+    assert "at step 21; went back to step 16, and left out 24 sequences" in alert
+    back = 16 * BATCH + 8
+    assert read == [*range(first + 4 * BATCH), *range(back + 6 * BATCH, back + 20 * BATCH)]
+    state = json.loads((tmp_path / "run/checkpoints/step_00000030/checkpoint.json").read_text())["state"]
+    assert (state["sequences"], state["tokens"]) == (back + 20 * BATCH, 16 * (30 * BATCH + 8))
+
+    for stop in (22, 26):  # cut off at the spike, and after going back
+        name = f"cut at {stop}"
+        run(tmp_path, name, stop)
+        again = run(tmp_path, name, 30)
+        assert [line["loss"] for line in again if line["step"] % 2 == 0] == [line["loss"] for line in lines]
+    whole, cut = (load_model(tmp_path / name)[0].state_dict() for name in ("run", "cut at 26"))
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+    off = run(tmp_path, "off", 30, deviations=None)
+    assert max(line["loss_max"] for line in off) > 2 * lines[-1]["loss"]
+    assert not any("rollbacks" in line for line in off)
+
+
+def test_spikes_without_end_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, range(16 * BATCH, 10_000))
+    with pytest.raises(TrainingError, match=r"after the run went back spikes\.most=1 times"):
+        run(tmp_path, "run", 30, most=1, window=2, deviations=0.5)
+
+
+def test_what_is_a_spike() -> None:
+    config = parse_config({"spikes": {"deviations": 3.0, "window": 4}, "checkpoint": {"every": 100}}, "test").spikes
+    spikes = Spikes(config, {})
+    assert spikes.find([9.0, 1.0, 5.0]) is None, "too few are known"
+    assert spikes.find([4.0, 4.1, float("nan")]) == 2
+    assert spikes.find([4.0, 99.0]) == 1
+    known = spikes.known
+    assert Spikes(config, {"losses": json.loads(json.dumps(list(vars(known).values())))}).known == known
+    steady = Losses()
+    for loss in (2.0, 4.0, 2.0, 4.0):
+        steady = steady.and_then(loss, 4)
+    assert (steady.mean, steady.variance) == (3.0, 1.0), "at first plain mean and variance"
+
+
+@pytest.mark.parametrize(("keys", "advice"), [
+    ({"checkpoint": {"every": 30}}, "write checkpoint.keep=5"),
+    ({"checkpoint": {"every": 100, "every_minutes": 5}}, "write checkpoint.every_minutes=null"),
+])
+def test_checkpoints_that_are_not_there_to_go_back_to_are_refused(keys: dict, advice: str) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        parse_config(yaml.safe_load(json.dumps({"spikes": {"deviations": 3.0}, **keys})), "test")
