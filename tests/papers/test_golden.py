@@ -20,16 +20,19 @@ from moescale.verify.shrink import shrink
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOLDEN = {  # parameters, nats a target, balance loss a token and layer of experts
+    "attention_patterns": (68768, 4.63032452, 1.18384661),
     "gshard_600b": (16800, 4.15770312, 1.00420961),
     "hippo_small": (29984, 4.66808370, 1.08881655),
     "jamba_52b": (124461, 4.17768118, 1.00858035),
     "lmu_small": (30048, 4.72185243, 1.09695403),
+    "lssl_small": (31776, 4.73034747, 1.12496712),
     "mamba_130m": (17376, 4.15887190, 0.0),
     "mixtral_8x22b": (35488, 4.17194974, 1.01169787),
     "mixtral_8x7b": (35488, 4.17194974, 1.01169787),
     "palm_540b": (11360, 4.88576923, 0.0),
     "palm_8b": (11360, 4.88576923, 0.0),
     "quickstart": (35488, 4.71472944, 1.16607873),
+    "s4_small": (34592, 4.67103913, 1.10386851),
     "switch_base": (15648, 5.78687526, 1.01242643),
 }
 
