@@ -119,6 +119,12 @@ class Config(Group):
         refuse(self.optim.warmup_steps + self.optim.decay_steps > self.run.steps,
                f"optim.warmup_steps={self.optim.warmup_steps} and optim.decay_steps={self.optim.decay_steps} are more "
                f"than run.steps={self.run.steps}: write fewer")
+        if self.model.embedding_positions != "none":
+            mixers = [layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig)]
+            for positions in {mixer.positions for mixer in mixers}:
+                refuse(positions != "none", f"model.embedding_positions={self.model.embedding_positions} and "
+                       f"attention.positions={positions} say the same twice: write attention.positions=none, or "
+                       "model.embedding_positions=none")
         if self.spikes.deviations is not None:
             self._check_spikes()
         return self

@@ -32,4 +32,15 @@ class LayerNorm(RMSNorm):
         return F.layer_norm(upcast, scale.shape, scale, None, self.eps).to(x.dtype)
 
 
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+class NoNorm(nn.Module):
+    """Leaves features as they are, and has no weight."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., d_model], any dtype. -> the same"""
+        return x
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "none": NoNorm}

@@ -1,4 +1,4 @@
-"""Where tokens are: rotary embedding, linear biases."""
+"""Where tokens are: rotary embedding, linear biases, sinusoids."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     pair = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
     angle = positions.to(torch.float32).unsqueeze(-1) * theta ** (-2 * pair / head_dim)
     return angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
+
+
+def sinusoids(positions: Tensor, features: int) -> Tensor:
+    """Give each position a vector: sines and cosines in turn, of slower and slower waves (Vaswani et al., 2017, 3.5).
+
+    positions: [batch, seq] int64. Returns [batch, seq, features] float32.
+    """
+    feature = torch.arange(features, device=positions.device)
+    angle = positions.to(torch.float32).unsqueeze(-1) * 10_000.0 ** (-(feature // 2 * 2) / features)
+    return torch.where(feature % 2 == 0, angle.sin(), angle.cos())
 
 
 def alibi_slopes(heads: int) -> Tensor:

@@ -12,6 +12,7 @@ from moescale.config import Config
 from moescale.layers.feed_forward import FeedForward
 from moescale.layers.linear import Embedding, Linear
 from moescale.layers.norm import NORMS
+from moescale.layers.residual import ReZero
 from moescale.mixers.attention import Attention
 from moescale.mixers.base import Mixer
 from moescale.mixers.hippo import Hippo
@@ -102,7 +103,7 @@ def build_model(config: Config, device: torch.device | str = "meta") -> Language
             NORMS[model.norm](model.d_model, model.norm_eps),
             None if model.tied_embeddings else Linear(model.d_model, model.vocab_size),
             logit_scale=model.d_model**-0.5 if model.scale_logits else 1.0,
-            compute_dtype=compute_dtype,
+            compute_dtype=compute_dtype, sinusoidal=model.embedding_positions == "sinusoidal",
         )
         return whole.double() if compute_dtype == torch.float64 else whole  # weights are float32 under bfloat16 too
 
@@ -114,6 +115,7 @@ def _block(config: Config, layer: Layer, index: int) -> Block:
         MIXERS[type(layer.mixer)](model, layer.mixer),
         NORMS[model.norm](model.d_model, model.norm_eps) if model.block == "serial" and mixes_channels else None,
         _channel_mixer(config, layer.channel_mixer, index) if layer.channel_mixer else None,
+        ReZero() if model.residual == "rezero" else None,
     )
 
 

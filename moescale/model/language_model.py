@@ -12,6 +12,7 @@ from moescale.comm.collectives import local_tensor
 from moescale.comm.placement import Placement, Share
 from moescale.comm.sequence_shards import SequenceShards
 from moescale.layers.linear import Embedding, Linear
+from moescale.layers.positions import sinusoids
 from moescale.mixers.base import Mixer, State
 from moescale.model import generation
 from moescale.moe.routers import Router
@@ -51,13 +52,16 @@ class LanguageModel(nn.Module):
         first: bool = True,
         logit_scale: float,
         compute_dtype: torch.dtype,
+        sinusoidal: bool = False,
     ) -> None:
+        """sinusoidal: whether the embedding of each token is added to one of its position."""
         super().__init__()
         self.embedding = embedding
         self.blocks = nn.ModuleDict({str(index): block for index, block in blocks.items()})
         self.norm = norm
         self.head = head
         self.first, self.logit_scale, self.compute_dtype = first, logit_scale, compute_dtype
+        self.sinusoidal = sinusoidal
         self.sequence, self.vocabulary = SequenceShards(), Share()
 
     def attach(self, placement: Placement) -> None:
@@ -154,6 +158,8 @@ class LanguageModel(nn.Module):
         if self.first:
             assert self.embedding is not None
             x = self.sequence.scatter(self.embedding(self.sequence.part(x), self.compute_dtype))
+            if self.sinusoidal:
+                x = x + sinusoids(self.sequence.own(positions), x.shape[-1]).to(x.dtype)
         if router_losses is None:
             router_losses = x.new_zeros(2, dtype=torch.promote_types(x.dtype, torch.float32))
         for index, block in enumerate(self.blocks.values()):

@@ -44,7 +44,7 @@ def join(pieces: Sequence[LanguageModel]) -> LanguageModel:
     one, last = pieces[0], pieces[-1]
     blocks = {int(index): block for piece in pieces for index, block in piece.blocks.items()}
     return LanguageModel(one.embedding or last.embedding, blocks, last.norm, last.head, first=one.first,
-                         logit_scale=one.logit_scale, compute_dtype=one.compute_dtype)
+                         logit_scale=one.logit_scale, compute_dtype=one.compute_dtype, sinusoidal=one.sinusoidal)
 
 
 def _take(whole: LanguageModel, layers: range, *, first: bool, last: bool, tied: bool) -> LanguageModel:
@@ -52,7 +52,7 @@ def _take(whole: LanguageModel, layers: range, *, first: bool, last: bool, tied:
         whole.embedding if first or (last and tied) else None,
         {index: whole.blocks[str(index)] for index in layers},
         whole.norm if last else None, whole.head if last else None,
-        first=first, logit_scale=whole.logit_scale, compute_dtype=whole.compute_dtype,
+        first=first, logit_scale=whole.logit_scale, compute_dtype=whole.compute_dtype, sinusoidal=whole.sinusoidal,
     )
 
 

@@ -91,12 +91,16 @@ class ModelConfig(Group):
     """Features of a position between the layers."""
     num_layers: int = Field(4, ge=1, le=10_000)
     """Layers, each with one mixer and one channel mixer."""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """How features are normalized before each mixer."""
+    norm: Literal["rmsnorm", "layernorm", "none"] = "rmsnorm"
+    """How features are normalized before each mixer and before the head."""
     norm_eps: float = Field(1e-5, gt=0)
     """Added to the mean square in a norm, so that nothing is divided by zero."""
     block: Literal["serial", "parallel"] = "serial"
     """`serial` has a norm before each mixer; `parallel` one norm for both, side by side (PaLM)."""
+    residual: Literal["plain", "rezero"] = "plain"
+    """How features and what a mixer gives come together: added, or first times a weight that is 0 at first (ReZero)."""
+    embedding_positions: Literal["none", "sinusoidal"] = "none"
+    """What is added to the embedding of a token: sines of its position in the document, where mixers know none."""
     tied_embeddings: bool = False
     """Whether the head's weight is the embedding's."""
     scale_logits: bool = False
@@ -116,6 +120,10 @@ class ModelConfig(Group):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_width("model.d_model", self.d_model)
+        refuse(self.residual == "rezero" and self.norm != "none",
+               f"model.residual=rezero takes the place of model.norm={self.norm}: write model.norm=none")
+        refuse(self.residual == "rezero" and self.block == "parallel",
+               "model.block=parallel shares one norm, and model.residual=rezero has none: write model.block=serial")
         refuse(not self.pattern, "model.pattern is empty: write at least one layer, e.g. [{channel_mixer: moe}]")
         return self
 
@@ -173,10 +181,12 @@ class ModelSpec:
     def layer_weights(self, index: int) -> tuple[Weight, ...]:
         """Describe the weights of one layer, named from its block on."""
         model, layer = self.model, self.layers[index]
-        mixer = (norm("mixer_norm", model.d_model), *below("mixer", layer.mixer.weights(model.d_model, model.init)))
+        alpha = Weight(("residual", "alpha"), (1,), ("weight",), None, "shared", Init("zeros"), decays=False)
+        residual = (alpha,) if model.residual == "rezero" else ()
+        mixer = (*residual, *self._norm("mixer_norm"), *below("mixer", layer.mixer.weights(model.d_model, model.init)))
         if layer.channel_mixer is None:
             return mixer
-        channel_norm = () if model.block == "parallel" else (norm("channel_norm", model.d_model),)
+        channel_norm = () if model.block == "parallel" else self._norm("channel_norm")
         channel_mixer = layer.channel_mixer.weights(model.d_model, model.init)
         return (*mixer, *channel_norm, *below("channel_mixer", channel_mixer))
 
@@ -188,7 +198,11 @@ class ModelSpec:
         blocks = [weight for index in range(len(self.layers))
                   for weight in below("blocks", below(str(index), self.layer_weights(index)))]
         head = () if model.tied_embeddings else (self._rows("head", initial(model.init, model.d_model)),)
-        return (embedding, *blocks, norm("norm", model.d_model), *head)
+        return (embedding, *blocks, *self._norm("norm"), *head)
+
+    def _norm(self, name: str) -> tuple[Weight, ...]:
+        """Describe the scale of a norm, where there are norms."""
+        return () if self.model.norm == "none" else (norm(name, self.model.d_model),)
 
     def _rows(self, name: str, init: Init) -> Weight:
         """Describe a matrix with a row for each token of the vocabulary."""

@@ -18,7 +18,8 @@ from moescale.verify.observation import Observation
 TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
 PARTS = {  # of a parameter's name, the first that is in it: what users call it
     "experts": "expert", "shared": "shared expert", "router": "router", "mixer": "mixer", "mixer_norm": "norm",
-    "channel_norm": "norm", "norm": "norm", "channel_mixer": "feed-forward", "embedding": "embedding", "head": "head",
+    "channel_norm": "norm", "norm": "norm", "residual": "residual", "channel_mixer": "feed-forward",
+    "embedding": "embedding", "head": "head",
 }
 
 

@@ -34,6 +34,12 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat((left * angle.cos() - right * angle.sin(), left * angle.sin() + right * angle.cos()), -1)
 
 
+def sinusoids(length: int, features: int) -> Tensor:
+    """sin(m / 10000^(2i/features)) at feature 2i of position m, its cosine at 2i + 1 (Vaswani et al., section 3.5)."""
+    return torch.tensor([[(math.cos if feature % 2 else math.sin)(m / 10_000 ** ((feature - feature % 2) / features))
+                          for feature in range(features)] for m in range(length)], dtype=torch.float64)
+
+
 def attention(
     x: Tensor, weights: Weights, num_heads: int, num_kv_heads: int, *, theta: float | None,
     sees: Callable[[int, int, int], bool], alibi: bool = False,

@@ -29,6 +29,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
                                    "pattern": [{"channel_mixer": "feed_forward"}]})},
     "dense gelu no positions": {**in_groups({**SERIAL, "activation": "gelu", "positions": "none", "rope_theta": 500.0,
                                           "pattern": [{"channel_mixer": "feed_forward"}]})},
+    "rezero": {**in_groups({**SERIAL, "norm": "none", "residual": "rezero", "positions": "none",
+                            "embedding_positions": "sinusoidal",
+                            "pattern": [{"channel_mixer": "feed_forward"}, {"channel_mixer": "moe"}]}),
+               "moe": {"num_experts": 4, "top_k": 2, "d_ff": 8}},
     "mixtral": {**in_groups({**SERIAL, "window": 5, "rope_theta": 1e6}),
                 "moe": {"num_experts": 6, "top_k": 2, "d_ff": 8, "router_z_coefficient": 0.2}},
     "mixtral, not normalized": {**in_groups({**SERIAL, "positions": "none"}), "moe": {
@@ -79,7 +83,7 @@ def test_a_model_equals_the_papers_formulas(family: str) -> None:
     theirs = torch.autograd.grad(_total(expected, config), list(weights.values()))
     for name, ours, reference in zip(weights, gradients, theirs, strict=True):
         difference = float((ours - reference).norm() / reference.norm())
-        assert difference < 2e-6, f"the gradient of {name}"  # the angles of rotary positions are float32 in ours
+        assert difference < 4e-6, f"the gradient of {name}"  # the angles of positions are float32 in ours
 
 
 def _random_model(config: Config) -> LanguageModel:
@@ -102,14 +106,17 @@ def _total(sums: Any, config: Config) -> Tensor:
 def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id: Tensor) -> list[Tensor]:
     """The four sums of one sequence. tokens: [seq + 1]"""
     model = config.model
-    norm = formulas.layer_norm if model.norm == "layernorm" else formulas.rms_norm
+    norm = {"layernorm": formulas.layer_norm, "rmsnorm": formulas.rms_norm, "none": lambda x, *_: x}[model.norm]
     x = weights["embedding.weight"][tokens[:-1]]
+    if model.embedding_positions == "sinusoidal":
+        x = x + formulas.sinusoids(*x.shape)
     losses = [torch.zeros((), dtype=x.dtype), torch.zeros((), dtype=x.dtype)]
     for index, layer in enumerate(config.layers):
         attention, channel_mixer = layer.mixer, layer.channel_mixer
         of = f"blocks.{index}."
         own = {name.removeprefix(of): weight for name, weight in weights.items() if name.startswith(of)}
-        h = norm(x, own["mixer_norm.weight"], model.norm_eps)
+        alpha = own.get("residual.alpha", 1.0)  # x + alpha F(x), the same in both (ReZero, section 3)
+        h = norm(x, own.get("mixer_norm.weight"), model.norm_eps)
         mixed = formulas.attention(
             h, {part: own[f"mixer.{part}.weight"] for part in "qkvo"}, attention.num_heads, attention.num_kv_heads,
             theta=attention.rope_theta if attention.positions == "rope" else None, sees=partial(_sees, attention),
@@ -117,12 +124,12 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id:
         if model.block == "parallel":  # y = x + MLP(norm(x)) + Attention(norm(x)) (PaLM, section 2)
             x = x + mixed + formulas.feed_forward(h, _dense(own), channel_mixer.activation)
             continue
-        x = x + mixed
+        x = x + alpha * mixed
         if channel_mixer is None:
             continue
-        h = norm(x, own["channel_norm.weight"], model.norm_eps)
+        h = norm(x, own.get("channel_norm.weight"), model.norm_eps)
         if isinstance(channel_mixer, FeedForwardConfig):
-            x = x + formulas.feed_forward(h, _dense(own), channel_mixer.activation)
+            x = x + alpha * formulas.feed_forward(h, _dense(own), channel_mixer.activation)
             continue
         router = own["channel_mixer.router.weight"]
         experts = [{part: own[f"channel_mixer.experts.{part}"][expert] for part in ("gate", "up", "down")
@@ -133,8 +140,8 @@ def _paper(config: Config, weights: dict[str, Tensor], tokens: Tensor, token_id:
                                       draws=uniform(token_id, salt), bias=own.get("channel_mixer.router.expert_bias"),
                                       groups=(config.moe.num_expert_groups, config.moe.top_k_groups),
                                       normalize=config.moe.normalize_weights)
-        x, losses = x + y, [losses[0] + balance, losses[1] + formulas.router_z(h, router)]
-    h = norm(x, weights["norm.weight"], model.norm_eps)
+        x, losses = x + alpha * y, [losses[0] + balance, losses[1] + formulas.router_z(h, router)]
+    h = norm(x, weights.get("norm.weight"), model.norm_eps)
     head = weights["embedding.weight"] if model.tied_embeddings else weights["head.weight"]
     scale = model.d_model**-0.5 if model.scale_logits else 1.0
     return [*formulas.next_token_losses(h @ head.T * scale, tokens[1:]), *losses]

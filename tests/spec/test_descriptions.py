@@ -40,6 +40,8 @@ KINDS["mamba"] = {**in_groups({**SMALL, "pattern": [{"mixer": "mamba"}, NORMED]}
                   "mamba": {"d_state": 6, "d_conv": 3}, "moe": {"num_experts": 4, "d_ff": 8}}
 KINDS["mamba2"] = {**in_groups({**SMALL, "pattern": [{"mixer": "mamba2"}]}), "moe": {"num_experts": 4, "d_ff": 8},
                    "mamba2": {"d_state": 6, "d_conv": 3, "head_dim": 8, "num_groups": 2}}
+KINDS["rezero"] = {**in_groups({**SMALL, "norm": "none", "residual": "rezero", "pattern": MIXED}),
+                   "moe": {"num_experts": 4, "d_ff": 8}}
 KINDS["sigmoid_bias"] = {**in_groups(SMALL), "moe": {"router": "sigmoid_bias", "num_experts": 4, "d_ff": 8}}
 
 

@@ -199,7 +199,10 @@ def _chunk(part: Stored, begin: int, goal: int, count: int) -> Chunk:
 
 
 def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None:
-    """Refuse what DeepSpeed's gate cannot do, and layouts that its files cannot have."""
+    """Refuse what DeepSpeed's gate cannot do, what `--verify` could not follow, and layouts that files cannot have."""
+    for key, left_out in (("norm", "none"), ("residual", "rezero"), ("embedding_positions", "sinusoidal")):
+        if getattr(config.model, key) == left_out:
+            raise ConfigError(f"model.{key}={left_out} cannot be written for DeepSpeed: convert --to moescale")
     if config.num_moe_layers and config.moe.router not in ROUTERS:
         raise ConfigError(f"moe.router={config.moe.router} cannot be expressed by DeepSpeed's gate: convert --to "
                           "moescale or megatron")

@@ -233,7 +233,8 @@ COMMON = keys(
     Key("rope_parameters", None, translation=ELSEWHERE),
     Key("layer_types", None, translation=LAYER_TYPES),
 )
-DECODER = {"model.block": "serial", "model.norm": "rmsnorm", "attention.positions": "rope", "model.scale_logits": False}
+DECODER = {"model.block": "serial", "model.norm": "rmsnorm", "model.residual": "plain",
+           "model.embedding_positions": "none", "attention.positions": "rope", "model.scale_logits": False}
 
 LAYER = "model.layers.{layer}."
 EMBEDDING = rows(row("embedding.weight", "model.embed_tokens.weight"))

@@ -301,7 +301,8 @@ def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> Non
     # there the weight of the only choice is its score as it is, or its share of all experts' probability, never 1
     one = mixtures and moe.top_k == 1 and moe.normalizes and (moe.router == "sigmoid_bias" or moe.num_experts > 1)
     wrong = {
-        "model.block": model.block != "serial", "model.norm": model.norm != "rmsnorm",
+        "model.residual": model.residual != "plain", "model.block": model.block != "serial",
+        "model.norm": model.norm != "rmsnorm", "model.embedding_positions": model.embedding_positions != "none",
         "attention.positions": attention.positions == "alibi", "model.scale_logits": model.scale_logits,
         "feed_forward.activation": mixtures < model.num_layers and dense.activation not in ("swiglu", "gelu"),
         "moe.activation": mixtures and (moe.activation not in ("swiglu", "gelu") or (
