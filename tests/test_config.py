@@ -44,6 +44,7 @@ def settle(ranks: int, **parallel: Any) -> Config:
     (2, {"pp": 2, "pp_schedule": "interleaved_1f1b", "data": {"global_batch": 5, "micro_batch": 1}}, "in 2 rounds"),
     (2, {"pp": 2, "pp_schedule": "zero_bubble", "data": {"global_batch": 5, "micro_batch": 1}}, "in 2 rounds"),
     (2, {"pp": 2, "pp_schedule": "zero_bubble", "compile": True}, "write 1f1b"),
+    (2, {"pp": 2, "pp_schedule": "zero_bubble", "model": {"residual": "rezero", "norm": "none"}}, "write 1f1b"),
     (2, {"row_budget": 1.5, "over_budget": "drop", "moe": {"router": "sigmoid_bias"}}, "parallel.over_budget=passes"),
     (1, {"moe": {"top_k": 1, "load_balance_coefficient": 0}}, "no loss trains the router"),
     (2, {"data": {"batch_schedule": [[9, 32], [20, 17]]}}, "a step of 17 must be a multiple of the 2 ranks that share"),

@@ -158,5 +158,8 @@ def _check_pipeline(config: Config, parallel: ParallelConfig, passes: int) -> No
     refuse(schedule in ("interleaved_1f1b", "zero_bubble") and passes % rounds != 0,
             f"parallel.pp_schedule={schedule} runs {passes} micro-batches in {rounds} rounds: write a "
             f"data.micro_batch that gives a multiple of parallel.pp={pp}, or parallel.pp_schedule=1f1b")
+    refuse(config.model.residual == "rezero" and schedule == "zero_bubble",
+           "model.residual=rezero uses one weight twice in a layer, whose backward parallel.pp_schedule=zero_bubble "
+           "cannot split: write 1f1b")
     refuse(parallel.compile and schedule == "zero_bubble",
             "parallel.compile=true cannot split backward as parallel.pp_schedule=zero_bubble does: write 1f1b")

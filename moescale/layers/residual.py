@@ -14,5 +14,5 @@ class ReZero(nn.Module):
         self.alpha = nn.Parameter(torch.empty(1))
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """Give alpha, [1]. It is asked for once in a pass, as FSDP gathers what a module has when it is called."""
-        return self.alpha.to(dtype)
+        """Copy alpha, [1], once in a pass: FSDP gathers it when the module is called, and takes its memory back."""
+        return self.alpha.to(dtype, copy=True)
