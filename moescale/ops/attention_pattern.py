@@ -103,10 +103,13 @@ class AttentionPattern:
 
     def bias(self, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute what to add to the scores, -inf where nothing is seen. -> [batch or 1, heads or 1, queries, keys]"""
-        sees = self.visible(query, key)
-        sees = sees.reshape(-1, 1, *sees.shape[-2:])
+        sees = _for_heads(self.visible(query, key))
         if self.slopes is None:
             return torch.zeros(sees.shape, dtype=dtype, device=key.device).masked_fill_(~sees, float("-inf"))
-        behind = (query.unsqueeze(-1) - key.unsqueeze(-2)).abs()
-        behind = behind.reshape(-1, 1, *behind.shape[-2:])
+        behind = _for_heads((query.unsqueeze(-1) - key.unsqueeze(-2)).abs())
         return (-self.slopes.to(dtype).view(-1, 1, 1) * behind).masked_fill(~sees, float("-inf"))
+
+
+def _for_heads(pairs: Tensor) -> Tensor:
+    """Make room for heads. [queries, keys] or [batch, queries, keys] -> [batch or 1, 1, queries, keys]"""
+    return (pairs if pairs.dim() == 3 else pairs.unsqueeze(0)).unsqueeze(1)
