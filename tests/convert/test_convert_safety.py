@@ -176,7 +176,7 @@ def test_copies_that_differ(published: Path, tmp_path: Path) -> None:
     ({"block": "parallel"}, {}, "model.block=parallel"), ({"norm": "layernorm"}, {}, "model.norm=layernorm"),
     ({"positions": "alibi"}, {}, "attention.positions=alibi"),
     ({**DENSE, "activation": "relu"}, {}, "feed_forward.activation=relu"),
-    ({"pattern": [{"channel_mixer": "feed_forward"}, {}]}, {}, "a layer with mixer=attention and channel_mixer="),
+    ({"pattern": [{"channel_mixer": "feed_forward"}, {}]}, {}, "attention.positions=rope"),
     ({}, {"router": "switch", "top_k": 1}, "moe.router=switch"),
     ({}, {"num_shared_experts": 1}, "moe.num_shared_experts=1"),
 ], ids=str)

@@ -308,7 +308,8 @@ class Family:
                   if value_of(config, name) != value and name.partition(".")[0] in present]
         for key, value in self._written(config):
             if not key.translation.fits(value, config):
-                found.append(f"{key.ours.split()[0]}={shorten(value)}")
+                text = value if isinstance(value, str) else shorten(value)
+                found.append(f"{key.ours.split()[0]}={text}")
         return found
 
     def _written(self, config: Config) -> Iterator[tuple[Key, Any]]:
