@@ -118,10 +118,13 @@ def test_fault_is_found_and_named(proof: Proof, fault: str, monkeypatch: pytest.
 
 
 def test_a_recurrence_that_is_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state that is not handed on from rank to rank, and one that passes through the beginning of a document."""
+    """A state that is not handed on from rank to rank, and one that passes through the beginning of a document.
+
+    The latter takes three pieces at least: one before the document, one in which it begins, and one behind.
+    """
     run = parse_config({"model": {"num_layers": 1, "init": "fan_in", "pattern": [
         {"mixer": "mamba", "channel_mixer": "feed_forward"}]}}, "test")
-    proof, layout = prepare(shrink(run, [Layout(cp=2)]), SEED), Layout(cp=2)
+    proof, layout = prepare(shrink(run, [Layout(cp=4)]), SEED), Layout(cp=4)
     assert not try_one(proof, layout).diagnosis
     whole = SharedSequenceShards._first_states
     for fault in (lambda *arguments: whole(*arguments) * 0,
