@@ -43,7 +43,7 @@ from moescale.ops.scan_triton import selective_scan
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of a block, by compute capability
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.bool: "*i1", torch.uint8: "*u8",
 }
 
 
@@ -196,8 +196,9 @@ def main() -> None:
                 continue
             with recorded() as launches:
                 out = function(*values)
-                if out.requires_grad:
-                    out.sum().backward()
+                outs = [each for each in (out if isinstance(out, tuple) else (out,)) if each.requires_grad]
+                if outs:
+                    torch.stack([each.sum() for each in outs]).sum().backward()
             for launch in launches:
                 registers, stack, shared = launch.compile(arguments.capability)
                 spilled, too_large = spilled + (stack > 0), too_large + (shared > device.SHARED_BYTES)
