@@ -95,8 +95,7 @@ class Systems(Exact):
 
     def here(self, weight: Tensor) -> Tensor:
         """Take the channels of this rank."""
-        whole = local_tensor(weight)
-        return whole if self.share.size == 1 else whole.chunk(self.share.size)[self.share.rank]
+        return self.share.part(local_tensor(weight))
 
     def zeros(self, like: Tensor) -> Tensor:
         """Make states that have seen nothing for inputs [batch, length, channels]."""
