@@ -69,8 +69,9 @@ def test_what_is_left_to_derive() -> None:
 
 @pytest.mark.parametrize("group", [field.annotation for field in Config.model_fields.values()] + [LayerConfig])
 def test_every_key_has_a_sentence(group: Any) -> None:
-    for key, field in group.model_fields.items():
-        text = field.description or ""
+    sentences = group.sentences()
+    for key in group.model_fields:
+        text = sentences.get(key, "")
         assert text[:1].isupper() or text.startswith("`"), f"{group.__name__}.{key} needs a sentence below it"
         assert text.endswith("."), f"{group.__name__}.{key}"
         assert "\n" not in text, f"{group.__name__}.{key}: one line"

@@ -22,12 +22,13 @@ def describe(config: Config, width: int) -> Iterator[str]:
     default = Config()
     for home in Config.model_fields:
         yield home
+        sentences = group(home).sentences()
         for name, field in group(home).model_fields.items():
             value, usual = (getattr(getattr(run, home), name) for run in (config, default))
             changed = value != usual
             note = f"{_kind(field)}; default {written(usual)}" if changed else _kind(field)
             yield from _wrapped(f"{'*' if changed else ' '} {home}.{name} = {written(value)}  ({note})", width, 6)
-            yield from _wrapped(f"      {field.description}", width, 6)
+            yield from _wrapped(f"      {sentences[name]}", width, 6)
         yield ""
 
 

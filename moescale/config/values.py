@@ -10,10 +10,10 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel
 
 from moescale.config.run import MOVED, Config
 from moescale.errors import ConfigError, any_of, refuse
+from moescale.spec.group import Group
 
 NULLS = ("null", "Null", "NULL", "~", "")
 SWITCHES = {word: value for value, words in ((True, "true yes on"), (False, "false no off"))
@@ -41,7 +41,7 @@ def read_node(node: yaml.Node, kind: Any, key: str) -> Any:
         return _read_list(node, get_args(kinds), key, kind)
     if get_origin(kinds) is dict:  # some keys of a group, for some layers
         return _read_some(node, key)
-    if isinstance(kinds, type) and issubclass(kinds, BaseModel):
+    if isinstance(kinds, type) and issubclass(kinds, Group):
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{key} must be {words(kind)}, e.g. {{{next(iter(kinds.model_fields))}: ...}}")
         return {name: read_node(value, kinds.model_fields[name].annotation, f"{key}.{name}")
@@ -63,7 +63,7 @@ def _read_some(node: yaml.Node, key: str) -> dict[str, Any]:
             for name, value in pairs(node, group(home), key)}
 
 
-def pairs(node: yaml.MappingNode, model: type[BaseModel], where: str) -> Iterator[tuple[str, yaml.Node]]:
+def pairs(node: yaml.MappingNode, model: type[Group], where: str) -> Iterator[tuple[str, yaml.Node]]:
     """Give the keys of a mapping with their values. Raises ConfigError for a key that is unknown or there twice."""
     lines: dict[str, int] = {}
     for key_node, value in node.value:
@@ -76,7 +76,7 @@ def pairs(node: yaml.MappingNode, model: type[BaseModel], where: str) -> Iterato
         yield name, value
 
 
-def check_key(name: str, model: type[BaseModel], where: str) -> None:
+def check_key(name: str, model: type[Group], where: str) -> None:
     """Refuse a key that `model` does not have, by the groups that have it, or by the nearest one here."""
     if name in model.model_fields:
         return
@@ -93,7 +93,7 @@ def homes(name: str) -> list[str]:
     return [f"{key}.{name}" for key in Config.model_fields if name in group(key).model_fields]
 
 
-def group(name: str) -> type[BaseModel]:
+def group(name: str) -> type[Group]:
     """Give the model of a group."""
     return Config.model_fields[name].annotation  # type: ignore[return-value]
 

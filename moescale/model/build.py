@@ -15,19 +15,12 @@ from moescale.layers.norm import NORMS
 from moescale.layers.residual import ReZero
 from moescale.mixers.attention import Attention
 from moescale.mixers.base import Mixer
-from moescale.mixers.hippo import Hippo
-from moescale.mixers.linear_attention import LinearAttention
-from moescale.mixers.lmu import Lmu
-from moescale.mixers.mamba import Mamba
-from moescale.mixers.mamba2 import Mamba2
-from moescale.mixers.state_space import DiagonalSystems, DplrSystems, LsslSystems, StateSpace, Systems
 from moescale.model.block import Block
 from moescale.model.language_model import LanguageModel
 from moescale.moe.experts import Experts
 from moescale.moe.layer import MoELayer
 from moescale.moe.routers import ROUTERS, Capacity
 from moescale.ops.attention_pattern import Visibility
-from moescale.ops.hippo_memory import Memory
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.hippo import HippoConfig
@@ -52,19 +45,57 @@ def _attention(model: ModelConfig, keys: AttentionConfig) -> Attention:
     )
 
 
-def _mamba(model: ModelConfig, keys: MambaConfig) -> Mamba:
+# A mixer that most runs do not have is imported by the run that has it.
+
+
+def _hippo(model: ModelConfig, keys: HippoConfig) -> Mixer[Any]:
+    from moescale.mixers.hippo import Hippo
+    from moescale.ops.hippo_memory import Memory
+
+    return Hippo(model.d_model, keys.channels, Memory(keys.measure, keys.d_state, keys.theta))
+
+
+def _lmu(model: ModelConfig, keys: LmuConfig) -> Mixer[Any]:
+    from moescale.mixers.lmu import Lmu
+    from moescale.ops.hippo_memory import Memory
+
+    memory = Memory("lmu", keys.order, keys.theta)
+    return Lmu(model.d_model, keys.memories, keys.units, memory, recurrent=keys.recurrent)
+
+
+def _linear_attention(model: ModelConfig, keys: LinearAttentionConfig) -> Mixer[Any]:
+    from moescale.mixers.linear_attention import LinearAttention
+
+    return LinearAttention(model.d_model, keys.num_heads, keys.head_dim)
+
+
+def _mamba(model: ModelConfig, keys: MambaConfig) -> Mixer[Any]:
+    from moescale.mixers.mamba import Mamba
+
     d_model = model.d_model
     return Mamba(
         d_model, keys.d_inner(d_model), d_state=keys.d_state, d_conv=keys.d_conv, rank=keys.rank(d_model),
         norm_eps=model.norm_eps if keys.inner_norms else None)
 
 
-def _lssl(model: ModelConfig, keys: LsslConfig) -> StateSpace:
+def _mamba2(model: ModelConfig, keys: Mamba2Config) -> Mixer[Any]:
+    from moescale.mixers.mamba2 import Mamba2
+
+    return Mamba2(
+        model.d_model, keys.d_inner(model.d_model), head_dim=keys.head_dim, groups=keys.num_groups,
+        d_state=keys.d_state, d_conv=keys.d_conv, norm_eps=model.norm_eps)
+
+
+def _lssl(model: ModelConfig, keys: LsslConfig) -> Mixer[Any]:
+    from moescale.mixers.state_space import LsslSystems, StateSpace
+
     systems = LsslSystems(model.d_model, keys.outputs, keys.d_state, keys.alpha)
     return StateSpace(model.d_model, keys.outputs, systems, gated=False)
 
 
-def _s4(model: ModelConfig, keys: S4Config) -> StateSpace:
+def _s4(model: ModelConfig, keys: S4Config) -> Mixer[Any]:
+    from moescale.mixers.state_space import DiagonalSystems, DplrSystems, StateSpace, Systems
+
     systems: Systems
     if keys.form == "dplr":
         systems = DplrSystems(model.d_model, keys.d_state)
@@ -75,17 +106,13 @@ def _s4(model: ModelConfig, keys: S4Config) -> StateSpace:
 
 MIXERS: dict[type[MixerConfig], Callable[[ModelConfig, Any], Mixer[Any]]] = {  # a kind: what makes it of its keys
     AttentionConfig: _attention,
-    HippoConfig: lambda model, keys: Hippo(
-        model.d_model, keys.channels, Memory(keys.measure, keys.d_state, keys.theta)),
-    LmuConfig: lambda model, keys: Lmu(
-        model.d_model, keys.memories, keys.units, Memory("lmu", keys.order, keys.theta), recurrent=keys.recurrent),
-    LinearAttentionConfig: lambda model, keys: LinearAttention(model.d_model, keys.num_heads, keys.head_dim),
-    MambaConfig: _mamba,
+    HippoConfig: _hippo,
+    LinearAttentionConfig: _linear_attention,
+    LmuConfig: _lmu,
     LsslConfig: _lssl,
+    MambaConfig: _mamba,
+    Mamba2Config: _mamba2,
     S4Config: _s4,
-    Mamba2Config: lambda model, keys: Mamba2(
-        model.d_model, keys.d_inner(model.d_model), head_dim=keys.head_dim, groups=keys.num_groups,
-        d_state=keys.d_state, d_conv=keys.d_conv, norm_eps=model.norm_eps),
 }
 
 

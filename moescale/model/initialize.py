@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moescale.ops.s4 import first_values
 from moescale.spec.model import ModelSpec
 from moescale.spec.weights import Init
 
@@ -52,6 +51,8 @@ def _fill(tensor: Tensor, init: Init, generator: torch.Generator) -> None:
     elif init.kind == "log_uniform":
         tensor.uniform_(math.log(init.low), math.log(init.high), generator=generator)
     elif init.kind == "table":
+        from moescale.ops.s4 import first_values  # only models with S4 have need of it
+
         tensor.copy_(first_values(init.table, 2 * tensor.shape[1]))
     else:
         tensor.fill_({"zeros": 0, "ones": 1}[init.kind])
