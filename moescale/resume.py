@@ -21,13 +21,12 @@ from moescale.config.changes import (
     is_harmless,
 )
 from moescale.config.read import read_overrides
-from moescale.convert.formats.native import native_weights
-from moescale.convert.mapping.table import NativeName
 from moescale.data.batches import START, Position, num_windows
 from moescale.data.token_file import TokenCorpus
 from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from moescale.optim.schedule import Peak, first_peak, learning_rate, peak_after_change
 from moescale.record.metrics import FILE
+from moescale.spec.model import describe
 
 MOST_TOKENS = 2**62  # that can be numbered
 
@@ -136,7 +135,7 @@ def _begin(
 
 def _refuse(checkpoint: Path, old: Config, config: Config, changed: Sequence[Difference]) -> None:
     refused = [change for change in changed if not is_allowed(change.key, config.run.allow_changes)]
-    weights, old_weights = ({name: weight.shape for name, weight in native_weights(each).items()}
+    weights, old_weights = ({".".join(weight.name): weight.shape for weight in describe(each).weights()}
                             for each in (config, old))
     if weights != old_weights:
         name = next(name for name in (*old_weights, *weights) if old_weights.get(name) != weights.get(name))
@@ -151,7 +150,7 @@ def _refuse(checkpoint: Path, old: Config, config: Config, changed: Sequence[Dif
                           f"run.allow_changes=[{names}] to go on all the same, or another run.dir to start anew")
 
 
-def _shape(weights: Mapping[NativeName, Sequence[int]], name: NativeName) -> str:
+def _shape(weights: Mapping[str, Sequence[int]], name: str) -> str:
     return str(list(weights[name])) if name in weights else "absent"
 
 

@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 
 
-def start(folder: Path, ranks: int) -> float:
-    """Train one step. -> seconds"""
+def start(folder: Path, ranks: int, cache: Path) -> float:
+    """Train one step and return its seconds. cache: of tokens, which two versions may write differently"""
     with tempfile.TemporaryDirectory() as run_dir:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         command = [*(command if ranks > 1 else [sys.executable, "-m"]), "moescale", "train", "configs/quickstart.yaml",
                    f"run.dir={run_dir}", "run.steps=1", "optim.warmup_steps=0", "monitor.eval_sequences=2",
-                   f"parallel.ep={ranks}"]
+                   f"parallel.ep={ranks}", f"data.cache_dir={cache}"]
         begin = time.perf_counter()
         subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL,
                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)})
@@ -38,11 +38,12 @@ def main() -> None:
     arguments = parser.parse_args()
     folders = [folder.resolve() for folder in arguments.folders]
     seconds: dict[Path, list[float]] = {folder: [] for folder in folders}
-    for number in range(arguments.rounds + 1):
-        for folder in folders:
-            elapsed = start(folder, arguments.ranks)
-            if number:  # the first one warms the caches of the file system
-                seconds[folder].append(elapsed)
+    with tempfile.TemporaryDirectory() as caches:
+        for number in range(arguments.rounds + 1):
+            for place, folder in enumerate(folders):
+                elapsed = start(folder, arguments.ranks, Path(caches, str(place)))
+                if number:  # the first one fills the caches
+                    seconds[folder].append(elapsed)
     for folder, values in seconds.items():
         print(f"{folder}: minimum {min(values):.2f} s, median {statistics.median(values):.2f} s")
     old, new = (statistics.median(seconds[folder]) for folder in folders)
