@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import resource
 import sys
@@ -24,10 +23,11 @@ from moescale.cluster.directory import choose_checkpoint, shared_directory
 from moescale.cluster.identity import describe_run, refuse_differences
 from moescale.cluster.launch import read_launch
 from moescale.cluster.stopping import Order, Orders, StopRequests, die_with_launcher
+from moescale.cluster.surroundings import look_around
 from moescale.config import Config, ConfigError, Stopped, TrainingError, any_of, memory_asked
 from moescale.data.batches import Batches, Position
-from moescale.data.token_file import TokenCorpus, prepare_tokens
-from moescale.data.tokenizer import Tokenizer, check_vocabulary, configured_tokenizer
+from moescale.data.token_file import TokenCorpus
+from moescale.data.tokenizer import Tokenizer
 from moescale.engine.base import StepLosses, build_engine
 from moescale.evaluate import Evaluation
 from moescale.files.writing import replace_text
@@ -36,18 +36,18 @@ from moescale.monitor.routing_metrics import routing_metrics
 from moescale.monitor.terminal import Terminal
 from moescale.monitor.tracer import Tracer
 from moescale.monitor.wandb import Wandb
-from moescale.optim.base import OPTIMIZERS
+from moescale.optim.base import count_moments
 from moescale.parallel.lost_ranks import name_lost_ranks
 from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.planner.cluster import peak_flops
 from moescale.planner.count import count_parameters, model_flops_per_token
+from moescale.planner.picture import draw_layout
 from moescale.record.metrics import FILE, JsonLines, Sink
 from moescale.resume import Standing, go_on
-from moescale.spec.model import describe
 from moescale.spikes import Spikes, around
+from moescale.start import check_packages, meet, needs_of, prepare
 
 LIBRARY_EPOCHS = 50.0  # of Python's own library, which is there to try things out
-MISTAKE_SECONDS = 10.0  # that a rank waits for the others before it says alone what is wrong
 
 
 def train(config: Config | Callable[[], Config]) -> None:
@@ -69,11 +69,12 @@ def train(config: Config | Callable[[], Config]) -> None:
 
 
 def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests, started: float) -> None:
-    config = _meet(load, ranks)
+    config = meet(load, ranks)
     refuse_differences(ranks, describe_run(config), "start every rank with the same configuration and code")
-    ranks.together(lambda: _check_packages(config))
+    ranks.together(lambda: check_packages(config))
     with shared_directory(ranks, config.run.dir) as run_dir:
-        tokenizer, corpus = ranks.together(lambda: _prepare(config))
+        found = look_around(ranks, run_dir, needs_of(config, ranks.launch.size))
+        tokenizer, corpus = ranks.together(lambda: prepare(config))
         refuse_differences(ranks, {"the tokenizer": tokenizer.fingerprint, "the text": corpus.fingerprint},
                            "give every rank the same files in data.files and data.tokenizer")
         checkpoint = choose_checkpoint(ranks, run_dir)
@@ -84,6 +85,7 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
         with _named_memory(config):
             mesh = start_mesh(config, ranks.store)
             run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing, stands)
+            run.say([*draw_layout(config, ranks.hosts), *(each.text for each in found if each.level == "warn")])
             orders = Orders(requests, mesh.device, save_minutes=config.checkpoint.every_minutes,
                             limit_minutes=config.run.time_limit_minutes, started=started)
             requests.hold()
@@ -109,42 +111,12 @@ def _named_memory(config: Config) -> Iterator[None]:
         smaller = max((n for n in range(1, micro_batch) if micro_batch % n == 0), default=None)
         advice = [f"data.micro_batch={smaller}"] if smaller else []
         advice += ["parallel.recompute=full"] if parallel.recompute != "full" else []
-        moments = OPTIMIZERS[config.optim.name].moments
-        kept = sum(moment.size for weight in describe(config).weights() if weight.learns
-                   for moment in moments(weight, config.optim))
-        state_bytes = 4 * (2 * count.total + kept)
+        state_bytes = 4 * (2 * count.total + count_moments(config))
         advice += [f"a data.seq_len below {data.seq_len}", "more ranks for parallel.dp_shard", "a smaller model"]
         raise TrainingError(f"out of memory: {asked} could not be had, with data.micro_batch={micro_batch}, "
                             f"data.seq_len={data.seq_len} and parallel.recompute={parallel.recompute}; weights, "
                             f"gradients and optimizer state take {state_bytes / 2**30:,.1f} GiB over all ranks: "
                             f"write {any_of(advice)}") from None
-
-
-def _meet(load: Callable[[], Config], ranks: Agreement) -> Config:
-    """Settle the configuration for the ranks that were started, and find them. Raises ConfigError."""
-    try:
-        config = load().for_world(ranks.launch.size, ranks.launch.node_ranks)
-    except ConfigError as error:
-        problem = error
-    else:
-        ranks.meet(config.run.timeout_seconds)
-        return ranks.together(lambda: config)
-
-    def fail() -> Config:
-        raise problem
-
-    try:
-        ranks.meet(MISTAKE_SECONDS)
-    except ConfigError:
-        fail()
-    return ranks.together(fail)
-
-
-def _prepare(config: Config) -> tuple[Tokenizer, TokenCorpus]:
-    """Read what the run needs of files that may be gone later."""
-    tokenizer = configured_tokenizer(config.data)
-    check_vocabulary(tokenizer, config.model.vocab_size)
-    return tokenizer, prepare_tokens(config.data)
 
 
 def _batches(config: Config, corpus: TokenCorpus, standing: Standing) -> Batches:
@@ -165,15 +137,6 @@ def _ordered(config: Config, corpus: TokenCorpus, start: Position) -> Batches:
     data = config.data
     return Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
                    start=start, batch_schedule=data.batch_schedule)
-
-
-def _check_packages(config: Config) -> None:
-    monitor = config.monitor
-    for key, asked, off, package, extra in (("wandb", monitor.wandb != "off", "off", "wandb", "wandb"),
-                                            ("trace", monitor.trace is not None, "null", "pyarrow", "trace")):
-        if asked and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"monitor.{key} needs the package {package}: pip install -e '.[{extra}]' in "
-                              f"MoEScale's folder, or write monitor.{key}={off}")
 
 
 def _without_allowances(config: Config) -> Config:
@@ -205,6 +168,12 @@ class _Run:
         self.began = time.perf_counter()
         self.highest_loss = torch.full((), -math.inf, dtype=torch.float64, device=mesh.device)  # since the last line
         self._greet(checkpoint, standing.notes)
+
+    def say(self, lines: Sequence[str]) -> None:
+        """Print lines, on rank 0."""
+        if self.terminal is not None:
+            for line in lines:
+                self.terminal.say(line)
 
     def loop(self, orders: Orders) -> None:
         """Train to the last step, then leave. Raises Stopped where the run is asked to end before."""

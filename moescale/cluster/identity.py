@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from moescale.cluster.agreement import Agreement, ranks_text
 from moescale.config import Config, ConfigError
@@ -25,7 +28,10 @@ def describe_run(config: Config) -> dict[str, str]:
         if f"{group}.{key}" not in MAY_DIFFER
     }
     return facts | {"the code of moescale": _hash_of_code(), "the version of torch": version("torch"),
-                    "the version of numpy": version("numpy")}
+                    "the version of numpy": version("numpy"),
+                    "the version of Python": ".".join(map(str, sys.version_info[:2])),
+                    "the version of CUDA": str(torch.version.cuda),
+                    "the kind of device": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
 def refuse_differences(ranks: Agreement, facts: dict[str, str], advice: str) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moescale.config import OptimConfig
+from moescale.config import Config, OptimConfig
+from moescale.spec.model import describe
 from moescale.spec.weights import Init, Weight
 
 if TYPE_CHECKING:
@@ -84,3 +85,10 @@ OPTIMIZERS = {
     # element is divided by its own size, are few.
     "adafactor": Optimizer(_adafactor_moments, _adafactor, {"lr": 1e-2}),
 }
+
+
+def count_moments(config: Config) -> int:
+    """Count the elements that the optimizer keeps beside the weights of the whole model."""
+    moments = OPTIMIZERS[config.optim.name].moments
+    return sum(moment.size for weight in describe(config).weights() if weight.learns
+               for moment in moments(weight, config.optim))

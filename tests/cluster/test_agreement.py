@@ -177,6 +177,22 @@ def test_a_rank_of_another_configuration_is_named_with_key_and_values(changes: d
         assert word in str(results[0][1])
 
 
+def compare_versions(ranks: Agreement, names: list[str]) -> None:
+    facts = describe_run(config())
+    others = {name: f"another {name}" for name in names if name in facts}
+    refuse_differences(ranks, facts | others if ranks.launch.rank == 1 else facts, "mend it")
+
+
+def test_a_rank_with_other_software_is_named() -> None:
+    names = ["the code of moescale", "the version of torch", "the version of Python", "the version of CUDA",
+             "the kind of device"]
+    said, silent = run_ranks(2, met, compare_versions, names, timeout_seconds=40)
+    assert silent == ("silent", 2)
+    for name in names:
+        assert f"{name} is " in str(said[1])
+        assert f"another {name} on rank 1 ({read_launch().host})" in str(said[1])
+
+
 def test_paths_of_a_node_may_differ() -> None:
     own = config(data={"cache_dir": "/tmp/own", "micro_batch": 1})
     assert run_ranks(2, met, compare, [config(), own], timeout_seconds=40) == [("good", None)] * 2

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from moescale import start as begin
 from moescale import trainer
 from moescale.checkpoint import store
 from moescale.cli import app
@@ -129,7 +130,7 @@ def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        monkeypatch.setattr(trainer, "prepare_tokens", once(1, send(number), trainer.prepare_tokens))
+        monkeypatch.setattr(begin, "prepare_tokens", once(1, send(number), begin.prepare_tokens))
         assert start(folder, "early")[0] == status
         monkeypatch.undo()
         assert not (folder / "early").exists()
@@ -140,7 +141,7 @@ def test_ranks_that_prepare_die_with_their_launcher(folder: Path, monkeypatch: p
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(trainer, "die_with_launcher", lambda: done.append("bound"))
-    monkeypatch.setattr(trainer, "prepare_tokens", once(1, lambda: done.append("prepares"), trainer.prepare_tokens))
+    monkeypatch.setattr(begin, "prepare_tokens", once(1, lambda: done.append("prepares"), begin.prepare_tokens))
     assert start(folder, "bound")[0] == 0
     assert done == ["bound", "prepares"]
 
