@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moescale.checkpoint.capture import Capture, HostCopy
+from moescale.checkpoint.memory import MemoryPlace
 from moescale.checkpoint.store import go_back, latest_checkpoint, read_state
 from moescale.cluster.agreement import Agreement
 from moescale.cluster.directory import choose_checkpoint, shared_directory
 from moescale.cluster.identity import describe_run, refuse_differences
 from moescale.cluster.launch import read_launch
+from moescale.cluster.recovery import open_memory, recover_from_memory
 from moescale.cluster.stopping import Order, Orders, StopRequests, die_with_launcher
 from moescale.cluster.surroundings import look_around
 from moescale.config import Config, ConfigError, Stopped, TrainingError, any_of, memory_asked
@@ -44,6 +47,7 @@ from moescale.planner.count import count_parameters, model_flops_per_token
 from moescale.planner.picture import draw_layout
 from moescale.record.metrics import FILE, JsonLines, Sink
 from moescale.resume import Standing, go_on
+from moescale.saving import Saving
 from moescale.spikes import Spikes, around
 from moescale.start import check_packages, meet, needs_of, prepare
 
@@ -77,14 +81,18 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
         tokenizer, corpus = ranks.together(lambda: prepare(config))
         refuse_differences(ranks, {"the tokenizer": tokenizer.fingerprint, "the text": corpus.fingerprint},
                            "give every rank the same files in data.files and data.tokenizer")
+        kept = config.checkpoint
+        brought = () if kept.in_memory is None else recover_from_memory(ranks, run_dir, kept.memory_dir)
         checkpoint = choose_checkpoint(ranks, run_dir)
         stands = partial(go_on, config=config, corpus=corpus, tokenizer=tokenizer)
         standing = Standing() if checkpoint is None else ranks.together(lambda: stands(checkpoint))
+        standing = replace(standing, notes=(*brought, *standing.notes))
         batches = ranks.together(lambda: _batches(config, corpus, standing))
         config = _without_allowances(config)
+        memory = None if kept.in_memory is None else open_memory(ranks, run_dir, kept.memory_dir)
         with _named_memory(config):
             mesh = start_mesh(config, ranks.store)
-            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing, stands)
+            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing, stands, memory)
             run.say([*draw_layout(config, ranks.hosts), *(each.text for each in found if each.level == "warn")])
             orders = Orders(requests, mesh.device, save_minutes=config.checkpoint.every_minutes,
                             limit_minutes=config.run.time_limit_minutes, started=started)
@@ -149,9 +157,12 @@ class _Run:
 
     def __init__(
         self, config: Config, mesh: Mesh, run_dir: Path, tokenizer: Tokenizer, corpus: TokenCorpus, batches: Batches,
-        checkpoint: Path | None, standing: Standing, stands: Callable[[Path], Standing],
+        checkpoint: Path | None, standing: Standing, stands: Callable[[Path], Standing], memory: MemoryPlace | None,
     ) -> None:
-        """checkpoint: what the run goes on from. standing: where it stands. stands: finds that for another one."""
+        """checkpoint: what the run goes on from. standing: where it stands. stands: finds that for another one.
+
+        memory: where copies in the memory of hosts are kept, if any are.
+        """
         self.config, self.mesh, self.run_dir, self.tokenizer = config, mesh, run_dir, tokenizer
         self.corpus, self.batches, self.stands = corpus, batches, stands
         self.engine = build_engine(config, mesh)
@@ -167,6 +178,9 @@ class _Run:
         self.evaluation = Evaluation(config, mesh, corpus.held_out, tokenizer, run_dir)
         self.began = time.perf_counter()
         self.highest_loss = torch.full((), -math.inf, dtype=torch.float64, device=mesh.device)  # since the last line
+        self.files: dict[str, str | bytes] = {"config.yaml": config.to_yaml(), **tokenizer.files}  # of a checkpoint
+        self.saving = Saving(run_dir, config.checkpoint, mesh, memory, saved=self._saved, report=self._report,
+                             last=checkpoint)
         self._greet(checkpoint, standing.notes)
 
     def say(self, lines: Sequence[str]) -> None:
@@ -185,6 +199,11 @@ class _Run:
                 self.terminal.summarize()
                 self.terminal.say(f"figures in {self.run_dir}/{FILE}, weights in "
                                   f"{latest_checkpoint(self.run_dir)}; try: moescale generate {self.run_dir}")
+        except KeyboardInterrupt:  # at once
+            raise
+        except BaseException:
+            self.saving.leave(self.config.run.timeout_seconds)
+            raise
         finally:
             for sink in self.sinks:
                 sink.close()
@@ -201,6 +220,7 @@ class _Run:
             log = last or step % config.monitor.every == 0
             evaluate = last or (config.monitor.eval_every is not None and step % config.monitor.eval_every == 0)
             save = last or step % config.checkpoint.every == 0
+            copy = not last and self.saving.copies_at(step)
             write = log or evaluate or self._follows(step)
             lr = engine.learning_rate
             micro_batches = self.batches.micro_batches(
@@ -214,8 +234,9 @@ class _Run:
                 seen.append(losses.cross_entropy)
             if self.terminal is not None:
                 self.terminal.advance(step)
+            self.saving.look()
             order = Order() if write else orders.after(step)
-            if write or save or order.save:
+            if write or save or copy or order.save:
                 break
         if self.spikes.looks and self._goes_back(first, [*torch.stack(seen).tolist(), grad_norm.item()]):
             if order.stop:
@@ -232,11 +253,12 @@ class _Run:
                 self._refuse_divergence(**evaluated)  # the losses above are of the weights before this step
                 self._write({**metrics, **routing, **moved, **evaluated})
             order = orders.ask(step)  # an evaluation takes its time
+        if copy and not order.stop:
+            self.saving.copy(self._capture)
         if save or order.save:
-            checkpoint = engine.save(self.run_dir, self._files(), self._state())
+            self.saving.disk.save(self._capture)
             orders.saved()
-            for sink in self.sinks:
-                sink.saved(engine.step_count, checkpoint)
+            checkpoint = self.saving.end() if order.stop or last else None
             if order.stop and not last:
                 raise Stopped(f"stopped by {order.stop} after step {step} of {config.run.steps}; the same command goes "
                               f"on from {checkpoint}", order.status)
@@ -252,6 +274,7 @@ class _Run:
             place = len(losses) - 1
         told = torch.tensor([-1, -1], device=self.mesh.device)
         if self.mesh.rank == 0 and place is not None:
+            self.saving.disk.finish()  # the other ranks do so before they load
             to = None
             if self.spikes.known.rollbacks < self.config.spikes.most:
                 to = go_back(self.run_dir, first + place + 1 - self.config.spikes.back, self.config.checkpoint.every)
@@ -272,6 +295,8 @@ class _Run:
     def _go_back(self, step: int, what: str) -> None:
         """Go on from the checkpoint of this step, around the batches that the run has seen since. what: happened"""
         checkpoint, done = self.run_dir / "checkpoints" / f"step_{step:08d}", self.engine.step_count
+        self.saving.disk.finish()
+        self.saving.forget_copies()
         standing = self.stands(checkpoint)
         before = _ordered(self.config, self.corpus, standing.start)
         start = around(before, done, self.batches, self.config.spikes.skip)
@@ -281,9 +306,9 @@ class _Run:
         self.alerts = self._new_alerts()
         self.highest_loss.fill_(-math.inf)
         left_out = start.sequences - before.start.sequences
-        self.news = [f"{what}; went back to step {step}, and left out {left_out:,} sequences"]
+        self.news.append(f"{what}; went back to step {step}, and left out {left_out:,} sequences")
         if self.terminal is not None:
-            self.terminal.say(self.news[0])
+            self.terminal.say(self.news[-1])
             for sink in self.sinks:
                 if sink is not self.terminal:
                     sink.close()
@@ -377,9 +402,19 @@ class _Run:
                               f"{error.strerror}; the last good checkpoint is "
                               f"{latest_checkpoint(self.run_dir) or 'none'}") from None
 
-    def _files(self) -> dict[str, str | bytes]:
-        """What makes a checkpoint complete in itself."""
-        return {"config.yaml": self.config.to_yaml(), **self.tokenizer.files}
+    def _saved(self, step: int, checkpoint: Path) -> None:
+        """Tell of a checkpoint that is on the disk."""
+        for sink in self.sinks:
+            sink.saved(step, checkpoint)
+
+    def _report(self, what: str) -> None:
+        """Tell of what went wrong, now and as an alert beside the next figures."""
+        self.news.append(what)
+        if self.terminal is not None:
+            self.terminal.say(f"step {self.engine.step_count}: {what}")
+
+    def _capture(self, host: HostCopy | None) -> Capture:
+        return self.engine.capture(self.files, self._state(), host)
 
     def _state(self) -> dict[str, Any]:
         """Say how far into which text the run is; the names are a checkpoint's."""

@@ -15,22 +15,18 @@ import json
 import re
 import time
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moescale.checkpoint.index import INDEX, SafeReader, read_metadata, tensors_of
 from moescale.checkpoint.readers import ATTEMPTS, trying_again
+from moescale.checkpoint.tensor_files import check_sums, not_finite, read_tensors, unlike, write_tensors
 from moescale.checkpoint.together import Failed, Ranks, describe, limited
 from moescale.config import ConfigError, TrainingError
 from moescale.files.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
@@ -63,7 +59,7 @@ def save_checkpoint(
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     ranks = Ranks(group)
     with limited(f"saving step {step}"):
-        spoilt = _not_finite(tensors, ranks)
+        spoilt = not_finite(tensors, ranks)
     if spoilt is not None:
         good = latest_checkpoint(run_dir)
         raise TrainingError(f"step {step}: {spoilt} holds values that are no finite numbers, and nothing was saved; "
@@ -73,8 +69,8 @@ def save_checkpoint(
     try:
         with limited(f"saving step {step}"):
             ranks.on_first(lambda: _make_room(partial, files))
-            ranks.together(lambda: _write(partial, tensors, ranks))
-            found = ranks.together(lambda: _check_sums(partial, f"__{ranks.rank}_*"))
+            ranks.together(lambda: write_tensors(partial, tensors, ranks))
+            found = ranks.together(lambda: check_sums(partial, f"__{ranks.rank}_*"))
             listing = {name: sums for part in ranks.gather(found) for name, sums in part.items()}
             ranks.together(lambda: _check_written(partial, listing, ranks))
             ranks.on_first(lambda: _finish(partial, folder, {"step": step, **state}, listing))
@@ -108,14 +104,38 @@ def load_checkpoint(
             names = {name for part in ranks.gather(list(tensors)) for name in part}  # a pipeline's ranks hold others
             index = ranks.together(lambda: read_metadata(folder))
             ranks.together(lambda: _compare(folder, tensors_of(index, folder, files), tensors, names, prefix))
-            ranks.together(lambda: _read(SafeReader(folder, index), tensors, ranks))
-            spoilt = _not_finite(tensors, ranks)
+            ranks.together(lambda: read_tensors(SafeReader(folder, index), tensors, ranks))
+            spoilt = not_finite(tensors, ranks)
             if spoilt is not None:
                 raise Failed(f"{folder}: {spoilt} holds values that are no finite numbers; "
                               f"{_advice(folder, _last_finite(folder, tensors, ranks))}")
     except Failed as error:
         raise ConfigError(str(error)) from None
     return dict(manifest["state"])
+
+
+def begin_assembly(run_dir: Path, step: int) -> Path:
+    """Make the folder that files of a checkpoint are brought to from elsewhere; one rank calls. Raises OSError."""
+    partial = run_dir / "checkpoints" / f"step_{step:08d}.partial"
+    _make_room(partial, {})
+    return partial
+
+
+def finish_assembly(partial: Path, state: dict[str, Any], listing: dict[str, list[int]]) -> Path:
+    """Make a checkpoint of the files that were brought; the same rank calls. Returns its folder.
+
+    state: as in `save_checkpoint`, with `step`. listing: size and checksum of each file.
+    Raises ConfigError and OSError.
+    """
+    deadline = time.monotonic() + SAVED_SECONDS
+    for name, (size, _) in listing.items():
+        while (problem := unlike(partial / name, size, None)) is not None:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{name} {problem} in {partial} after {SAVED_SECONDS:g} s")
+            time.sleep(0.2)
+    folder = partial.with_suffix("")
+    _finish(partial, folder, state, dict(listing))
+    return folder
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -137,7 +157,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, state: dict[str, Any]) -> None:
     """List what lies in a folder, which makes it a checkpoint. state: small values, with `step` and `seed`"""
-    listing = {name: sums for name, sums in _check_sums(folder, "*").items() if name != MANIFEST}
+    listing = {name: sums for name, sums in check_sums(folder, "*").items() if name != MANIFEST}
     stored = tensors_of(read_metadata(folder), folder, listing)
     state["optimizer"] = any(name.startswith("optim.") for name in stored)
     write_synced(folder / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
@@ -146,7 +166,7 @@ def write_manifest(folder: Path, state: dict[str, Any]) -> None:
 def missing_file(folder: Path) -> str | None:
     """Find the first file that a checkpoint's manifest lists and that is not there in its size. Raises ConfigError."""
     for name, (size, _) in _read_manifest(folder)["files"].items():
-        if _unlike(folder / name, size, None) is not None:
+        if unlike(folder / name, size, None) is not None:
             return str(name)
     return None
 
@@ -215,22 +235,6 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-class _Writer(FileSystemWriter):
-    """Torch's writer, but a full disk is told as such.
-
-    Torch reports a position in the file instead, and the cause of an error is lost on its way to the other ranks.
-    """
-
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().write_data(*args, **kwargs)
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__
-            raise (cause or error) from None
-
-
 def _make_room(partial: Path, files: Mapping[str, str | bytes]) -> None:
     """Clear away what killed runs left, and nothing else, and begin."""
     for left in partial.parent.glob("*.partial"):
@@ -243,17 +247,6 @@ def _make_room(partial: Path, files: Mapping[str, str | bytes]) -> None:
         write_synced(partial / name, content)
 
 
-def _write(partial: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    with _without_warnings():
-        writer = _Writer(partial, single_file_per_rank=True, sync_files=True)
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.alone)
-
-
-def _read(reader: FileSystemReader, tensors: dict[str, Tensor], ranks: Ranks) -> None:
-    with _without_warnings():
-        dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.alone)
-
-
 def _check_written(partial: Path, listing: dict[str, list[int]], ranks: Ranks) -> None:
     """See that what the ranks wrote lies there: rank 0 for all sizes, each rank for a neighbour's bytes."""
     neighbour = f"__{(ranks.rank - 1) % ranks.size}_"
@@ -261,7 +254,7 @@ def _check_written(partial: Path, listing: dict[str, list[int]], ranks: Ranks) -
     deadline = time.monotonic() + SAVED_SECONDS
     for name in sorted(listing if ranks.rank == 0 else read):
         size, crc = listing[name]
-        while (problem := _unlike(partial / name, size, crc if name in read else None)) is not None:
+        while (problem := unlike(partial / name, size, crc if name in read else None)) is not None:
             if time.monotonic() > deadline:
                 writer = name.removeprefix("__").partition("_")[0]
                 raise ConfigError(f"{name}, which rank {writer} wrote, {problem} where rank {ranks.rank} looks, after "
@@ -269,30 +262,11 @@ def _check_written(partial: Path, listing: dict[str, list[int]], ranks: Ranks) -
             time.sleep(0.2)
 
 
-def _unlike(file: Path, size: int, crc: int | None) -> str | None:
-    """Say how a file differs from what its writer says, if it does. crc: None = not looked at"""
-    try:
-        found = file.stat().st_size
-        if found != size:
-            return f"has {found} of {size} bytes"
-        return None if crc is None or _check_sums(file.parent, file.name)[file.name][1] == crc else "has other bytes"
-    except (OSError, KeyError):
-        return "is missing"
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Torch warns whenever one process saves or loads, which here is what the user asked for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
 def _finish(partial: Path, folder: Path, state: dict[str, Any], listing: dict[str, list[int]]) -> None:
     """Write the manifest and move the folder into place."""
     for path in partial.iterdir():
         if path.name not in listing and path.name != MARK:
-            listing.update(_check_sums(partial, path.name))
+            listing.update(check_sums(partial, path.name))
     write_synced(partial / MANIFEST, json.dumps({"format": FORMAT, "state": state, "files": listing}, indent=1))
     sync(partial)
     tensors_of(read_metadata(partial), partial, listing)  # what a later torch writes and loading refuses shows now
@@ -321,18 +295,6 @@ def _remove(folder: Path) -> None:
     remove_marked(aside)
 
 
-def _check_sums(folder: Path, pattern: str) -> dict[str, list[int]]:
-    """Find the size in bytes and the CRC-32 of each file."""
-    sums = {}
-    for path in folder.glob(pattern):
-        crc = 0
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                crc = zlib.crc32(block, crc)
-        sums[path.name] = [path.stat().st_size, crc]
-    return sums
-
-
 def _verify(folder: Path, expected: dict[str, list[int]]) -> None:
     advice = _advice(folder, next(iter(_older(folder)), None))
     for name, (size, crc) in expected.items():
@@ -342,7 +304,7 @@ def _verify(folder: Path, expected: dict[str, list[int]]) -> None:
         inside(folder, name)
         if path.stat().st_size != size:
             raise ConfigError(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes; {advice}")
-        if _check_sums(folder, name)[name][1] != crc:
+        if check_sums(folder, name)[name][1] != crc:
             raise ConfigError(f"{folder} is damaged: {name} was altered; {advice}")
 
 
@@ -364,34 +326,16 @@ def _last_finite(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Path
 
     def read(name: str) -> None:
         older = folder.with_name(name)
-        _read(SafeReader(older, read_metadata(older)), tensors, ranks)
+        read_tensors(SafeReader(older, read_metadata(older)), tensors, ranks)
 
     for name in ranks.gather([older.name for older in _older(folder)])[0]:  # those that the first rank sees
         try:
             ranks.together(partial(read, name))
         except Failed:
             continue
-        if _not_finite(tensors, ranks) is None:
+        if not_finite(tensors, ranks) is None:
             return folder.with_name(name)
     return None
-
-
-def _not_finite(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:
-    """Name a tensor that holds what is no finite number on some rank, the same on all; None if there is none."""
-    parts = {name: getattr(tensor, "_local_tensor", tensor).detach() for name, tensor in tensors.items()
-             if tensor.is_floating_point()}
-    sums = [_sum(part) for part in parts.values()]
-    finite = torch.stack(sums).isfinite().tolist() if sums else []
-    # finite numbers may have too large a sum, so then each is looked at
-    found = next((name for (name, part), good in zip(parts.items(), finite, strict=True)
-                if not good and not bool(part.isfinite().all())), None)
-    return next((name for name in ranks.gather(found) if name is not None), None)
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Add up all values, faster than looking at each: scalar float64, no finite number if one of them is none."""
-    values = values.float() if values.dtype.itemsize == 1 else values  # of float8, which knows no sum
-    return values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32).double()
 
 
 def _compare(

@@ -20,6 +20,7 @@ class Launch:
 
     node_ranks: how many of them are on this node. address, port: where rank 0 is found. run_id: the launcher's name of
     the job. keeps_store: whether the launcher itself keeps the store at that address, beyond a restart of its ranks.
+    node: the number of this node, where torchrun says it.
     restarts: how often the launcher has restarted the ranks. elastic: whether torchrun is the launcher.
     """
 
@@ -32,6 +33,7 @@ class Launch:
     run_id: str = ""
     keeps_store: bool = False
     restarts: int = 0
+    node: int = 0
     elastic: bool = False
     host: str = field(default_factory=socket.gethostname)
 
@@ -58,7 +60,8 @@ def read_launch() -> Launch:
         port=_number(given, "MASTER_PORT", 1, 65535, default=0) if size > 1 or elastic else 0,
         run_id=given.get("TORCHELASTIC_RUN_ID", ""),
         keeps_store=given.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
-        restarts=_number(given, "TORCHELASTIC_RESTART_COUNT", 0, None, default=0), elastic=elastic,
+        restarts=_number(given, "TORCHELASTIC_RESTART_COUNT", 0, None, default=0),
+        node=_number(given, "GROUP_RANK", 0, None, default=0), elastic=elastic,
     )
 
 

@@ -24,7 +24,7 @@ HARMLESS = frozenset({
     "optim.clip_norm", "optim.clip_update",  # not those with which the moments in the checkpoint were made
     *(f"parallel.{key}" for key in (
         "dp_replicate", "dp_shard", "tp", "cp", "pp", "ep", "etp", "dispatcher", "dispatch_chunks", "node_ranks",
-        "pp_schedule", "recompute", "compile")),
+        "elastic", "pp_schedule", "recompute", "compile")),
 })
 HARMLESS_GROUPS = frozenset({"checkpoint", "monitor", "spikes"})
 OF_TRAINING = frozenset({  # of a model's groups: acts on how weights are trained, not on what they compute

@@ -113,6 +113,8 @@ class ParallelConfig(Group):
     """Rows that a rank's experts take at a time, over an even share; null is all."""
     over_budget: Literal["passes", "drop"] = "passes"
     """What happens to rows beyond row_budget: further passes, or the lightest are dropped in training."""
+    elastic: bool = False
+    """Whether degrees fall to smaller ones where those that are written do not fit the ranks that were started."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
     """The order of passes in a pipeline."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -195,6 +197,12 @@ class CheckpointConfig(Group):
     """Minutes after the last checkpoint at which another one is written, beside those that steps ask for."""
     keep: int = Field(3, ge=1)
     """Checkpoints that are kept, the newest ones."""
+    background: bool = True
+    """Whether checkpoints are written while training goes on, from a copy of weights and moments in host memory."""
+    in_memory: int | None = Field(None, ge=1)
+    """Steps between two copies in the memory of hosts, from which a restarted run goes on; null keeps none."""
+    memory_dir: LocalPath = "/dev/shm"
+    """The folder of each host for these copies, on a file system in memory."""
     timeout_seconds: float = Field(1800.0, ge=1, le=LONGEST_SECONDS)
     """A rank that waits longer than this for the others to write or read a checkpoint ends the run."""
 

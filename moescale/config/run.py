@@ -8,6 +8,7 @@ from typing import Self
 import yaml
 from pydantic import Field, model_validator
 
+from moescale.config.elastic import settle_elastic
 from moescale.config.groups import (
     CheckpointConfig,
     DataConfig,
@@ -92,7 +93,8 @@ class Config(Group):
 
         world_size: ranks of the whole job. node_ranks: of one node; None = all. -> the run, nothing left to derive
         """
-        return settle(self, world_size, node_ranks)
+        settle_for = settle_elastic if self.parallel.elastic else settle
+        return settle_for(self, world_size, node_ranks)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

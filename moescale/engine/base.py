@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from moescale.checkpoint.capture import Capture, HostCopy
 from moescale.config import Config
 from moescale.data.batches import Batch
 from moescale.optim.schedule import Peak
@@ -143,8 +144,14 @@ class Engine(Protocol):
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Return the cross entropy in nats per target, over all ranks' batches."""
 
-    def save(self, run_dir: Path, files: Mapping[str, str | bytes], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint of this moment. files, state: small texts and values that belong to it."""
+    def capture(
+        self, files: Mapping[str, str | bytes], state: Mapping[str, Any], host: HostCopy | None = None
+    ) -> Capture:
+        """Collect what a checkpoint of this moment holds. files, state: small texts and values that belong to it.
+
+        host: where tensors are copied to, so that they hold while training goes on; without it they change with the
+        next step.
+        """
 
     def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
         """Go on from a checkpoint, whatever layout wrote it. peak: where the learning rate falls from."""

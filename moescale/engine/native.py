@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from moescale.checkpoint.store import load_checkpoint, read_state, save_checkpoint
+from moescale.checkpoint.capture import Capture, HostCopy
+from moescale.checkpoint.store import load_checkpoint, read_state
 from moescale.config import Config
 from moescale.data.batches import Batch
 from moescale.engine.accounting import (
@@ -148,16 +149,16 @@ class NativeEngine:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def save(self, run_dir: Path, files: Mapping[str, str | bytes], state: Mapping[str, Any]) -> Path:
-        """Write weights, optimizer state, step and where the learning rate falls from.
+    def capture(
+        self, files: Mapping[str, str | bytes], state: Mapping[str, Any], host: HostCopy | None = None
+    ) -> Capture:
+        """Collect weights, optimizer state, step and where the learning rate falls from.
 
         All random draws follow from the seed and the tokens' numbers. files, state: what else belongs to it.
         """
-        return save_checkpoint(
-            run_dir, self.step_count, self._tensors(),
-            {**state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files,
-            keep=self.config.checkpoint.keep, group=self.mesh.checkpoint_group,
-        )
+        tensors = self._tensors()
+        return Capture(self.step_count, tensors if host is None else host.fill(tensors), {
+            **state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files)
 
     def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
         """Go on from a checkpoint, whatever layout wrote it; a converted one may lack the optimizer's state.

@@ -25,7 +25,8 @@ class Mesh:
     expert: axes (..., ep_etp), the ranks among which tokens travel; the same as ep unless etp is used.
     nodes: axes (..., ep_nodes, ep_node), the same ranks by node; where tokens travel among the nodes first.
     data: axes (pp_batch, cp, tp), of tokens. sequence: axes (outer, cp_tp), the ranks that share a sequence.
-    checkpoint_group: all ranks, with the time-out of a checkpoint.
+    checkpoint_group: all ranks, with the time-out of a checkpoint; memory_group: likewise, for copies in memory alone,
+    where there are any.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class Mesh:
     data: DeviceMesh | None = None
     sequence: DeviceMesh | None = None
     checkpoint_group: dist.ProcessGroup | None = None
+    memory_group: dist.ProcessGroup | None = None
 
     @property
     def batch_size(self) -> int:
@@ -117,7 +119,9 @@ def start_mesh(config: Config, store: dist.Store | None = None) -> Mesh:
             "nccl" if cuda else "gloo", timeout=timedelta(seconds=config.run.timeout_seconds),
             store=store, rank=-1 if store is None else launch.rank, world_size=-1 if store is None else size,
         )
-    saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.checkpoint.timeout_seconds))
+    saving, copying = (
+        dist.new_group(backend="gloo", timeout=timedelta(seconds=config.checkpoint.timeout_seconds)) if used else None
+        for used in (True, config.checkpoint.in_memory is not None))
     fsdp, outer = parallel.dp_shard * parallel.cp, (parallel.pp, parallel.dp_replicate)
     sharing = fsdp * parallel.tp
     views: dict[str, dict[str, int]] = {
@@ -140,7 +144,8 @@ def start_mesh(config: Config, store: dist.Store | None = None) -> Mesh:
         made["data"] = init_device_mesh(device.type, (size // pieces, parallel.cp, parallel.tp),
                                         mesh_dim_names=("pp_batch", "cp", "tp"))
         made["sequence"] = init_device_mesh(device.type, (size // pieces, pieces), mesh_dim_names=("outer", "cp_tp"))
-    return Mesh(dist.get_rank(), local_rank, size, device, parallel, checkpoint_group=saving, **made)
+    return Mesh(dist.get_rank(), local_rank, size, device, parallel, checkpoint_group=saving, memory_group=copying,
+                **made)
 
 
 def stop_mesh() -> None:

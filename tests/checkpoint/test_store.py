@@ -180,7 +180,7 @@ def test_what_is_not_finite_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mo
     save(tmp_path, 1)
     tensors["model.b"][3, 2, 1] = float("nan")
     with monkeypatch.context() as blind:
-        blind.setattr(store, "_not_finite", lambda *args: None)
+        blind.setattr(store, "not_finite", lambda *args: None)
         older, folder = (save_checkpoint(tmp_path, step, tensors, {}, {}, keep=9) for step in (2, 3))
     refused(folder, "model.b", f"remove {folder} {older} to go on from step_00000001")
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000001")
@@ -395,12 +395,12 @@ def _trouble_on_one(run_dir: Path, place: str) -> str:
             raise OSError(28, "No space left on device")
 
         setattr(store, place, fail)
-    if place != "_check_sums":
+    if place != "check_sums":
         return _attempt(lambda: load_checkpoint(run_dir / "checkpoints" / "step_00000001", _cut(empty(), 0)))
     return _attempt(lambda: save_checkpoint(run_dir, 7, _cut(make_tensors(), 0), {}, {}, keep=3))
 
 
-@pytest.mark.parametrize("place", ["_check_sums", "_read_manifest", "_verify"])
+@pytest.mark.parametrize("place", ["check_sums", "_read_manifest", "_verify"])
 def test_trouble_on_one_rank_is_told_by_all(tmp_path: Path, place: str) -> None:
     folder = save(tmp_path, 1)
     messages = run_ranks(2, _trouble_on_one, tmp_path, place, timeout_seconds=30)
@@ -445,7 +445,7 @@ def _seen_late(run_dir: Path, seconds: float) -> str:
     dist.init_process_group("gloo")
     store.SAVED_SECONDS = 1.5  # type: ignore[assignment]
     if dist.get_rank() == 1:
-        real = store._check_sums
+        real = store.check_sums
 
         def sums(folder: Path, pattern: str) -> dict[str, list[int]]:
             found = real(folder, pattern)
@@ -455,7 +455,7 @@ def _seen_late(run_dir: Path, seconds: float) -> str:
                 threading.Timer(seconds, lambda name=name, hidden=hidden: hidden.rename(folder / name)).start()
             return found
 
-        store._check_sums = sums
+        store.check_sums = sums
     return _attempt(lambda: save_checkpoint(run_dir, 7, _cut(make_tensors(), 0), {}, {}, keep=1))
 
 
@@ -479,8 +479,8 @@ def _slow_writer(run_dir: Path) -> str:
     dist.init_process_group("gloo")
     group = dist.new_group(timeout=timedelta(seconds=1))
     if dist.get_rank() == 1:
-        real = store._write
-        store._write = lambda *args: (time.sleep(3), real(*args))
+        real = store.write_tensors
+        store.write_tensors = lambda *args: (time.sleep(3), real(*args))
     try:
         save_checkpoint(run_dir, 7, _cut(make_tensors(), 0), {}, {}, keep=1, group=group)
     except LostRanksError as error:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +16,12 @@ from typer.testing import CliRunner
 from moescale import start as begin
 from moescale import trainer
 from moescale.checkpoint import store
+from moescale.checkpoint.tensor_files import Writer
 from moescale.cli import app
 from moescale.engine.native import NativeEngine
 from moescale.evaluate import Evaluation
-from tests.support.command_line import ROOT, TINY
+from tests.support.command_line import TINY
+from tests.support.launched import end, launch, losses, ranks_of, wait_for_steps
 
 STEPS = 12
 
@@ -59,11 +58,6 @@ def start(folder: Path, run: str, *words: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["train", str(folder / "tiny.yaml"), f"run.dir={folder / run}", *words])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
 
 
 def saved(run: Path) -> list[str]:
@@ -154,7 +148,7 @@ def test_a_second_interrupt_ends_a_save_and_says_that_it_was_stopped(
         time.sleep(1.2)
         send(signal.SIGINT)()
 
-    monkeypatch.setattr(store._Writer, "write_data", once(1, press_twice, store._Writer.write_data))
+    monkeypatch.setattr(Writer, "write_data", once(1, press_twice, Writer.write_data))
     status, output = start(folder, "interrupted", "checkpoint.every=5")
     assert status == 130
     assert "stopped" in output.splitlines()[-1]
@@ -180,49 +174,12 @@ def test_a_tokenizer_that_goes_away_after_the_start_ends_nothing(
     assert (folder / "gone" / "checkpoints" / f"step_{STEPS:08d}" / "tokenizer.json").read_text() == text
 
 
-def launch(folder: Path, run: str, *words: str, restarts: int = 0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--max-restarts", str(restarts), "-m", "moescale", "train", str(folder / "tiny.yaml"),
-               f"run.dir={folder / run}", "parallel.ep=2", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def ranks_of(launcher: subprocess.Popen) -> list[int]:
-    """Find the processes that it started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == launcher.pid and fields[0] != "Z":
-                found.append(int(entry.name))
-    return sorted(found)
-
-
-def wait_for_steps(launcher: subprocess.Popen, run: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < steps:
-        assert time.monotonic() < deadline, "no steps"
-        assert launcher.poll() is None, launcher.communicate()[0]
-        time.sleep(0.02)
-
-
-def end(launcher: subprocess.Popen) -> str:
-    try:
-        return launcher.communicate(timeout=150)[0]
-    finally:
-        launcher.kill()
-
-
 MANY = 60  # steps, so that there is time to disturb them
-SLOW_STEPS = ("data.seq_len=256", "monitor.eval_sequences=1", f"run.steps={MANY}")
+SLOW_STEPS = ("parallel.ep=2", "data.seq_len=256", "monitor.eval_sequences=1", f"run.steps={MANY}")
 
 
 def test_a_signal_to_one_rank_of_two_ends_both_after_the_same_step(folder: Path) -> None:
-    launcher = launch(folder, "one_of_two", "run.steps=100000", restarts=1)
+    launcher = launch(folder, "one_of_two", "parallel.ep=2", "run.steps=100000", restarts=1)
     wait_for_steps(launcher, folder / "one_of_two", 3)
     os.kill(ranks_of(launcher)[1], signal.SIGUSR1)
     output = end(launcher)
@@ -260,7 +217,7 @@ def disturb(folder: Path, tries: int, draw: random.Random) -> None:
 
 
 def test_ranks_that_are_killed_are_started_again_and_give_the_same_losses(folder: Path) -> None:
-    launcher = launch(folder, "killed", "run.steps=120", "checkpoint.every=20", restarts=3)
+    launcher = launch(folder, "killed", "parallel.ep=2", "run.steps=120", "checkpoint.every=20", restarts=3)
     wait_for_steps(launcher, folder / "killed", 30)
     os.kill(ranks_of(launcher)[0], signal.SIGKILL)
     before = losses(folder / "killed")

@@ -56,7 +56,7 @@ def run_steps(
         engine.step()
     if save_at:
         engine.evaluate(batches.micro_batches(0, mesh.batch_rank, mesh.batch_size, 2))
-        engine.save(folder, {"config.yaml": config.to_yaml()}, {})
+        engine.capture({"config.yaml": config.to_yaml()}, {}).write(folder, 9, mesh.checkpoint_group)
     state = whole_tensors(engine)
     stop_mesh()
     return {"losses": losses, "state": state, "loaded": loaded}

@@ -1,0 +1,159 @@
+"""A run that is started again goes on from what the memory of hosts still holds, where that is newer than the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moescale.checkpoint.memory import MemoryPlace, bring, held
+from moescale.checkpoint.store import begin_assembly, finish_assembly, latest_checkpoint
+from moescale.checkpoint.together import describe
+from moescale.cluster.agreement import Agreement
+from moescale.config import ConfigError
+from moescale.files.leftovers import discard
+from moescale.files.writing import replace_text
+
+T = TypeVar("T")
+TOKEN = ".memory-copies"  # in the run directory: which copies are this run's, and not an earlier one's of its name
+
+
+def open_memory(ranks: Agreement, run_dir: Path, memory_dir: str) -> MemoryPlace:
+    """Make the folder for this host's copies, and choose whose copies go where; all ranks call.
+
+    Each rank sends its part to one on the next host, in a ring. Raises ConfigError.
+    """
+    launch = ranks.launch
+    token = ranks.on_first(lambda: _read_token(run_dir) or _new_token(run_dir))
+    nodes = ranks.settle([launch.host, launch.node], lambda said: [tuple(each) for each in said])
+    shared = len({node for host, node in map(tuple, nodes) if host == launch.host}) > 1
+    folder = _home(run_dir, memory_dir, token) / (f"{launch.host}-{launch.node}" if shared else launch.host)
+    first = launch.local_rank == 0
+    ranks.together(lambda: _make(folder) if first else None)
+    return MemoryPlace(folder, partners([str(node) for node in nodes]), first)
+
+
+def partners(nodes: Sequence[str]) -> list[int | None]:
+    """Choose for each rank one on the next host, in a ring; None where there is one host alone. nodes: of each rank"""
+    ring = list(dict.fromkeys(nodes))
+    if len(ring) == 1:
+        return [None] * len(nodes)
+    ranks = {node: [rank for rank, other in enumerate(nodes) if other == node] for node in ring}
+    chosen: list[int | None] = []
+    for rank, node in enumerate(nodes):
+        others = ranks[ring[(ring.index(node) + 1) % len(ring)]]
+        chosen.append(others[ranks[node].index(rank) % len(others)])
+    return chosen
+
+
+def recover_from_memory(ranks: Agreement, run_dir: Path, memory_dir: str) -> tuple[str, ...]:
+    """Write the newest step to the disk that hosts hold all files of between them, if it is newer; all ranks call.
+
+    Returns lines to print. What cannot be used is said there, and the run goes on from the disk.
+    """
+    token = ranks.on_first(lambda: _read_token(run_dir))
+    if token is None:
+        return ()
+    home = _home(run_dir, memory_dir, token)
+    mine = held(home) if ranks.launch.local_rank == 0 else []
+    choice = ranks.settle(mine, lambda said: _choose(said, _step(latest_checkpoint(run_dir))))
+    if choice is None:
+        return ()
+    step, copy, holders = choice["step"], choice["copy"], choice["holders"]
+    partial = run_dir / "checkpoints" / f"step_{step:08d}.partial"
+
+    def bring_mine() -> None:
+        for name, sums in copy["files"].items():
+            if holders[name] == ranks.launch.rank:
+                bring(home, step, name, partial / name, sums)
+
+    try:
+        ranks.on_first(lambda: _told(lambda: str(begin_assembly(run_dir, step))))
+        ranks.together(lambda: _told(bring_mine))
+        ranks.on_first(lambda: _told(lambda: str(finish_assembly(partial, copy["state"], copy["files"]))))
+    except ConfigError as error:
+        if ranks.launch.rank == 0:
+            discard(partial)
+        return (f"step {step}, which the memory of hosts holds, cannot be used: {error}",)
+    return (f"step {step} was brought back from the memory of "
+            f"{', '.join(sorted({ranks.hosts[rank] for rank in holders.values()}))}",)
+
+
+def _choose(said: Sequence[Sequence[Mapping[str, Any]]], on_disk: int) -> dict[str, Any] | None:
+    """Choose the newest step of which every file is held, and for each file the rank that brings it.
+
+    A copy that was made after a checkpoint that the disk no longer has is of a course that somebody gave up.
+    """
+    copies: dict[str, dict[str, int]] = {}  # copy.json -> file -> rank
+    for rank, found in enumerate(said):
+        for each in found:
+            holders = copies.setdefault(json.dumps(each["copy"], sort_keys=True), {})
+            for name in each["present"]:
+                holders.setdefault(name, rank)
+    best: dict[str, Any] | None = None
+    for text, holders in copies.items():
+        copy = json.loads(text)
+        step = copy["state"]["step"]
+        whole = holders.keys() >= copy["files"].keys()
+        if whole and step > max(on_disk, best["step"] if best else -1) and _step_named(copy["after"]) <= on_disk:
+            best = {"step": step, "copy": copy, "holders": holders}
+    return best
+
+
+def _told(work: Callable[[], T]) -> T:
+    """Turn what a disk says into a line for all ranks."""
+    try:
+        return work()
+    except OSError as error:
+        raise ConfigError(describe(error)) from None
+
+
+def _step(folder: Path | None) -> int:
+    return -1 if folder is None else _step_named(folder.name)
+
+
+def _step_named(name: str) -> int:
+    return int(name.removeprefix("step_")) if name else -1
+
+
+def _home(run_dir: Path, memory_dir: str, token: str) -> Path:
+    """Name the folder of this run's copies on this machine."""
+    run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+    return Path(memory_dir).expanduser() / f"moescale-{os.getuid()}-{run}-{token}"
+
+
+def _make(folder: Path) -> None:
+    """Make the folder of a host, which nobody else may read. Raises ConfigError."""
+    home = folder.parent
+    try:
+        with suppress(FileExistsError):
+            home.mkdir(mode=0o700)
+        if home.is_symlink() or home.stat().st_uid != os.getuid():
+            raise ConfigError(f"{home} is another user's: write another checkpoint.memory_dir")
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"checkpoint.memory_dir={home.parent} cannot be used: {describe(error)}; write a folder on "
+                          "a file system in memory, or checkpoint.in_memory=null") from None
+
+
+def _read_token(run_dir: Path) -> str | None:
+    try:
+        token = (run_dir / TOKEN).read_text()
+    except (OSError, ValueError):
+        return None
+    return token if re.fullmatch("[0-9a-f]{16}", token) else None
+
+
+def _new_token(run_dir: Path) -> str:
+    token = secrets.token_hex(8)
+    try:
+        replace_text(run_dir / TOKEN, token)
+    except OSError as error:
+        raise ConfigError(f"run.dir={run_dir} cannot be written: {describe(error)}") from None
+    return token

@@ -1,0 +1,58 @@
+"""Runs under a real torchrun, which are disturbed and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.support.command_line import ROOT
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def launch(
+    folder: Path, run: str, *words: str, restarts: int = 0, ranks: int = 2,
+    launcher: tuple[str, ...] = ("--standalone",),
+) -> subprocess.Popen:
+    """Start an agent of torchrun on `folder/tiny.yaml`, with so many ranks here. launcher: how agents meet"""
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(ranks),
+               "--max-restarts", str(restarts), "-m", "moescale", "train", str(folder / "tiny.yaml"),
+               f"run.dir={folder / run}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """Find the processes that it started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == launcher.pid and fields[0] != "Z":
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_for_steps(launcher: subprocess.Popen, run: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < steps:
+        assert time.monotonic() < deadline, "no steps"
+        assert launcher.poll() is None, launcher.communicate()[0]
+        time.sleep(0.02)
+
+
+def end(launcher: subprocess.Popen) -> str:
+    try:
+        return launcher.communicate(timeout=150)[0]
+    finally:
+        launcher.kill()
