@@ -10,6 +10,7 @@ from moescale.cluster.surroundings import Needs
 from moescale.config import Config, ConfigError
 from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import Tokenizer, check_vocabulary, configured_tokenizer
+from moescale.engine.base import check_engine
 from moescale.optim.base import count_moments
 from moescale.planner.count import count_parameters
 
@@ -44,6 +45,8 @@ def prepare(config: Config) -> tuple[Tokenizer, TokenCorpus]:
 
 
 def check_packages(config: Config) -> None:
+    """Refuse a run whose engine cannot do it, or that asks for packages that are not there. Raises ConfigError."""
+    check_engine(config)
     monitor = config.monitor
     for key, asked, off, package, extra in (("wandb", monitor.wandb != "off", "off", "wandb", "wandb"),
                                             ("trace", monitor.trace is not None, "null", "pyarrow", "trace")):

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
     "monitor": {"config", "engine", "files", "moe", "planner", "record", "report"},
     "verify": {"checkpoint", "comm", "config", "convert", "data", "engine", "files", "model", "moe", "monitor",
                "optim", "parallel", "record", "spec"},
-    "engine": {"checkpoint", "comm", "config", "data", "model", "moe", "optim", "parallel", "spec"},
+    "engine": {"checkpoint", "comm", "config", "data", "files", "layers", "model", "moe", "optim", "parallel", "spec"},
 }
 FREE = {"cli", "trainer", "evaluate", "generate", "scoring", "resume", "saving", "spikes", "start", "__init__",
         "__main__"}

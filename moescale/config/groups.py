@@ -24,8 +24,12 @@ def _check_project(name: str) -> str:
 
 
 class RunConfig(Group):
-    engine: Literal["native"] = "native"
-    """What runs the steps: `native` is torch's own FSDP2, pipelines and distributed checkpoints."""
+    engine: Literal["native", "deepspeed"] = "native"
+    """What runs the steps: torch's own FSDP2, pipelines and distributed checkpoints, or DeepSpeed's ZeRO."""
+    zero_stage: int | None = Field(None, ge=0, le=3)
+    """What DeepSpeed shares out: 1 optimizer state, 2 gradients too, 3 weights too; null is run.deepspeed's, or 3."""
+    deepspeed: LocalPath | None = None
+    """A JSON file of DeepSpeed's own settings, such as bucket sizes and offload."""
     dir: LocalPath = "runs/default"
     """The folder that checkpoints, metrics.jsonl and config.yaml go to."""
     seed: int = Field(0, ge=0, lt=2**31)

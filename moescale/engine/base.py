@@ -157,15 +157,47 @@ class Engine(Protocol):
         """Go on from a checkpoint, whatever layout wrote it. peak: where the learning rate falls from."""
 
 
+@dataclass(frozen=True)
+class EngineKind:
+    """A way to run steps. make: builds it, its class imported only now.
+
+    check: refuses what it cannot do with a settled configuration, and packages that are missing. Raises ConfigError.
+    """
+
+    make: Callable[[Config, Mesh], Engine]
+    check: Callable[[Config], None] = lambda config: None
+
+
 def _native(config: Config, mesh: Mesh) -> Engine:
     from moescale.engine.native import NativeEngine
 
     return NativeEngine(config, mesh)
 
 
-ENGINES: dict[str, Callable[[Config, Mesh], Engine]] = {"native": _native}
+def _deepspeed(config: Config, mesh: Mesh) -> Engine:
+    from moescale.engine.deepspeed import ZeroEngine
+
+    return ZeroEngine(config, mesh)
+
+
+def _check_deepspeed(config: Config) -> None:
+    from moescale.engine.deepspeed_settings import check
+
+    check(config)
+
+
+ENGINES: dict[str, EngineKind] = {
+    "native": EngineKind(_native),
+    "deepspeed": EngineKind(_deepspeed, _check_deepspeed),
+}
+
+
+def check_engine(config: Config) -> None:
+    """Refuse what the engine of a run cannot do, or what it lacks. config: settled. Raises ConfigError."""
+    ENGINES[config.run.engine].check(config)
 
 
 def build_engine(config: Config, mesh: Mesh) -> Engine:
     """Make the engine that the run names, with first weights. config: settled by `Config.for_world`."""
-    return ENGINES[config.run.engine](config, mesh)
+    check_engine(config)
+    return ENGINES[config.run.engine].make(config, mesh)

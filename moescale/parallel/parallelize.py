@@ -30,8 +30,11 @@ class ParallelModel:
     whole: LanguageModel
 
 
-def build_parallel_model(config: Config, mesh: Mesh) -> ParallelModel:
-    """Build this rank's part of the model, filled with its first values: on meta, then cut, then in memory."""
+def build_parallel_model(config: Config, mesh: Mesh, *, fsdp: bool = True) -> ParallelModel:
+    """Build this rank's part of the model, filled with its first values: on meta, then cut, then in memory.
+
+    fsdp: whether ranks that see other tokens share each weight; otherwise each has it whole.
+    """
     model = build_model(config, "meta")
     pieces = [model]
     if mesh.parallel.pp > 1:
@@ -39,7 +42,7 @@ def build_parallel_model(config: Config, mesh: Mesh) -> ParallelModel:
 
         pieces = take_stages(model, cut_into_stages(config), mesh.stages)
         model = join(pieces)
-    parallelize(model, pieces, config, mesh)
+    parallelize(model, pieces, config, mesh, fsdp=fsdp)
     model.to_empty(device=mesh.device)
     for buffer in model.buffers():
         buffer.zero_()  # counts and biases
@@ -47,10 +50,12 @@ def build_parallel_model(config: Config, mesh: Mesh) -> ParallelModel:
     return ParallelModel(pieces, model)
 
 
-def parallelize(model: LanguageModel, pieces: list[LanguageModel], config: Config, mesh: Mesh) -> None:
+def parallelize(
+    model: LanguageModel, pieces: list[LanguageModel], config: Config, mesh: Mesh, *, fsdp: bool = True
+) -> None:
     """Cut the model over the ranks: tensor, experts, context, recompute, compile, data.
 
-    model: all of this rank's pieces under one name.
+    model: all of this rank's pieces under one name. fsdp: as in `build_parallel_model`.
     """
     parallel, spec = mesh.parallel, describe(config)
     if parallel.tp > 1 and mesh.dense is not None:
@@ -58,7 +63,7 @@ def parallelize(model: LanguageModel, pieces: list[LanguageModel], config: Confi
     if parallel.ep * parallel.etp > 1 and mesh.sparse is not None:
         spread_experts(model, spec, mesh.sparse["ep", "etp"])
     attach([model, *pieces], make_placement(config, mesh))
-    if mesh.dense is not None and mesh.sparse is not None:
+    if fsdp and mesh.dense is not None and mesh.sparse is not None:
         shared = (mesh.dense, "fsdp") if mesh.shared is None else (mesh.shared, "fsdp_tp")
         shard_parameters(pieces, spec, _data_axes(mesh.dense, "fsdp"), _data_axes(*shared),
                          _data_axes(mesh.sparse, "efsdp"))
