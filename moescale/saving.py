@@ -10,6 +10,7 @@ from pathlib import Path
 from moescale.checkpoint.background import BackgroundWriter
 from moescale.checkpoint.capture import Capture, HostCopy
 from moescale.checkpoint.memory import MemoryCopies, MemoryPlace
+from moescale.checkpoint.remote import RemoteStorage
 from moescale.config import CheckpointConfig, ConfigError
 from moescale.parallel.mesh import Mesh
 
@@ -87,14 +88,23 @@ class Saving:
     """All that is kept of a run: checkpoints on the disk and, where wanted, copies in the memory of hosts."""
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, mesh: Mesh, place: MemoryPlace | None, *,
-        saved: Callable[[int, Path], None], report: Callable[[str], None], last: Path | None,
+        self, run_dir: Path, config: CheckpointConfig, mesh: Mesh, place: MemoryPlace | None,
+        storage: RemoteStorage | None, *, saved: Callable[[int, Path], None], report: Callable[[str], None],
+        last: Path | None,
     ) -> None:
-        """place: where copies in memory are kept; None keeps none. The others are those of `Saver`, for the disk."""
+        """place: where copies in memory are kept; None keeps none. storage: where checkpoints are copied to, if
+        anywhere. The others are those of `Saver`, for the disk.
+        """
         self._every = config.in_memory
-        self.disk = Saver(
-            lambda moment: moment.write(run_dir, config.keep, mesh.checkpoint_group), background=config.background,
-            key="checkpoint.every", saved=saved, report=report, last=last)
+
+        def write(moment: Capture) -> Path:
+            folder = moment.write(run_dir, config.keep, mesh.checkpoint_group)
+            if storage is not None:
+                storage.push(folder, config.keep, mesh.checkpoint_group)
+            return folder
+
+        self.disk = Saver(write, background=config.background, key="checkpoint.every", saved=saved, report=report,
+                          last=last)
         self._copies = None if place is None else MemoryCopies(place, mesh.memory_group, lambda: self.disk.last)
         self._memory = None if self._copies is None else Saver(
             self._copies.write, background=True, key="checkpoint.in_memory", saved=lambda *_: None, report=report)

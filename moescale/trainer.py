@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moescale.checkpoint.capture import Capture, HostCopy
-from moescale.checkpoint.memory import MemoryPlace
+from moescale.checkpoint.remote import RemoteStorage
 from moescale.checkpoint.store import go_back, latest_checkpoint, read_state
 from moescale.cluster.agreement import Agreement
 from moescale.cluster.directory import choose_checkpoint, shared_directory
 from moescale.cluster.identity import describe_run, refuse_differences
 from moescale.cluster.launch import read_launch
-from moescale.cluster.recovery import open_memory, recover_from_memory
+from moescale.cluster.recovery import open_memory, recover_from_memory, recover_from_storage
 from moescale.cluster.stopping import Order, Orders, StopRequests, die_with_launcher
 from moescale.cluster.surroundings import look_around
 from moescale.config import Config, ConfigError, Stopped, TrainingError, any_of, memory_asked
@@ -82,7 +82,9 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
         refuse_differences(ranks, {"the tokenizer": tokenizer.fingerprint, "the text": corpus.fingerprint},
                            "give every rank the same files in data.files and data.tokenizer")
         kept = config.checkpoint
+        storage = None if kept.url is None else ranks.together(partial(RemoteStorage, kept.url))
         brought = () if kept.in_memory is None else recover_from_memory(ranks, run_dir, kept.memory_dir)
+        brought += () if storage is None else recover_from_storage(ranks, run_dir, storage)
         checkpoint = choose_checkpoint(ranks, run_dir)
         stands = partial(go_on, config=config, corpus=corpus, tokenizer=tokenizer)
         standing = Standing() if checkpoint is None else ranks.together(lambda: stands(checkpoint))
@@ -92,7 +94,8 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
         memory = None if kept.in_memory is None else open_memory(ranks, run_dir, kept.memory_dir)
         with _named_memory(config):
             mesh = start_mesh(config, ranks.store)
-            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing, stands, memory)
+            saving = partial(Saving, run_dir, kept, mesh, memory, storage, last=checkpoint)
+            run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing, stands, saving)
             run.say([*draw_layout(config, ranks.hosts), *(each.text for each in found if each.level == "warn")])
             orders = Orders(requests, mesh.device, save_minutes=config.checkpoint.every_minutes,
                             limit_minutes=config.run.time_limit_minutes, started=started)
@@ -157,11 +160,11 @@ class _Run:
 
     def __init__(
         self, config: Config, mesh: Mesh, run_dir: Path, tokenizer: Tokenizer, corpus: TokenCorpus, batches: Batches,
-        checkpoint: Path | None, standing: Standing, stands: Callable[[Path], Standing], memory: MemoryPlace | None,
+        checkpoint: Path | None, standing: Standing, stands: Callable[[Path], Standing], saving: Callable[..., Saving],
     ) -> None:
         """checkpoint: what the run goes on from. standing: where it stands. stands: finds that for another one.
 
-        memory: where copies in the memory of hosts are kept, if any are.
+        saving: makes what keeps the run, of whom to tell.
         """
         self.config, self.mesh, self.run_dir, self.tokenizer = config, mesh, run_dir, tokenizer
         self.corpus, self.batches, self.stands = corpus, batches, stands
@@ -179,8 +182,7 @@ class _Run:
         self.began = time.perf_counter()
         self.highest_loss = torch.full((), -math.inf, dtype=torch.float64, device=mesh.device)  # since the last line
         self.files: dict[str, str | bytes] = {"config.yaml": config.to_yaml(), **tokenizer.files}  # of a checkpoint
-        self.saving = Saving(run_dir, config.checkpoint, mesh, memory, saved=self._saved, report=self._report,
-                             last=checkpoint)
+        self.saving = saving(saved=self._saved, report=self._report)
         self._greet(checkpoint, standing.notes)
 
     def say(self, lines: Sequence[str]) -> None:

@@ -143,6 +143,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     return dict(_read_manifest(folder)["state"])
 
 
+def read_files(folder: Path) -> dict[str, list[int]]:
+    """Read the size and the checksum of each file that makes a checkpoint. Raises ConfigError."""
+    return dict(_read_manifest(folder)["files"])
+
+
 def read_stored(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Say what is stored of each tensor, by its name. Raises ConfigError."""
     return tensors_of(read_metadata(folder), folder, _read_manifest(folder)["files"])

@@ -1,4 +1,4 @@
-"""A run that is started again goes on from what the memory of hosts still holds, where that is newer than the disk."""
+"""A run that is started again finds what the disk lacks: in the memory of hosts, or in a storage elsewhere."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moescale.checkpoint.memory import MemoryPlace, bring, held
-from moescale.checkpoint.store import begin_assembly, finish_assembly, latest_checkpoint
+from moescale.checkpoint.remote import RemoteStorage
+from moescale.checkpoint.store import (
+    MANIFEST,
+    begin_assembly,
+    finish_assembly,
+    latest_checkpoint,
+    read_files,
+    read_state,
+)
 from moescale.checkpoint.together import describe
 from moescale.cluster.agreement import Agreement
 from moescale.config import ConfigError
@@ -66,23 +75,69 @@ def recover_from_memory(ranks: Agreement, run_dir: Path, memory_dir: str) -> tup
     if choice is None:
         return ()
     step, copy, holders = choice["step"], choice["copy"], choice["holders"]
-    partial = run_dir / "checkpoints" / f"step_{step:08d}.partial"
-
-    def bring_mine() -> None:
-        for name, sums in copy["files"].items():
-            if holders[name] == ranks.launch.rank:
-                bring(home, step, name, partial / name, sums)
-
-    try:
-        ranks.on_first(lambda: _told(lambda: str(begin_assembly(run_dir, step))))
-        ranks.together(lambda: _told(bring_mine))
-        ranks.on_first(lambda: _told(lambda: str(finish_assembly(partial, copy["state"], copy["files"]))))
-    except ConfigError as error:
-        if ranks.launch.rank == 0:
-            discard(partial)
-        return (f"step {step}, which the memory of hosts holds, cannot be used: {error}",)
+    problem = _assemble(ranks, run_dir, step, lambda _: (copy["state"], copy["files"]), lambda names: holders,
+                        partial(bring, home, step))
+    if problem is not None:
+        return (f"step {step}, which the memory of hosts holds, cannot be used: {problem}",)
     return (f"step {step} was brought back from the memory of "
             f"{', '.join(sorted({ranks.hosts[rank] for rank in holders.values()}))}",)
+
+
+def recover_from_storage(ranks: Agreement, run_dir: Path, storage: RemoteStorage) -> tuple[str, ...]:
+    """Fetch the newest checkpoint from a storage, where the run directory holds none; all ranks call.
+
+    Returns lines to print. Raises ConfigError where there is one that cannot be fetched.
+    """
+    def newest() -> int | None:
+        return None if latest_checkpoint(run_dir) is not None else max(storage.steps(), default=None)
+
+    step = ranks.on_first(newest)
+    if step is None:
+        return ()
+
+    def read(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+        storage.fetch(step, MANIFEST, folder / MANIFEST)
+        return read_state(folder), read_files(folder)
+
+    problem = _assemble(ranks, run_dir, step, read, lambda names: {
+        name: index % ranks.launch.size for index, name in enumerate(sorted(names))}, partial(storage.fetch, step))
+    if problem is not None:
+        raise ConfigError(f"step {step} in checkpoint.url={storage.url} cannot be fetched: {problem}; write "
+                          "checkpoint.url=null to start anew")
+    return (f"step {step} was fetched from {storage.url}",)
+
+
+def _assemble(
+    ranks: Agreement, run_dir: Path, step: int,
+    read: Callable[[Path], tuple[dict[str, Any], dict[str, list[int]]]],
+    share: Callable[[Collection[str]], Mapping[str, int]],
+    fetch: Callable[[str, Path, Sequence[int]], None],
+) -> str | None:
+    """Put a checkpoint together in the run directory from files that lie elsewhere; return why it failed, if it did.
+
+    read: gives rank 0 the state, and the files with sizes and checksums. share: chooses for each file the rank that
+    brings it. fetch: brings a file by its name to a place on the disk.
+    """
+    def begin() -> Any:
+        return read(begin_assembly(run_dir, step))
+
+    folder = run_dir / "checkpoints" / f"step_{step:08d}.partial"
+    try:
+        state, files = ranks.on_first(lambda: _told(begin))
+        of_rank = share(files)
+
+        def bring_mine() -> None:
+            for name, sums in files.items():
+                if of_rank[name] == ranks.launch.rank:
+                    fetch(name, folder / name, sums)
+
+        ranks.together(lambda: _told(bring_mine))
+        ranks.on_first(lambda: _told(lambda: str(finish_assembly(folder, state, files))))
+    except ConfigError as error:
+        if ranks.launch.rank == 0:
+            discard(folder)
+        return str(error)
+    return None
 
 
 def _choose(said: Sequence[Sequence[Mapping[str, Any]]], on_disk: int) -> dict[str, Any] | None:

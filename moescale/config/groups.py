@@ -23,6 +23,14 @@ def _check_project(name: str) -> str:
     return name
 
 
+def _check_storage(url: str | None) -> str | None:
+    refuse(url is not None and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s?#]+", url) is None,
+           "write a URL such as s3://bucket/run, or null")
+    refuse(url is not None and "@" in url, "a URL with a password or key would be kept in config.yaml and shown: give "
+           "it to the storage's own package, for S3 e.g. in AWS_PROFILE or ~/.aws/credentials")
+    return url
+
+
 class RunConfig(Group):
     engine: Literal["native", "deepspeed"] = "native"
     """What runs the steps: torch's own FSDP2, pipelines and distributed checkpoints, or DeepSpeed's ZeRO."""
@@ -203,6 +211,8 @@ class CheckpointConfig(Group):
     """Checkpoints that are kept, the newest ones."""
     background: bool = True
     """Whether checkpoints are written while training goes on, from a copy of weights and moments in host memory."""
+    url: Annotated[str | None, AfterValidator(_check_storage)] = None
+    """Where each checkpoint is copied to as well, by URL, e.g. s3://bucket/run; a run.dir without any begins there."""
     in_memory: int | None = Field(None, ge=1)
     """Steps between two copies in the memory of hosts, from which a restarted run goes on; null keeps none."""
     memory_dir: LocalPath = "/dev/shm"
