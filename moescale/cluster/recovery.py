@@ -97,7 +97,9 @@ def recover_from_storage(ranks: Agreement, run_dir: Path, storage: RemoteStorage
 
     def read(folder: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
         storage.fetch(step, MANIFEST, folder / MANIFEST)
-        return read_state(folder), read_files(folder)
+        found = read_state(folder), read_files(folder)
+        (folder / MANIFEST).unlink()  # it is written anew when all files are there
+        return found
 
     problem = _assemble(ranks, run_dir, step, read, lambda names: {
         name: index % ranks.launch.size for index, name in enumerate(sorted(names))}, partial(storage.fetch, step))
