@@ -1,0 +1,445 @@
+"""Several hosts on one machine: network namespaces behind a switch, joined by links of a set
+bandwidth.
+
+    python tools/cluster.py --hosts 2 --ranks 2 --bandwidth 1gbit -- \\
+        train configs/quickstart.yaml parallel.ep=4
+
+Starts launch/torchrun.sh on each host with the words behind `--`, shows what the hosts say, and
+ends with the highest of their exit statuses. Needs root, `ip` and `tc`; where namespaces are not
+allowed the agents run side by side on loopback, without names, links or bandwidths of their own,
+and the reason is said.
+
+`Cluster` does the same in Python, and takes hosts apart and puts them back: links are cut and
+mended, hosts are killed, stopped and slowed. Everything of a cluster (processes, namespaces, links,
+files) goes when its owner ends, however that ends: a process of its own, the reaper, waits for
+that. What a cluster leaves whose reaper was killed as well, the next one clears away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Self
+
+from moescale.files.locks import FileLock
+
+ROOT = Path(__file__).parent.parent
+MARK = "MOESCALE_CLUSTER"  # in the environment of every process of a host: FOLDER/HOST
+PREFIX = "moescale-cluster-"
+PORT = 29500
+LINK = "eth0"
+KILL_SECONDS = 20.0
+SLICE_SECONDS = 0.02  # of a slowed host, in part of which it runs
+# A name for the host, its own table of names, then the command in the same process.
+ENTER = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
+
+
+class ClusterError(RuntimeError):
+    """A host cannot be what was asked for; the message says why."""
+
+
+class Cluster:
+    """Hosts of one machine, as a context. `reason` says why they are no namespaces, or is None
+    where they are.
+
+    bandwidth, within: of the link of each host and among its own ranks, as tc writes them, e.g.
+    1gbit; None = all that the machine gives.
+    """
+
+    def __init__(self, hosts: int, bandwidth: str | None = None, within: str | None = None) -> None:
+        self.size, self.bandwidth, self.within = hosts, bandwidth, within
+        self.reason: str | None = None
+        self._slowed: dict[int, threading.Event] = {}
+
+    def __enter__(self) -> Self:
+        clear_leftovers()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        self._lock = FileLock(self.folder)
+        assert self._lock._descriptor is not None
+        self._reaper = subprocess.Popen(
+            [sys.executable, __file__, "--reap", str(self.folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=[self._lock._descriptor],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        try:
+            self._build()
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", "") or str(error)
+            self.reason = (
+                "only root may make namespaces" if os.geteuid() != 0 else " ".join(said.split())
+            )
+        self._port = PORT if self.reason is None else _free_port()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for running in self._slowed.values():
+            running.set()
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
+        self._reaper.wait()
+        self._lock.close()
+
+    # ---- what runs
+
+    def name(self, host: int) -> str:
+        """Give the name by which the others find a host."""
+        return f"host{host}" if self.reason is None else "localhost"
+
+    def start(
+        self,
+        host: int,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        output: IO[Any] | None = None,
+    ) -> subprocess.Popen[Any]:
+        """Start a command on a host. output: where it writes; None = where this process does"""
+        given = {**os.environ, MARK: f"{self.folder.name}/{host}", **(environment or {})}
+        words = list(command)
+        if self.reason is None:
+            given["GLOO_SOCKET_IFNAME"] = LINK
+            words = [
+                "ip",
+                "netns",
+                "exec",
+                self._space(host),
+                "unshare",
+                "--uts",
+                "--mount",
+                "sh",
+                "-c",
+                ENTER,
+                "sh",
+                self.name(host),
+                str(self.folder / "hosts"),
+                *words,
+            ]
+        return subprocess.Popen(
+            words,
+            env=given,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            start_new_session=True,
+            stderr=None if output is None else subprocess.STDOUT,
+        )
+
+    def launch(
+        self,
+        host: int,
+        arguments: Sequence[str],
+        *,
+        ranks: int,
+        hosts: int | None = None,
+        restarts: int = 0,
+        environment: Mapping[str, str] | None = None,
+        output: IO[Any] | None = None,
+    ) -> subprocess.Popen[Any]:
+        """Start the agent of one host, which starts its ranks. arguments: words of `moescale`,
+        `train` first
+
+        hosts: how many of them the job has; None = all. restarts: how often the agents start the
+        ranks again.
+        """
+        assert arguments[0] == "train", "launch/torchrun.sh trains"
+        given = {
+            "NODES": str(hosts or self.size),
+            "HEAD": f"{self.name(0)}:{self._port}",
+            "RANKS": str(ranks),
+            "RESTARTS": str(restarts),
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
+            **(environment or {}),
+        }
+        return self.start(host, [str(ROOT / "launch/torchrun.sh"), *arguments[1:]], given, output)
+
+    def processes(self, host: int) -> dict[int, dict[str, str]]:
+        """Find all processes of a host that live. -> their environments, by process id"""
+        return _marked(f"{self.folder.name}/{host}")
+
+    def ranks(self, host: int) -> dict[int, int]:
+        """Find the ranks on a host. -> process ids, by rank"""
+        found = self.processes(host)
+        return {
+            int(given["RANK"]): pid
+            for pid, given in found.items()
+            if "LOCAL_RANK" in given and "LOCAL_RANK" not in found.get(_parent(pid), {})
+        }
+
+    # ---- taking apart, putting back
+
+    def signal(self, host: int, number: signal.Signals) -> None:
+        """Send a signal to all processes of a host."""
+        for pid in self.processes(host):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def kill(self, host: int) -> None:
+        """Lose a host: end all of its processes at once. What it had as a network is there for new
+        ones."""
+        _kill_all(f"{self.folder.name}/{host}")
+
+    def stop(self, host: int) -> None:
+        """Stop a host in its tracks; it answers no more, but its connections stay."""
+        self.signal(host, signal.SIGSTOP)
+
+    def slow(self, host: int, share: float) -> None:
+        """Let a host compute only this share of the time, above 0, until it is restored."""
+        self._hurry(host)
+        self._slowed[host] = threading.Event()
+        threading.Thread(
+            target=self._hold_back, args=(host, share, self._slowed[host]), daemon=True
+        ).start()
+
+    def cut(self, host: int) -> None:
+        """Cut the link of a host: nothing arrives, and nobody is told."""
+        self._need_links()
+        _run("ip", "-n", self._switch, "link", "set", f"port{host}", "down")
+
+    def mend(self, host: int) -> None:
+        """Mend the link of a host."""
+        self._need_links()
+        _run("ip", "-n", self._switch, "link", "set", f"port{host}", "up")
+
+    def limit(self, host: int, bandwidth: str | None) -> None:
+        """Set the bandwidth of a host's link, both ways."""
+        self._need_links()
+        _shape(self._space(host), LINK, bandwidth)
+        _shape(self._switch, f"port{host}", bandwidth)
+
+    def restore(self, host: int) -> None:
+        """Undo what was done to a host, but for processes that have ended."""
+        self._hurry(host)
+        if self.reason is None:
+            self.mend(host)
+            self.limit(host, self.bandwidth)
+        self.signal(host, signal.SIGCONT)
+
+    def sent_bytes(self, host: int) -> int:
+        """Count what a host has sent to other hosts so far, with all headers."""
+        self._need_links()
+        told = json.loads(_run("ip", "-n", self._space(host), "-s", "-j", "link", "show", LINK))
+        return int(told[0]["stats64"]["tx"]["bytes"])
+
+    # ---- how
+
+    @property
+    def _switch(self) -> str:
+        return f"{self.folder.name}-switch"
+
+    def _space(self, host: int) -> str:
+        return f"{self.folder.name}-{host}"
+
+    def _build(self) -> None:
+        """Make a namespace for the switch and one for each host, with a link between."""
+        (self.folder / "hosts").write_text(
+            "127.0.0.1 localhost\n"
+            + "".join(f"10.77.0.{host + 1} host{host}\n" for host in range(self.size))
+        )
+        _run("ip", "netns", "add", self._switch)
+        _run("ip", "-n", self._switch, "link", "add", "switch", "type", "bridge")
+        _run("ip", "-n", self._switch, "link", "set", "switch", "up")
+        for host in range(self.size):
+            space, port = self._space(host), f"port{host}"
+            _run("ip", "netns", "add", space)
+            _run(
+                "ip",
+                "-n",
+                self._switch,
+                "link",
+                "add",
+                port,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                LINK,
+                "netns",
+                space,
+            )
+            _run("ip", "-n", self._switch, "link", "set", port, "master", "switch", "up")
+            _run("ip", "-n", space, "addr", "add", f"10.77.0.{host + 1}/24", "dev", LINK)
+            for link in (LINK, "lo"):
+                _run("ip", "-n", space, "link", "set", link, "up")
+            _shape(space, "lo", self.within)
+            self.limit(host, self.bandwidth)
+
+    def _need_links(self) -> None:
+        if self.reason is not None:
+            raise ClusterError(f"hosts have no links of their own here: {self.reason}")
+
+    def _hurry(self, host: int) -> None:
+        running = self._slowed.pop(host, None)
+        if running is not None:
+            running.set()
+
+    def _hold_back(self, host: int, share: float, restored: threading.Event) -> None:
+        while not restored.wait(SLICE_SECONDS * share):
+            self.signal(host, signal.SIGSTOP)
+            restored.wait(SLICE_SECONDS * (1 - share))
+            self.signal(host, signal.SIGCONT)
+
+
+def clear_leftovers() -> None:
+    """Clear away clusters whose owners have ended without their reapers."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            lock = FileLock(folder)
+            if lock.taken:
+                _clear(folder)
+            lock.close()
+
+
+def _reap(folder: Path) -> None:
+    """Wait until the owner of a cluster ends or closes the pipe, then clear away what it had."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    owner = os.getppid()
+    while os.getppid() == owner:  # the pipe may live on in a process that the owner forked
+        if select.select([sys.stdin], [], [], 0.5)[0]:
+            break
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the processes, namespaces, links and files of a cluster."""
+    _kill_all(folder.name + "/")
+    with suppress(OSError, subprocess.CalledProcessError):
+        for line in _run("ip", "netns", "list").splitlines():
+            if line.startswith(folder.name):
+                _run("ip", "netns", "del", line.split()[0])  # the links go with it
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_all(mark: str) -> None:
+    """Kill until two looks in a row find nobody: a process that is about to run another program
+    shows no mark."""
+    deadline, clear = time.monotonic() + KILL_SECONDS, 0
+    while clear < 2 and time.monotonic() < deadline:
+        found = _marked(mark)
+        clear = 0 if found else clear + 1
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _marked(mark: str) -> dict[int, dict[str, str]]:
+    """Find the living processes whose mark is this, or begins so if it ends with a slash."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError):
+            text = (entry / "environ").read_bytes().decode(errors="replace")
+            given = dict(word.split("=", 1) for word in text.split("\0") if "=" in word)
+            own = given.get(MARK, "")
+            if own == mark or (mark.endswith("/") and own.startswith(mark)):
+                found[int(entry.name)] = given
+    return found
+
+
+def _parent(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _run(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def _shape(space: str, link: str, bandwidth: str | None) -> None:
+    """Set what a link lets through in one direction; None = all."""
+    where = ["dev", link, "root"]
+    if bandwidth is None:
+        with suppress(subprocess.CalledProcessError):  # there was no limit
+            _run("tc", "-n", space, "qdisc", "del", *where)
+        return
+    burst = max(
+        128 * 1024, int(_bits_per_second(bandwidth) / 8 / 1000)
+    )  # what comes within a millisecond
+    _run(
+        "tc",
+        "-n",
+        space,
+        "qdisc",
+        "replace",
+        *where,
+        "tbf",
+        "rate",
+        bandwidth,
+        "burst",
+        str(burst),
+        "latency",
+        "400ms",
+    )
+
+
+def _bits_per_second(bandwidth: str) -> float:
+    found = re.fullmatch(r"([0-9.]+)([kmg]?)bit", bandwidth)
+    if found is None:
+        raise ClusterError(f"bandwidth {bandwidth}: write it as 200mbit or 1gbit")
+    return float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2]]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--reap"]:
+        return _reap(Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=1, help="on each host")
+    parser.add_argument(
+        "--bandwidth", help="of the link of each host, e.g. 1gbit; all that the machine gives"
+    )
+    parser.add_argument("--within", help="among the ranks of a host")
+    parser.add_argument(
+        "--restarts", type=int, default=0, help="how often the agents start the ranks again"
+    )
+    parser.add_argument("command", nargs="+", metavar="-- train CONFIG [KEY=VALUE ...]")
+    given = parser.parse_args()
+    with Cluster(given.hosts, given.bandwidth, given.within) as cluster:
+        if cluster.reason is not None:
+            print(f"hosts share the loopback of this machine: {cluster.reason}", file=sys.stderr)
+        agents = [
+            cluster.launch(host, given.command, ranks=given.ranks, restarts=given.restarts)
+            for host in range(given.hosts)
+        ]
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            for agent in agents:
+                agent.send_signal(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, pass_on)
+        status = max(agent.wait() % 256 for agent in agents)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
