@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from frame import Criterion, Figures, Reproduction, main
 from torch import Tensor, nn
+from training import fit
 
 from moescale.config import parse_config
 from moescale.layers.linear import Embedding, Linear
@@ -93,15 +94,14 @@ def learn(mixer: type[Mamba], seed: int) -> list[float]:
     """Train on short sequences. Returns the share of right answers at each of LENGTHS."""
     generator = torch.Generator().manual_seed(seed)
     model = Model(mixer, seed)
-    optimizer = torch.optim.Adam(model.parameters(), RATE)
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = RATE if step < 0.85 * STEPS else RATE / 10
-        tokens, wanted = induction(LENGTH, BATCH, generator)
-        loss = F.cross_entropy(model(tokens), wanted)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+
+    def losses() -> Iterator[Tensor]:
+        for _ in range(STEPS):
+            tokens, wanted = induction(LENGTH, BATCH, generator)
+            yield F.cross_entropy(model(tokens), wanted)
+
+    fit(torch.optim.Adam(model.parameters()), losses(), clip_norm=1.0,
+        rate=lambda step: RATE if step < 0.85 * STEPS else RATE / 10)
     shares = []
     with torch.no_grad():
         for length in LENGTHS:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from frame import Criterion, Figures, Reproduction, main
 from torch import Tensor, nn
-from training import Trainer, smooth, steps_to, text_batches, train
+from training import Trainer, fit, smooth, steps_to, text_batches, train
 
 from moescale.layers.norm import LayerNorm
 from moescale.layers.residual import ReZero
@@ -67,15 +67,16 @@ def fully_connected(kind: str, seed: int) -> list[float]:
     """Train a net until its smoothed loss is down, or to the cap. Returns the smoothed losses."""
     torch.manual_seed(seed)
     net, (pixels, classes) = Net(kind), digits()
-    optimizer, losses = torch.optim.Adagrad(net.parameters(), lr=0.01), list[float]()
-    while len(losses) < CAP and (not losses or smooth(losses, 10)[-1] > GOAL):
-        chosen = torch.randint(len(pixels), (100,))
-        loss = F.cross_entropy(net(pixels[chosen]), classes[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return smooth(losses, 10)
+
+    def losses() -> Iterator[Tensor]:
+        values = list[float]()
+        while len(values) < CAP and (not values or smooth(values, 10)[-1] > GOAL):
+            chosen = torch.randint(len(pixels), (100,))
+            loss = F.cross_entropy(net(pixels[chosen]), classes[chosen])
+            yield loss
+            values.append(float(loss.detach()))
+
+    return smooth(fit(torch.optim.Adagrad(net.parameters(), lr=0.01), losses()), 10)
 
 
 def transformer(kind: str, seed: int) -> Trainer:
@@ -133,8 +134,9 @@ REPRODUCTION = Reproduction(
     paper="Bachlechner et al., 2020",
     claim="a 12-layer Transformer reaches 1.2 bits per byte on enwiki8 56 % faster; nets of any depth train without "
           "norms and without warm-up",
-    miniature="64 fully connected layers on digits, with Adagrad, and a 64-layer Transformer on bytes of source code, "
-              "with Adam and no warm-up: with ReZero, with norms before layers, after them, and without either",
+    miniature="64 fully connected layers on digits, with Adagrad: with ReZero, with norms before layers, after them, "
+              "and without either; a 64-layer Transformer on bytes of source code, with Adam and no warm-up: with "
+              "ReZero, and with norms before layers",
     run=run,
     plot=plot,
     criteria=(

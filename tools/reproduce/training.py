@@ -101,12 +101,19 @@ def train(
 
 
 def fit(
-    parameters: Iterable[Tensor], losses: Iterator[Tensor], steps: int, *, lr: float, clip_norm: float | None = None
+    optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], *, rate: Callable[[int], float] | None = None,
+    clip_norm: float | None = None,
 ) -> list[float]:
-    """Train any net with Adam. losses: yields the loss of each next batch, a scalar. Returns each step's loss."""
-    learned = list(parameters)
-    optimizer, values = torch.optim.Adam(learned, lr=lr), []
-    for loss in islice(losses, steps):
+    """Train any net with an optimizer of its parameters.
+
+    losses: yields the loss of each next batch, a scalar, and ends where training does. rate: of a step, counted from 0;
+    None = the optimizer's. clip_norm: of the gradients of all parameters. Returns each step's loss.
+    """
+    values, learned = list[float](), [each for group in optimizer.param_groups for each in group["params"]]
+    for loss in losses:
+        if rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(len(values))
         optimizer.zero_grad()
         loss.backward()
         if clip_norm is not None:
