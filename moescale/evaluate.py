@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,12 @@ FOLLOWED_TOKENS = 512  # whose experts are compared every so often
 class Evaluation:
     """Evaluates a run on one rank, the same text each time."""
 
-    def __init__(self, config: Config, mesh: Mesh, split: TokenSplit, tokenizer: Tokenizer, run_dir: Path) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, split: TokenSplit, tokenizer: Tokenizer, run_dir: Path,
+        report: Callable[[str], None],
+    ) -> None:
+        """report: is told where the experts of held-out tokens cannot be written."""
+        self.report = report
         self.config, self.mesh, self.split, self.tokenizer, self.run_dir = config, mesh, split, tokenizer, run_dir
         self.layers = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
         seq_len = config.data.seq_len
@@ -44,8 +50,13 @@ class Evaluation:
         found = self.kept.result(self.layers) if self.layers else None
         if found is not None:
             texts, kinds = self._text()
-            HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len, np.array(texts),
-                           np.array(kinds), **vars(found)).save(self.run_dir)
+            routing = HeldOutRouting(engine.step_count, np.array(self.layers), self.config.data.seq_len,
+                                     np.array(texts), np.array(kinds), **vars(found))
+            try:
+                routing.save(self.run_dir)
+            except OSError as error:
+                self.report(f"the experts of held-out tokens cannot be written to {self.run_dir}: {error.strerror}; "
+                            "the report lacks them")
         return {"eval_loss": loss, "eval_bits_per_byte": self.split.bits_per_byte(loss)}
 
     def follow(self, engine: Engine) -> dict[str, float]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,14 @@ from moescale.config.changes import (
     is_harmless,
 )
 from moescale.config.read import read_overrides
-from moescale.data.batches import START, Position, num_windows
+from moescale.data.batches import START, Batches, Position, num_windows
 from moescale.data.token_file import TokenCorpus
 from moescale.data.tokenizer import Tokenizer, tokenizer_of_checkpoint
 from moescale.optim.schedule import Peak, first_peak, learning_rate, peak_after_change
 from moescale.record.metrics import FILE
 from moescale.spec.model import describe
 
+LIBRARY_EPOCHS = 50.0  # of Python's own library, which is there to try things out
 MOST_TOKENS = 2**62  # that can be numbered
 
 
@@ -41,6 +43,30 @@ class Standing:
     start: Position = START
     peak: Peak | None = None
     notes: tuple[str, ...] = ()
+
+
+def first_batches(config: Config, corpus: TokenCorpus, start: Position) -> Batches:
+    """Order the training text. start: where the run stands in it.
+
+    Raises ConfigError when the run would see it too often.
+    """
+    data, steps = config.data, config.run.steps
+    batches = order_text(config, corpus, start)
+    epochs = batches.epochs(steps)
+    limit = LIBRARY_EPOCHS if data.max_epochs is None and corpus.is_default else data.max_epochs
+    if limit is not None and epochs > limit:
+        text = "the source of Python's own library" if corpus.is_default else "the text in data.files"
+        raise ConfigError(f"run.steps={steps} would see {text}, {corpus.train.num_tokens / 1e6:,.1f}M tokens, "
+                          f"{epochs:,.2f} times, and {limit:g} are allowed: name more text in data.files, or write "
+                          f"data.max_epochs={math.ceil(epochs)}")
+    return batches
+
+
+def order_text(config: Config, corpus: TokenCorpus, start: Position) -> Batches:
+    """Order the training text from a position on."""
+    data = config.data
+    return Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
+                   start=start, batch_schedule=data.batch_schedule)
 
 
 def locate(config: Config, path: Path, overrides: Sequence[str]) -> Config:

@@ -1,4 +1,4 @@
-"""Loss spikes: when a loss is one, and from where the run goes on.
+"""Loss spikes: when a loss is one, when a step is not finite, and from where the run goes on.
 
 PaLM's remedy (Chowdhery et al., 2023, section 5.1): go back to a checkpoint from before the spike, and leave out the
 batches around it. What is known of the losses so far belongs to a checkpoint, so that a run that was cut off goes back
@@ -8,7 +8,7 @@ where it would have gone back anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -36,6 +36,11 @@ class Losses:
         return replace(self, count=self.count + 1, mean=self.mean + share * away, variance=variance)
 
 
+def is_finite(figures: Iterable[float]) -> bool:
+    """Say whether a step may be trusted. figures: its loss and the norm of its gradient, or a held-out loss"""
+    return all(map(math.isfinite, figures))
+
+
 class Spikes:
     """Reads every loss of a run, in order."""
 
@@ -49,7 +54,7 @@ class Spikes:
         return self.config.deviations is not None
 
     def find(self, losses: Sequence[float]) -> int | None:
-        """Give the place of the first spike among the next losses, which are known from then on."""
+        """Give the place of the first spike among the next losses, finite numbers, which are known from then on."""
         for place, loss in enumerate(losses):
             if self._is_spike(loss):
                 return place
@@ -57,8 +62,8 @@ class Spikes:
         return None
 
     def take(self, losses: Sequence[float]) -> None:
-        """Know these losses, spikes or not; those that are no numbers are left out."""
-        for loss in filter(math.isfinite, losses):
+        """Know these losses, spikes or not."""
+        for loss in losses:
             self.known = self.known.and_then(loss, self.config.window)
 
     def gone_back(self, state: Mapping[str, Any]) -> None:
@@ -68,8 +73,6 @@ class Spikes:
     def _is_spike(self, loss: float) -> bool:
         assert self.config.deviations is not None
         known = self.known
-        if not math.isfinite(loss):
-            return True
         return known.count >= self.config.window and (
             loss > known.mean + self.config.deviations * math.sqrt(known.variance))
 

@@ -225,13 +225,20 @@ class SpikesConfig(Group):
     deviations: float | None = Field(None, gt=0)
     """Standard deviations above its running mean from which on a loss is a spike; null looks for none."""
     window: int = Field(100, ge=2)
-    """Steps that the running mean is over; before there are so many, only a loss that is no finite number counts."""
+    """Steps that the running mean is over; before there are so many, no loss is a spike."""
+    not_finite: Literal["stop", "skip", "back"] | None = None
+    """What follows a loss or gradient norm that is no finite number: the run stops, skips the update, or goes back."""
     back: int = Field(100, ge=1)
     """Steps before a spike that the checkpoint must be at least, to which the run goes back (PaLM: 100)."""
     skip: int = Field(300, ge=1)
     """Batches after that checkpoint that are left out, and all that were seen up to the spike (PaLM: 200 to 500)."""
     most: int = Field(20, ge=1)
-    """Times that a run goes back, at most; the next spike ends it."""
+    """Times that a run goes back, or updates in a row that it skips, at most; the next such step ends it."""
+
+    @property
+    def on_not_finite(self) -> Literal["stop", "skip", "back"]:
+        """What follows what is no finite number; null goes back where spikes are looked for, and stops elsewhere."""
+        return self.not_finite or ("stop" if self.deviations is None else "back")
 
 
 class MonitorConfig(Group):

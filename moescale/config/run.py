@@ -127,7 +127,7 @@ class Config(Group):
                 refuse(positions != "none", f"model.embedding_positions={self.model.embedding_positions} and "
                        f"attention.positions={positions} say the same twice: write attention.positions=none, or "
                        "model.embedding_positions=none")
-        if self.spikes.deviations is not None:
+        if self.spikes.deviations is not None or self.spikes.on_not_finite == "back":
             self._check_spikes()
         return self
 

@@ -138,8 +138,15 @@ class Engine(Protocol):
         watch: whether `routing` will be asked for; otherwise the load alone is counted, which costs less.
         """
 
-    def step(self) -> Tensor:
-        """Clip, update every weight, clear the gradients; return the gradient norm before clipping, scalar."""
+    def step(self, guard: Tensor | None = None) -> Tensor:
+        """Clip, update every weight, clear the gradients; return the gradient norm before clipping, scalar.
+
+        guard: a figure of this step, scalar. Where it or the norm is no finite number on any rank, the update is left
+        out on all, and the step counts all the same. All ranks must give one, or none.
+        """
+
+    def spoilt(self) -> list[str]:
+        """Name the weights whose gradients here were no finite numbers, in the first such step since the last call."""
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Return the cross entropy in nats per target, over all ranks' batches."""

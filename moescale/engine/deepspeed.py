@@ -127,7 +127,11 @@ class ZeroEngine:
         self.accumulated = True
         return account.means()
 
-    def step(self) -> Tensor:
+    def spoilt(self) -> list[str]:
+        """Name none: DeepSpeed keeps its gradients to itself."""
+        return []
+
+    def step(self, guard: Tensor | None = None) -> Tensor:
         """Clip, update every weight and expert bias, clear the gradients; return the gradient norm before clipping."""
         norm = None
         if self.stage == 0:  # whose own norm is a mean over ranks, and so of experts

@@ -62,6 +62,8 @@ def check(config: Config) -> None:
     refuse(moe.balance_over == "global_batch" and len(config.data.batches) > 1, "moe.balance_over=global_batch and "
            "data.batch_schedule were not shown to train alike under run.engine=deepspeed: leave one of them out, "
            f"{OTHERWISE}")
+    refuse(config.spikes.on_not_finite == "skip", "spikes.not_finite=skip leaves updates out, which "
+           f"run.engine=deepspeed cannot: write spikes.not_finite=stop or back, {OTHERWISE}")
     settings(config)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -27,7 +28,7 @@ from moescale.engine.base import Choices, Features, RoutingCounts, StepLosses
 from moescale.engine.recording import recording
 from moescale.model.language_model import LanguageModel, LossSums
 from moescale.optim.base import OPTIMIZERS
-from moescale.optim.gradient_norm import clip_gradients
+from moescale.optim.gradient_norm import SpoiltGradients, clip_gradients
 from moescale.optim.optimizer import build_optimizer, count_from
 from moescale.optim.schedule import Peak, first_peak, learning_rate
 from moescale.parallel.balance import choices_counted, count_as_it_goes
@@ -51,6 +52,7 @@ class NativeEngine:
 
             self.pipeline = Pipeline(self.pieces, config, mesh)
         self.optimizer = build_optimizer(self.model, describe(config), config.optim)
+        self.spoilt_gradients = SpoiltGradients()
         self.step_count = 0
         self.peak = first_peak(config.optim)
 
@@ -92,20 +94,40 @@ class NativeEngine:
                 account.loss(_run(piece, batch)).backward()
         return account.means()
 
-    def step(self) -> Tensor:
-        """Clip, update every weight and expert bias, clear the gradients; return the gradient norm before clipping."""
+    def step(self, guard: Tensor | None = None) -> Tensor:
+        """Clip, update every weight and expert bias, clear the gradients; return the gradient norm before clipping.
+
+        guard: leaves the update out where it or the norm is no finite number, at the price of waiting for the device.
+        """
         optim = self.config.optim
         norm = clip_gradients(
             self.model.parameters(), optim.clip_norm, copies=() if self.pipeline is None else self.pipeline.copies,
-            group=None if self.pipeline is None else self.pipeline.group,
+            group=None if self.pipeline is None else self.pipeline.group, spoilt=self.spoilt_gradients,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.optimizer.step()
+        updates = guard is None or self._are_finite(guard, norm)
+        if updates:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        move_biases(self.mixtures, self.config, self.mesh)
+        if updates:
+            move_biases(self.mixtures, self.config, self.mesh)
         self.step_count += 1
+        if not updates:
+            count_from(self.optimizer, self.step_count)  # as a run that goes on from here would
         return norm
+
+    def _are_finite(self, *figures: Tensor) -> bool:
+        """Whether these are finite numbers on every rank."""
+        finite = torch.stack([figure.isfinite() for figure in figures]).all().byte()
+        if self.mesh.world_group is not None:
+            dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.mesh.world_group)
+        return bool(finite)
+
+    def spoilt(self) -> list[str]:
+        """Name the weights whose gradients here were no finite numbers, in the first such step since the last call."""
+        spoilt = {id(parameter) for parameter in self.spoilt_gradients.tell()}
+        return [name for name, parameter in self.parameters().items() if id(parameter) in spoilt]
 
     @property
     def learning_rate(self) -> float:

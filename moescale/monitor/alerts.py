@@ -34,9 +34,10 @@ class Alerts:
         """Give the alerts that are new."""
         self.lines.append(metrics)
         found = dict(self._routing()) if len(self.lines) == self.lines.maxlen else {}
-        found.update(self._loss(metrics))
-        self.losses.append(metrics["loss"])
-        self.highest.append(metrics["loss_max"])
+        if "loss" in metrics:  # else of an update that was left out
+            found.update(self._loss(metrics))
+            self.losses.append(metrics["loss"])
+            self.highest.append(metrics["loss_max"])
         new = [text for key, text in found.items() if key not in self.known]
         self.known = set(found)
         return new

@@ -73,7 +73,7 @@ class Terminal:
 
     def write(self, step: int, metrics: Line) -> None:
         figures = _figures(metrics)
-        self._losses.append(metrics["loss"])
+        self._losses += [metrics["loss"]] if "loss" in metrics else []
         self._experts = expert_loads(metrics)
         if self._progress is not None:
             self._progress.update(self._task, figures=figures)
@@ -112,7 +112,8 @@ def _named(expert: ExpertLoad) -> str:
 
 
 def _figures(metrics: Line) -> str:
-    parts = [f"loss {metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+    parts = [f"loss {metrics['loss']:.4f}" if "loss" in metrics else "no loss",  # of an update that was left out
+             f"{metrics['tokens_per_second']:,.0f} tokens/s"]
     if "mfu" in metrics:
         parts.append(f"MFU {metrics['mfu']:.1%}")
     experts = expert_loads(metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,15 @@ from moescale.engine.base import Choices, Engine
 
 
 class Tracer:
-    """Looks at the steps asked for, on every rank by itself. trace, profile: steps, counted from 1."""
+    """Looks at the steps asked for, on every rank by itself. trace, profile: steps, counted from 1.
 
-    def __init__(self, run_dir: Path, rank: int, *, trace: range, profile: range) -> None:
-        self.run_dir, self.rank, self.trace, self.profile = run_dir, rank, trace, profile
+    report: is told where the disk does not take what was seen.
+    """
+
+    def __init__(
+        self, run_dir: Path, rank: int, *, trace: range, profile: range, report: Callable[[str], None]
+    ) -> None:
+        self.run_dir, self.rank, self.trace, self.profile, self.report = run_dir, rank, trace, profile, report
         self._profiler: torch.profiler.profile | None = None
         self._first = self._last = 0  # steps of the profile under way
 
@@ -32,7 +37,7 @@ class Tracer:
         if step in self.trace:
             with engine.record(training=True, choices=seen.append):
                 yield
-            write_trace(self._path("trace", f"step_{step:08d}", "parquet"), step, seen, batches)
+            self._write("trace", f"step_{step:08d}", "parquet", lambda path: write_trace(path, step, seen, batches))
         else:
             yield
         if step + 1 not in self.profile:
@@ -44,11 +49,15 @@ class Tracer:
         if profiler is not None:
             profiler.stop()
             name = f"steps_{self._first}-{self._last}"
-            profiler.export_chrome_trace(str(self._path("profile", name, "json.gz")))
+            self._write("profile", name, "json.gz", lambda path: profiler.export_chrome_trace(str(path)))
 
-    def _path(self, folder: str, name: str, ending: str) -> Path:
-        (self.run_dir / folder).mkdir(exist_ok=True)
-        return self.run_dir / folder / f"{name}_rank_{self.rank}.{ending}"
+    def _write(self, folder: str, name: str, ending: str, write: Callable[[Path], object]) -> None:
+        path = self.run_dir / folder / f"{name}_rank_{self.rank}.{ending}"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write(path)
+        except OSError as error:
+            self.report(f"{path} cannot be written: {error.strerror}; the run goes on without it")
 
 
 def write_trace(path: Path, step: int, seen: Sequence[Choices], batches: Sequence[tuple[Tensor, Tensor]]) -> None:

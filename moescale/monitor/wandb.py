@@ -154,7 +154,8 @@ class Wandb:
         for text in metrics.get("alerts", []):
             self._run.alert(title=text.partition(":")[0], text=f"step {step}: {text}", level="WARN")
         self._state["step"] = step
-        replace_text(self._state_file, json.dumps(self._state))
+        with suppress(OSError):  # a full disk: a run that goes on may then send steps once more
+            replace_text(self._state_file, json.dumps(self._state))
 
     def _log_origin(self, config_file: Path, config: dict[str, Any], resumed_from: Path | None) -> None:
         """Say what the run is made of; wandb by itself notes the git commit of the working directory."""

@@ -43,7 +43,7 @@ OF_RUN = {
     "mfu": Figure("model FLOPs over the devices' peak, where that is known"),
     "eval_loss": Figure("held-out cross entropy, nats per token"),
     "eval_bits_per_byte": Figure("the same, over the bytes of the text"),
-    "rollbacks": Figure("times that the run went back because of a loss spike, where it may"),
+    "rollbacks": Figure("times that the run went back, where it may"),
     "alerts": Figure("what has newly gone wrong", ("texts",)),
 }
 OF_ALL = {

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -14,6 +18,7 @@ from moescale.record.figures import Line
 FILE = "metrics.jsonl"
 LONGEST_LINE = 64_000_000  # bytes
 LARGEST_STEP = 1 << 53
+MOST_WAITING = 10_000  # lines
 
 
 class Sink(Protocol):
@@ -30,30 +35,79 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """A sink that adds a line to `metrics.jsonl`. Lines of steps that a resumed run does again are dropped first."""
+    """A sink that adds a line to `metrics.jsonl`. Lines of steps that a resumed run does again are dropped first.
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        """Drop the lines from first_step on, which belong to a run that was cut off. Raises OSError."""
-        self.path = run_dir / FILE
-        if self.path.exists():
-            with open_regular(self.path) as file:
-                whole = file.read()
-                file.seek(0)
-                steps = ((text, parse_line(text)) for text in raw_lines(file))
-                kept = b"".join(text.rstrip(b"\n") + b"\n" for text, line in steps
-                                if line is not None and line["step"] < first_step)
-            if kept != whole:
-                replace_bytes(self.path, kept)
+    A disk that takes nothing ends no run: lines wait in memory, and go there with the next one that it takes.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, report: Callable[[str], None]) -> None:
+        """Drop the lines from first_step on, which belong to a run that was cut off. Raises OSError.
+
+        report: is told where the disk takes nothing, and where it does again.
+        """
+        self.path, self._report = run_dir / FILE, report
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._first: int | None = first_step  # where lines must be dropped before others are added
+        self._refused = False
+        self._drop()
+
+    def go_back(self, first_step: int) -> None:
+        """Drop the lines from this step on, now or as soon as the disk lets it."""
+        whole = (parse_line(text) for text in self._waiting)
+        kept = [text for text, line in zip(self._waiting, whole, strict=True) if line and line["step"] < first_step]
+        self._waiting = deque(kept, MOST_WAITING)
+        self._first = first_step if self._first is None else min(self._first, first_step)
+        self._flush()
 
     def write(self, step: int, metrics: Line) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._waiting.append(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        self._flush()
 
     def saved(self, step: int, checkpoint: Path) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            self._drop()
+            self._add()
+        except OSError as error:
+            if not self._refused:
+                self._report(f"{self.path} cannot be written: {error.strerror}; its lines wait in memory, and the run "
+                             "goes on")
+            self._refused = True
+        else:
+            if self._refused:
+                self._report(f"{self.path} is written again, with the lines that waited")
+            self._refused = False
+
+    def _drop(self) -> None:
+        """Drop the lines of steps that are done again. Raises OSError."""
+        if self._first is not None and self.path.exists():
+            with open_regular(self.path) as file:
+                whole = file.read()
+                file.seek(0)
+                steps = ((text, parse_line(text)) for text in raw_lines(file))
+                kept = b"".join(text.rstrip(b"\n") + b"\n" for text, line in steps
+                                if line is not None and line["step"] < self._first)
+            if kept != whole:
+                replace_bytes(self.path, kept)
+        self._first = None
+
+    def _add(self) -> None:
+        """Add the lines that wait, all or none. Raises OSError."""
+        with self.path.open("ab", buffering=0) as file:
+            end, text = file.seek(0, os.SEEK_END), b"".join(self._waiting)
+            try:
+                if file.write(text) < len(text):  # what a disk does that is just full
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)
+                raise
+        self._waiting.clear()
 
 
 def raw_lines(file: BinaryIO) -> Iterator[bytes]:

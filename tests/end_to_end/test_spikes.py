@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import pytest
 import torch
 import yaml
 
+from moescale.comm.collectives import local_tensor
 from moescale.config import ConfigError, TrainingError, parse_config
-from moescale.data.batches import Batches
+from moescale.data.batches import Batch, Batches
+from moescale.engine.base import StepLosses
+from moescale.engine.native import NativeEngine
 from moescale.generate import load_model
+from moescale.parallel.ranks import run_ranks
 from moescale.spikes import Losses, Spikes
 from moescale.trainer import train
 from tests.support.groups import in_groups
@@ -22,12 +27,17 @@ from tests.support.groups import in_groups
 BATCH = 4
 
 
-def run(folder: Path, name: str, steps: int, **spikes: Any) -> list[dict]:
-    """Train or go on to a step. -> the lines of metrics.jsonl"""
+def write_text(folder: Path) -> None:
     draw = random.Random(0)
-    (folder / "text").mkdir(exist_ok=True)
+    folder.mkdir()
     for number in range(40):
-        (folder / f"text/{number}.txt").write_text(" ".join(draw.choice(("ba", "do", "ki", "lu")) for _ in range(60)))
+        (folder / f"{number}.txt").write_text(" ".join(draw.choice(("ba", "do", "ki", "lu")) for _ in range(60)))
+
+
+def run(folder: Path, name: str, steps: int, *, layout: dict[str, int] | None = None, **spikes: Any) -> list[dict]:
+    """Train or go on to a step. -> the lines of metrics.jsonl"""
+    if not (folder / "text").exists():
+        write_text(folder / "text")
     train(parse_config({
         "run": {"dir": str(folder / name), "steps": steps},
         "data": {"files": [str(folder / "text/*.txt")], "cache_dir": str(folder / "cache"), "seq_len": 16,
@@ -35,7 +45,7 @@ def run(folder: Path, name: str, steps: int, **spikes: Any) -> list[dict]:
         **in_groups({"vocab_size": 264, "d_model": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1,
                      "head_dim": 8, "d_ff": 16, "pattern": [{"channel_mixer": "feed_forward"}]}),
         "optim": {"lr": 1e-2, "schedule": "constant"}, "checkpoint": {"every": 4, "keep": 4},
-        "monitor": {"every": 2, "moved_every": None},
+        "monitor": {"every": 2, "moved_every": None}, "parallel": layout or {},
         "spikes": {"deviations": 2.5, "window": 8, "back": 4, "skip": 6, **spikes}}, "test"))
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
@@ -91,7 +101,7 @@ def test_what_is_a_spike() -> None:
     config = parse_config({"spikes": {"deviations": 3.0, "window": 4}, "checkpoint": {"every": 100}}, "test").spikes
     spikes = Spikes(config, {})
     assert spikes.find([9.0, 1.0, 5.0]) is None, "too few are known"
-    assert spikes.find([4.0, 4.1, float("nan")]) == 2
+    assert spikes.find([4.0, 4.1]) is None
     assert spikes.find([4.0, 99.0]) == 1
     known = spikes.known
     assert Spikes(config, {"losses": json.loads(json.dumps(list(vars(known).values())))}).known == known
@@ -101,7 +111,91 @@ def test_what_is_a_spike() -> None:
     assert (steady.mean, steady.variance) == (3.0, 1.0), "at first plain mean and variance"
 
 
+def spoil(
+    monkeypatch: pytest.MonkeyPatch, sequences: Any, rank: int | None = None, *, loss: bool = False
+) -> None:
+    """Let the gradient of one weight be no finite number in steps that see some sequence, and the loss if wanted.
+
+    rank: alone, if given.
+    """
+    forward_backward, read = NativeEngine.forward_backward, poison(monkeypatch, ())
+
+    def spoilt(self: NativeEngine, batches: list[Batch], **options: Any) -> StepLosses:
+        losses = forward_backward(self, batches, **options)
+        seen = set(read)
+        read.clear()
+        if seen & set(sequences) and rank in (None, self.mesh.rank):
+            next(grad for name, parameter in self.parameters().items() if name == SPOILT
+                 for grad in [local_tensor(parameter.grad)] if grad.numel()).view(-1)[0] = float("nan")
+            return replace(losses, cross_entropy=losses.cross_entropy + torch.inf) if loss else losses
+        return losses
+
+    monkeypatch.setattr(NativeEngine, "forward_backward", spoilt)
+
+
+SPOILT = "blocks.0.mixer.q.weight"
+TWENTY_ONE = range(20 * BATCH + 8, 21 * BATCH + 8)  # the sequences of step 21
+
+
+def test_a_step_that_is_not_finite_stops_a_run_before_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, TWENTY_ONE)
+    with pytest.raises(TrainingError, match=rf"^step 21: loss [\d.]+, gradient norm nan, of the gradients that of "
+                                            rf"{SPOILT}; try .*step_00000020: remove it"):
+        run(tmp_path, "run", 30, deviations=None)
+    assert not (tmp_path / "run/checkpoints/step_00000024").exists()
+
+
+@pytest.mark.parametrize("step", [21, 22], ids=["between two lines", "of a line"])
+def test_an_update_that_is_not_finite_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    first = (step - 1) * BATCH + 8
+    spoil(monkeypatch, range(first, first + BATCH), loss=step == 22)
+    lines = run(tmp_path, "run", 30, not_finite="skip", deviations=None)
+    (alert,) = [text for line in lines for text in line.get("alerts", []) if "left out" in text]
+    assert f"gradient norm nan, of the gradients that of {SPOILT} at step {step}; its update is left out" in alert
+    assert [line["step"] for line in lines if "loss" not in line] == ([22] if step == 22 else [])
+    run(tmp_path, "cut", step, not_finite="skip", deviations=None)
+    run(tmp_path, "cut", 30, not_finite="skip", deviations=None)
+    whole, cut = (load_model(tmp_path / name)[0].state_dict() for name in ("run", "cut"))
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+def test_updates_are_not_left_out_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, range(16 * BATCH, 10_000))
+    with pytest.raises(TrainingError, match=r"after the updates of spikes\.most=3 steps in a row were left out"):
+        run(tmp_path, "run", 30, not_finite="skip", most=3)
+
+
+def test_a_run_goes_back_from_a_step_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, TWENTY_ONE)
+    lines = run(tmp_path, "run", 30, not_finite="back", deviations=None)
+    (alert,) = [text for line in lines for text in line.get("alerts", []) if "went back" in text]
+    assert f"that of {SPOILT} at step 21; went back to step 16, and left out 24 sequences" in alert
+    assert [line["rollbacks"] for line in lines] == 8 * [0] + 7 * [1]
+
+
+def run_alone(folder: Path, layout: dict[str, int], answer: str, rank: int) -> list[str]:
+    """Train on ranks of which one alone sees what is not finite. -> what rank 0 wrote of it"""
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, TWENTY_ONE, rank)
+        lines = run(folder, "run", 30, not_finite=answer, deviations=None, layout=layout)
+    return [text for line in lines for text in line.get("alerts", []) if "not finite" in text]
+
+
+@pytest.mark.parametrize(("answer", "words"), [("skip", "left out"), ("back", "went back to step 16")])
+def test_all_ranks_decide_alike_about_what_one_sees(tmp_path: Path, answer: str, words: str) -> None:
+    write_text(tmp_path / "text")
+    said = run_ranks(2, run_alone, tmp_path, {"dp_replicate": 2}, answer, 1, timeout_seconds=60)
+    assert len(said[0]) == 1
+    assert words in said[0][0]
+    assert f"{SPOILT} (rank 1)" in said[0][0]
+
+
 @pytest.mark.parametrize(("keys", "advice"), [
+    ({"spikes": {"not_finite": "back"}, "checkpoint": {"every": 30}}, "write checkpoint.keep=5"),
     ({"checkpoint": {"every": 30}}, "write checkpoint.keep=5"),
     ({"checkpoint": {"every": 100, "every_minutes": 5}}, "write checkpoint.every_minutes=null"),
 ])

@@ -45,10 +45,10 @@ def test_alerts_come_within_fifty_steps(
 ) -> None:
     step = NativeEngine.step
 
-    def planted(engine: NativeEngine) -> torch.Tensor:
+    def planted(engine: NativeEngine, guard: torch.Tensor | None = None) -> torch.Tensor:
         for plant in plants if engine.step_count == PLANTED else ():
             plant(engine)
-        return step(engine)
+        return step(engine, guard)
 
     monkeypatch.setattr(NativeEngine, "step", planted)
     train(load_config("tiny.yaml", ["run.steps=120", "monitor.every=10", "checkpoint.every=1000", "optim.lr=2e-3",

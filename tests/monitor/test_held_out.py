@@ -61,7 +61,7 @@ def evaluate(folder: Path, parallel: dict[str, Any]) -> dict[int, Any]:
     config = make_config(folder, parallel)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
-    evaluation = Evaluation(config, mesh, prepare_tokens(config.data).held_out, ByteTokenizer(), folder)
+    evaluation = Evaluation(config, mesh, prepare_tokens(config.data).held_out, ByteTokenizer(), folder, print)
     evaluation.run(engine)
     latest: list[torch.Tensor] = []
     found: dict[int, Any] = {}

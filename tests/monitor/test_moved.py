@@ -35,7 +35,7 @@ def run(folder: Path, family: str, parallel: dict[str, Any], follow: bool) -> di
     config = make_config(family, parallel)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
-    evaluation = Evaluation(config, mesh, make_split(), ByteTokenizer(), folder)
+    evaluation = Evaluation(config, mesh, make_split(), ByteTokenizer(), folder, print)
     losses, counts, looks = [], [], [evaluation.follow(engine)] if follow else []
     for step in range(4):
         losses.append(float(engine.forward_backward(make_batches(step, mesh.batch_rank, mesh.batch_size))
@@ -80,7 +80,7 @@ def test_moved_equals_a_recount(tmp_path: Path) -> None:
     config = make_config("left_behind", {})
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
-    evaluation = Evaluation(config, mesh, make_split(), ByteTokenizer(), tmp_path)
+    evaluation = Evaluation(config, mesh, make_split(), ByteTokenizer(), tmp_path, print)
     found: list[dict[tuple[int, int], set[int]]] = []
     for _ in range(2):
         seen: list[Choices] = []

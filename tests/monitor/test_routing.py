@@ -28,7 +28,7 @@ def trace(run_dir: Path, family: str, parallel: dict[str, Any]) -> tuple[dict[st
     config = make_config(family, parallel)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
-    tracer = Tracer(run_dir, mesh.rank, trace=range(STEP, STEP + 1), profile=range(0))
+    tracer = Tracer(run_dir, mesh.rank, trace=range(STEP, STEP + 1), profile=range(0), report=print)
     for step in range(1, STEP + 1):
         batches = make_batches(step, mesh.batch_rank, mesh.batch_size)
         with tracer.step(step, engine, [(batch.tokens, batch.token_id) for batch in batches]):

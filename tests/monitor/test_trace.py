@@ -20,7 +20,7 @@ def profile(run_dir: Path, ranks: int, last: int) -> None:
     config = make_config("mixtral", {"ep": ranks})
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
-    tracer = Tracer(run_dir, mesh.rank, trace=range(0), profile=range(2, 4))
+    tracer = Tracer(run_dir, mesh.rank, trace=range(0), profile=range(2, 4), report=print)
     for step in range(1, last + 1):
         with tracer.step(step, engine, []):
             engine.forward_backward(make_batches(step, mesh.batch_rank, mesh.batch_size))

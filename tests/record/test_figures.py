@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +60,47 @@ def test_whoever_shows_figures_asks_for_some_that_exist() -> None:
 def test_lines_of_a_run_that_was_cut_off_go_and_others_stay_as_they_are(tmp_path: Path) -> None:
     kept = b'{"step": 1, "loss": 3}\n{"loss": 2.5,"step":2}\n'
     (tmp_path / FILE).write_bytes(kept + b'{"step": 3}\nno json\n{"step": 4, "lo')
-    lines = JsonLines(tmp_path, 3)
+    lines = JsonLines(tmp_path, 3, print)
     assert (tmp_path / FILE).read_bytes() == kept
     lines.write(3, {"loss": 2})
     with (tmp_path / FILE).open("rb") as file:
         assert [line["step"] for line in read_lines(file)] == [1, 2, 3]
     assert json.loads((tmp_path / FILE).read_bytes().splitlines()[-1]) == {"step": 3, "loss": 2}
+
+
+def test_lines_that_a_full_disk_does_not_take_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    lines, file = JsonLines(tmp_path, 1, said.append), tmp_path / FILE
+
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in file.read_bytes().splitlines()]
+
+    lines.write(1, {"loss": 2.0})
+    size, before = file.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))  # so that a line is cut in the middle
+    try:
+        for step in (2, 3):
+            lines.write(step, {"loss": 2.0})
+            assert file.stat().st_size == size, "no half line stays"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert len(said) == 1
+    assert "cannot be written: No space left on device; its lines wait" in said[0]
+    lines.write(4, {"loss": 2.0})
+    assert steps() == [1, 2, 3, 4]
+    assert "written again" in said[1]
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as read_only:
+        read_only.setattr("moescale.record.metrics.replace_bytes", refuse)
+        lines.go_back(3)
+        lines.write(3, {"loss": 1.0})
+        assert steps() == [1, 2, 3, 4]
+    assert "Read-only file system" in said[2]
+    lines.close()
+    assert steps() == [1, 2, 3]
+    assert json.loads(file.read_bytes().splitlines()[-1])["loss"] == 1.0

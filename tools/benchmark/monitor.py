@@ -41,7 +41,7 @@ class Bench:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.inside = config, 0.0
         self.engine = NativeEngine(config, start_mesh(config))
-        self.lines = JsonLines(folder, 0)
+        self.lines = JsonLines(folder, 0, print)
         self.alerts = Alerts(top_k=config.moe.top_k, every=config.monitor.every, dropped_limit=1.0)
         for layer in moe_layers(self.engine.model):
             for name in TIMED:

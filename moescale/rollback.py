@@ -1,0 +1,186 @@
+"""What a run does about a loss spike, or a step that is not finite: it stops, skips the update or goes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from moescale.checkpoint.store import go_back, latest_checkpoint, read_state
+from moescale.config import Config, TrainingError
+from moescale.data.batches import Batches, Position
+from moescale.parallel.mesh import Mesh
+from moescale.spec.model import describe
+from moescale.spikes import Spikes, around, is_finite
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from the last steps. back_to: the checkpoint to go back to, if any. notes: what happened."""
+
+    back_to: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Rollbacks:
+    """Decides after each stretch of steps how a run goes on, the same on every rank.
+
+    state: as a checkpoint says it. spoilt: names the weights whose gradients on this rank were not finite first.
+    finish: waits for a checkpoint that is being written.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, run_dir: Path, state: Mapping[str, Any], *, spoilt: Callable[[], list[str]],
+        finish: Callable[[], object],
+    ) -> None:
+        self.config, self.mesh, self.run_dir, self.spoilt, self.finish = config, mesh, run_dir, spoilt, finish
+        self.spikes = Spikes(config.spikes, state)
+        self.skips = config.spikes.on_not_finite == "skip"  # whether the engine leaves updates out
+        self._skipped_in_a_row = 0
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the run may go back at all."""
+        return self.spikes.looks or self.config.spikes.on_not_finite == "back"
+
+    @property
+    def count(self) -> int:
+        """How often the run went back so far."""
+        return self.spikes.known.rollbacks
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What belongs to a checkpoint."""
+        return {"losses": astuple(self.spikes.known)} if self.goes_back else {}
+
+    def decide(self, first: int, steps: Sequence[tuple[float, float]]) -> Decision:
+        """Look at the steps after step `first`. steps: the loss and the gradient's norm of each
+
+        Raises TrainingError where the run ends. All ranks must call.
+        """
+        finite = self._finite_everywhere(steps)
+        if self.skips:
+            notes = self._skip(first, steps, finite)
+            end = len(steps)
+        else:
+            notes = ()
+            end = finite.index(False) if False in finite else len(steps)
+        places = [place for place in range(end) if finite[place]]
+        losses = [steps[place][0] for place in places]
+        spike = self._find_spike(losses)
+        if spike is not None:
+            at = first + places[spike] + 1
+            what = f"loss spike: {losses[spike]:.3f} at step {at}"
+            back_to = self._checkpoint_before(at, what)
+            if back_to is not None:
+                return Decision(back_to, (*notes, what))
+            self.spikes.take(losses[spike:])
+        if end < len(steps):
+            return self._answer(first + end + 1, self._blame(*steps[end]))
+        return Decision(notes=notes)
+
+    def decide_held_out(self, step: int, losses: Mapping[str, float]) -> Decision:
+        """Look at the losses on held-out text, which are the same on all ranks. Raises TrainingError."""
+        if is_finite(losses.values()):
+            return Decision()
+        return self._answer(step, ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in losses.items()))
+
+    def reorder(self, order: Callable[[Position], Batches], start: Position, step: int, left: Batches) -> Batches:
+        """Order the data of a run that has gone back, around the batches that it has seen since.
+
+        order: orders the text from a position. start: as the checkpoint has it. left: as they came to the steps done
+        when the run went back, `step`.
+        """
+        return order(around(order(start), step, left, self.config.spikes.skip))
+
+    def gone_back(self, checkpoint: Path) -> None:
+        """Know what was known at this checkpoint."""
+        self.spikes.gone_back(read_state(checkpoint))
+
+    def _finite_everywhere(self, steps: Sequence[tuple[float, float]]) -> list[bool]:
+        """Say of each step whether it is finite on all ranks, of which one may be damaged."""
+        finite = torch.tensor([is_finite(step) for step in steps], dtype=torch.uint8, device=self.mesh.device)
+        if self.mesh.world_group is not None:
+            dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.mesh.world_group)
+        return [bool(each) for each in finite.tolist()]
+
+    def _skip(
+        self, first: int, steps: Sequence[tuple[float, float]], finite: Sequence[bool]
+    ) -> tuple[str, ...]:
+        """Count the updates that the engine has left out, and say so. Raises TrainingError for too many in a row."""
+        notes = []
+        for place, (step, good) in enumerate(zip(steps, finite, strict=True)):
+            self._skipped_in_a_row = 0 if good else self._skipped_in_a_row + 1
+            if self._skipped_in_a_row > self.config.spikes.most:
+                self._end(first + place + 1, f"{self._blame(*step)}, after the updates of spikes.most="
+                          f"{self.config.spikes.most} steps in a row were left out")
+            if not good:
+                notes.append(f"not finite: {self._blame(*step)} at step {first + place + 1}; its update is left out")
+        return tuple(notes)
+
+    def _find_spike(self, losses: Sequence[float]) -> int | None:
+        """Give the place of the first spike, as rank 0 sees it: a damaged rank may see other losses."""
+        if not self.spikes.looks:
+            return None
+        place = self.spikes.find(losses)
+        told = torch.tensor(-1 if place is None else place, device=self.mesh.device)
+        if self.mesh.world_group is not None:
+            dist.broadcast(told, 0, group=self.mesh.world_group)
+        return None if int(told) < 0 else int(told)
+
+    def _answer(self, step: int, what: str) -> Decision:
+        """Go back from a step that is not finite, or end the run. Raises TrainingError."""
+        if self.config.spikes.on_not_finite != "back":
+            self._end(step, what)
+        cause = f"not finite: {what} at step {step}"
+        back_to = self._checkpoint_before(step, cause)
+        if back_to is None:
+            self._end(step, f"{what}, and no checkpoint lies spikes.back={self.config.spikes.back} steps before to go "
+                      "back to")
+        return Decision(back_to, (cause,))
+
+    def _checkpoint_before(self, step: int, what: str) -> Path | None:
+        """Let rank 0 find the checkpoint to go back to. Raises TrainingError where the run went back too often."""
+        most = self.config.spikes.most
+        if self.count >= most:
+            self._end(step, f"{what}, after the run went back spikes.most={most} times")
+        self.finish()
+        told = torch.tensor(-1, device=self.mesh.device)
+        if self.mesh.rank == 0:
+            to = go_back(self.run_dir, step - self.config.spikes.back, self.config.checkpoint.every)
+            told.fill_(-1 if to is None else read_state(to)["step"])
+        if self.mesh.world_group is not None:
+            dist.broadcast(told, 0, group=self.mesh.world_group)
+        return None if int(told) < 0 else self.run_dir / "checkpoints" / f"step_{int(told):08d}"
+
+    def _blame(self, loss: float, grad_norm: float) -> str:
+        """Say what is not finite, as a rank has it that sees it, and whose gradient of those backward came to first."""
+        names = self.spoilt()
+        mine = (loss, grad_norm, [] if is_finite((loss, grad_norm)) else names)
+        told = [mine]
+        if self.mesh.world_group is not None:
+            told = [mine] * self.mesh.world_size
+            dist.all_gather_object(told, mine, group=self.mesh.world_group)
+        loss, grad_norm, _ = next((each for each in told if not is_finite(each[:2])), mine)
+        found: dict[str, int] = {}
+        for rank, (_, _, names) in reversed(list(enumerate(told))):
+            found.update(dict.fromkeys(names, rank))
+        said = f"loss {loss}, gradient norm {grad_norm}"
+        if not found:
+            return said
+        order = {".".join(weight.name): place for place, weight in enumerate(describe(self.config).weights())}
+        last = max(found, key=order.__getitem__)
+        others = f" and those of {len(found) - 1} weights before it" if len(found) > 1 else ""
+        where = "" if self.mesh.world_size == 1 else f" (rank {found[last]})"
+        return f"{said}, of the gradients that of {last}{where}{others}"
+
+    def _end(self, step: int, what: str) -> NoReturn:
+        self.finish()
+        last = latest_checkpoint(self.run_dir)
+        left = "no checkpoint was saved" if last is None else (
+            f"the last checkpoint is {last}: remove it to go on from an earlier one if it diverges again")
+        raise TrainingError(f"step {step}: {what}; try a lower optim.lr or a longer optim.warmup_steps; {left}")

@@ -1,0 +1,123 @@
+"""A rank that hangs shows where, and ends at the time-out whatever it hangs in."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from moescale.cluster.launch import Launch
+from moescale.cluster.watchdog import Watchdog
+from moescale.cluster.watcher import Limits, Pace, where
+
+LIMITS = Limits(times=10, floor_seconds=1.0, timeout_seconds=1.5, grace_seconds=0.5)
+
+
+def test_what_counts_as_a_hang() -> None:
+    pace = Pace(Limits(times=10, floor_seconds=5, timeout_seconds=60, grace_seconds=5), 0.0)
+
+    def alive_until(now: float) -> None:
+        pace.hear("alive", now)
+
+    pace.hear("step 1", 0.0)
+    alive_until(1000.0)
+    assert not pace.hangs(1000.0), "the first steps compile"
+    assert not pace.is_over(1000.0)
+    for step in range(2, 9):
+        pace.hear(f"step {step}", 1000.0 + step)
+    assert pace.usual == 1.0
+    alive_until(1500.0)
+    assert not pace.hangs(1008 + 9.9)
+    assert pace.hangs(1008 + 10.1)
+    assert not pace.is_over(1008 + 65.9)
+    assert pace.is_over(1008 + 66.1)
+    pace.hear("pause evaluation", 1500.0)
+    alive_until(2000.0)
+    assert not pace.hangs(2000.0)
+    assert not pace.is_over(2000.0)
+    assert pace.hangs(2000.0 + 31), "silence is a hang in any case"
+    assert pace.is_over(2000.0 + 66)
+    pace.shift(50.0)
+    assert not pace.is_over(2000.0 + 66), "nobody could run in that time"
+    pace.hear("step 9", 2100.0)
+    assert pace.usual == 1.0, "a pause is no step"
+
+
+def test_the_main_thread_is_found_in_stacks() -> None:
+    stacks = ('Thread 0x1 (most recent call first):\n  File "/a/moescale/cluster/agreement.py", line 5 in _beat\n\n'
+              'Current thread 0x2 (most recent call first):\n  File "/b/torch/distributed.py", line 7 in wait\n'
+              '  File "/a/moescale/comm/exchange.py", line 42 in finish\n')
+    assert where(stacks) == "comm/exchange.py:42 in finish"
+    assert where("") == ""
+
+
+def wait_with_the_lock() -> None:
+    ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+
+
+def wait_without_the_lock() -> None:
+    ctypes.CDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+
+
+def wait_for_ever() -> None:
+    threading.Event().wait()
+
+
+def be_stopped() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang(run_dir: str, how: str, pause: bool) -> None:
+    with Watchdog(Path(run_dir), Launch(host="here"), 1.5, LIMITS) as watchdog:
+        for step in range(1, 9):
+            watchdog.step(step)
+            time.sleep(0.02)
+        if pause:
+            watchdog.pause("evaluation")
+        globals()[how]()
+
+
+def python(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", f"from tests.cluster.test_watchdog import *\n{code}"], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_rank_that_hangs_is_shown_and_killed(tmp_path: Path) -> None:
+    cases = [("wait_with_the_lock", False, "waiting"), ("wait_without_the_lock", False, "waiting"),
+             ("wait_for_ever", False, "waiting"), ("be_stopped", False, "stopped by a signal"),
+             ("be_stopped", True, "stopped by a signal")]
+    ranks = [python(f"hang({str(tmp_path / str(number))!r}, {how!r}, {pause})")
+             for number, (how, pause, _) in enumerate(cases)]
+    for number, (rank, (how, pause, state)) in enumerate(zip(ranks, cases, strict=True)):
+        _, said = rank.communicate(timeout=60)
+        assert rank.returncode == -signal.SIGKILL, said
+        what = "evaluation" if pause else "step 8"
+        first, last = said.splitlines()
+        assert first.startswith(f"moescale: {what} has taken"), first
+        assert last.startswith(f"moescale: rank 0 on here: {what} did not end within run.timeout_seconds=1.5 ("
+                               f"{state})"), last
+        report = (tmp_path / str(number) / "stacks" / what.replace(" ", "_") / "rank_0.txt").read_text()
+        assert state in report
+        assert how == "be_stopped" or f"in {how}" in report
+
+
+def test_a_rank_that_ends_or_is_killed_leaves_no_watcher(tmp_path: Path) -> None:
+    code = (f"with Watchdog(Path({str(tmp_path)!r}), Launch(), 300.0) as watchdog:\n"
+            "    print(watchdog._process.pid, flush=True); input()\n")
+    for way in ("end", "kill"):
+        rank = python(code)
+        assert rank.stdout is not None
+        watcher = int(rank.stdout.readline())
+        if way == "kill":
+            rank.kill()
+        rank.communicate("\n", timeout=30)
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/{watcher}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{watcher}").exists(), way
+    assert list(tmp_path.iterdir()) == []
