@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +40,11 @@ def _fill(tensor: Tensor, init: Init, generator: torch.Generator) -> None:
         nn.init.trunc_normal_(tensor, 0, init.std, -2 * init.std, 2 * init.std, generator=generator)
     elif init.kind == "uniform":
         tensor.uniform_(init.low, init.high, generator=generator)
-    elif init.kind == "step":
-        step = tensor.uniform_(math.log(init.low), math.log(init.high), generator=generator).exp_()
-        tensor.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
-    elif init.kind == "log_of_uniform":
-        tensor.uniform_(init.low, init.high, generator=generator).log_()
-    elif init.kind == "log_count":
-        tensor.copy_(torch.arange(1, tensor.shape[-1] + 1, device=tensor.device).log())
-    elif init.kind == "log_uniform":
-        tensor.uniform_(math.log(init.low), math.log(init.high), generator=generator)
+        if init.of == "exp":
+            tensor.log_()
+        elif init.of == "log_softplus":
+            softplus = tensor.exp_()
+            tensor.copy_(softplus + (-torch.expm1(-softplus)).log())
     elif init.kind == "table":
         from moescale.ops.s4 import first_values  # only models with S4 have need of it
 

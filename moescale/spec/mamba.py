@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Self
 
 from pydantic import Field
@@ -10,7 +11,7 @@ from moescale.spec.mixer import MixerConfig
 from moescale.spec.small import Small
 from moescale.spec.weights import Init, Weight, below, matrix, norm
 
-STEPS = Init("step", low=1e-3, high=1e-1)  # of softplus, at first
+STEPS = Init("uniform", low=math.log(1e-3), high=math.log(1e-1), of="log_softplus")
 
 
 class MambaConfig(MixerConfig):
@@ -60,8 +61,8 @@ class MambaConfig(MixerConfig):
             Weight(("step", ), (d_inner, rank), ("d_inner", "dt_rank"), None, "shared",
                    Init("uniform", low=-bound, high=bound)),
             Weight(("step_bias",), (d_inner,), ("d_inner",), None, "shared", STEPS, decays=False),
-            Weight(("a_log",), (d_inner, self.d_state), ("d_inner", "d_state"), None, "shared", Init("log_count"),
-                   decays=False),
+            Weight(("a_log",), (d_inner, self.d_state), ("d_inner", "d_state"), None, "shared",
+                   Init("table", table="real_log_decay"), decays=False),
             Weight(("d",), (d_inner,), ("d_inner",), None, "shared", Init("ones"), decays=False),
         )
 

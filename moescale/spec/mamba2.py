@@ -51,7 +51,7 @@ class Mamba2Config(MixerConfig):
             *below("select_conv", self._of_convolution(states, "selected")),
             *below("scan", (
                 Weight(("step_bias",), (heads,), ("heads",), None, "shared", STEPS, decays=False),
-                Weight(("a_log",), (heads,), ("heads",), None, "shared", Init("log_of_uniform", low=1, high=16),
+                Weight(("a_log",), (heads,), ("heads",), None, "shared", Init("uniform", low=1, high=16, of="exp"),
                        decays=False),
                 Weight(("d",), (heads,), ("heads",), None, "shared", Init("ones"), decays=False))),
             Weight(("norm", "weight"), (channels,), ("d_inner",), None, "shared", Init("ones"), decays=False),

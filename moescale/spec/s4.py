@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -89,7 +90,7 @@ class S4Config(MixerConfig):
 
 def log_step(channels: int, least: float, most: float) -> Weight:
     """Describe the logarithm of each channel's step, uniform at first between those of two steps."""
-    init = Init("log_uniform", low=least, high=most)
+    init = Init("uniform", low=math.log(least), high=math.log(most))
     return Weight(("log_step",), (channels,), ("channels",), None, "shared", init, decays=False)
 
 

@@ -14,17 +14,16 @@ View = Literal["dense", "shared", "sparse"]
 class Init:
     """The first values of a weight: constants, or draws.
 
-    normal: of deviation `std`; a truncated one is cut at two of them. uniform: from `low` to `high`. step: its softplus
-    is, log(softplus) being uniform between those of `low` and `high`. log_count: log(1), log(2) ... along the last dim.
-    log_uniform: logarithms of `low` and `high`, and between; log_of_uniform: the logarithm of what is between. table:
-    each channel has those of one of S4's tables (`ops.s4.first_values`).
+    normal: of deviation `std`; a truncated one is cut at two of them. uniform: the weight is, from `low` to `high`, or
+    a function `of` it: its exponential, or the logarithm of its softplus. table: each channel has those of one of the
+    tables of linear systems (`ops.s4.first_values`).
     """
 
-    kind: Literal["zeros", "ones", "normal", "truncated_normal", "uniform", "step", "log_count", "log_uniform",
-                  "log_of_uniform", "table"]
+    kind: Literal["zeros", "ones", "normal", "truncated_normal", "uniform", "table"]
     std: float = 0.0
     low: float = 0.0
     high: float = 0.0
+    of: Literal["weight", "exp", "log_softplus"] = "weight"
     table: str = ""
 
 

@@ -181,7 +181,7 @@ def test_first_values_are_the_papers() -> None:
     mixer = MIXERS[MambaConfig](config.model, config.mamba)
     initialize(nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"mixer": mixer})])}), describe(config), 3)
     scan = mixer.scan
-    assert torch.equal(scan.a_log, torch.arange(1, 17).log().expand(128, 16))
+    assert torch.equal(scan.a_log, torch.arange(1, 17).double().log().float().expand(128, 16))
     assert torch.equal(scan.d, torch.ones(128))
     steps = F.softplus(scan.step_bias).detach().log10()
     assert float(steps.min()) > -3.001
