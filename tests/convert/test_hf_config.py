@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, JambaConfig, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig
+from transformers import AutoConfig, JambaConfig, LlamaConfig, Mamba2Config, MambaConfig, MistralConfig, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moescale.config import ConfigError
@@ -20,7 +20,7 @@ from tests.support.models import DENSE, make_config
 
 DEFAULTS = {name: {key.name: key.default for key in family.keys.values()} for name, family in FAMILIES.items()}
 CLASSES = {"mixtral": MixtralConfig, "mistral": MistralConfig, "llama": LlamaConfig, "mamba": MambaConfig,
-           "jamba": JambaConfig}
+           "mamba2": Mamba2Config, "jamba": JambaConfig}
 SMALL = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -47,11 +47,13 @@ def test_a_key_that_is_absent_has_the_default_of_its_class(kind: str) -> None:
 
 
 def test_an_empty_configuration_of_a_recurrent_model_is_the_class() -> None:
-    mamba, jamba = (read_config({"model_type": kind}, "config.json", None) for kind in ("mamba", "jamba"))
-    for config, theirs in ((mamba, MambaConfig()), (jamba, JambaConfig())):
+    mamba, mamba2, jamba = (read_config({"model_type": kind}, "config.json", None)
+                            for kind in ("mamba", "mamba2", "jamba"))
+    for config, theirs in ((mamba, MambaConfig()), (mamba2, Mamba2Config()), (jamba, JambaConfig())):
         assert (config.model.d_model, config.model.num_layers) == (theirs.hidden_size, theirs.num_hidden_layers)
     theirs = MambaConfig()
     assert (mamba.mamba.d_inner(768), mamba.mamba.rank(768)) == (theirs.intermediate_size, theirs.time_step_rank)
+    assert mamba2.mamba2.num_heads(mamba2.model.d_model) == Mamba2Config().num_heads
     layers, theirs = jamba.model.layers, JambaConfig()
     assert [layer.mixer for layer in layers] == theirs.layers_block_type
     assert [16 if layer.channel_mixer == "moe" else 1 for layer in layers] == theirs.layers_num_experts

@@ -1,4 +1,4 @@
-"""Mamba and Jamba of `transformers`, on files that it wrote: logits and greedy tokens both ways, and back."""
+"""Mamba, Mamba-2 and Jamba of `transformers`, on files that it wrote: logits and greedy tokens both ways, and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, JambaConfig, MambaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, JambaConfig, Mamba2Config, MambaConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
 import moescale
@@ -26,6 +26,9 @@ HYBRID = {**SMALL, "num_hidden_layers": 4, "intermediate_size": 48, "num_attenti
 PEERS: dict[str, PreTrainedConfig] = {
     "mamba": MambaConfig(**SMALL, state_size=8, time_step_rank=3),
     "mamba, untied": MambaConfig(**SMALL, expand=3, conv_kernel=3, tie_word_embeddings=False, layer_norm_epsilon=1e-3),
+    "mamba2": Mamba2Config(**SMALL, state_size=8, num_heads=8, head_dim=8, n_groups=4),
+    "mamba2, one group": Mamba2Config(**SMALL, state_size=6, expand=3, num_heads=6, head_dim=16, n_groups=1,
+                                      conv_kernel=3, tie_word_embeddings=True, layer_norm_epsilon=1e-3),
     "jamba": JambaConfig(**HYBRID, num_experts=4, num_experts_per_tok=2, rms_norm_eps=1e-3),
     "jamba, one expert a token": JambaConfig(**HYBRID, num_experts=4, num_experts_per_tok=1, expert_layer_period=1,
                                              expert_layer_offset=0, tie_word_embeddings=True, mamba_dt_rank=5),
@@ -88,6 +91,10 @@ def test_stacked_experts_of_transformers_5(tmp_path: Path) -> None:
     ("mamba", {"use_bias": True}, "use_bias"), ("mamba", {"use_conv_bias": False}, "use_conv_bias"),
     ("mamba", {"hidden_act": "gelu"}, "hidden_act"), ("mamba", {"rms_norm": False}, "rms_norm"),
     ("mamba", {"ssm_cfg": {"d_state": 8}}, "ssm_cfg"), ("mamba", {"odd": 1}, "odd"),
+    ("mamba2", {"use_bias": True}, "use_bias"), ("mamba2", {"use_conv_bias": False}, "use_conv_bias"),
+    ("mamba2", {"hidden_act": "gelu"}, "hidden_act"), ("mamba2", {"rms_norm": False}, "rms_norm"),
+    ("mamba2", {"time_step_limit": [0.0, 0.5]}, "time_step_limit"), ("mamba2", {"num_heads": 3}, "num_heads"),
+    ("mamba2", {"time_step_limit": [0.001, {"__float__": "Infinity"}]}, "time_step_limit"),
     ("jamba", {"hidden_act": "gelu"}, "hidden_act"), ("jamba", {"mamba_proj_bias": True}, "mamba_proj_bias"),
     ("jamba", {"mamba_conv_bias": False}, "mamba_conv_bias"), ("jamba", {"sliding_window": 8}, "sliding_window"),
 ], ids=str)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from moescale.config import Config, ConfigError
-from moescale.convert.formats.hf import jamba, llama, mamba, mistral, mixtral
+from moescale.convert.formats.hf import jamba, llama, mamba, mamba2, mistral, mixtral
 from moescale.convert.formats.hf.base import Family
 
 FAMILIES = {family.name: family for family in (
-    mixtral.FAMILY, llama.FAMILY, mistral.FAMILY, mamba.FAMILY, jamba.FAMILY)}
+    mixtral.FAMILY, llama.FAMILY, mistral.FAMILY, mamba.FAMILY, mamba2.FAMILY, jamba.FAMILY)}
 
 
 def titles(names: list[str]) -> str:
