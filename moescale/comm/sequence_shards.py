@@ -85,6 +85,14 @@ class SequenceShards:
         """
         return run(first)
 
+    def first_states(self, last: Tensor, passes: Passes, positions: Tensor) -> Tensor:
+        """Work out the state before each piece here, for a recurrence whose outputs are sums over inputs and states.
+
+        last: [rows, ...], the states at the ends of the pieces, begun from zero. Others as in `recur`. Returns such
+        before their beginnings.
+        """
+        return torch.zeros_like(last)
+
 
 class SharedSequenceShards(SequenceShards):
     """Pieces of equal length are dealt out over `cp`; each rank's pieces, in order, are its part, cut over `tp`."""
@@ -159,13 +167,10 @@ class SharedSequenceShards(SequenceShards):
         if len(self.pieces) == 1:
             return run(None)
         _, last = run(None)
-        return run(self._first_states(last, passes, positions))
+        return run(self.first_states(last, passes, positions))
 
-    def _first_states(self, last: Tensor, passes: Passes, positions: Tensor) -> Tensor:
-        """Work out the state before each piece here: every rank goes over the pieces of all.
-
-        last: [rows, ...], the states at their ends, begun from zero. Returns such before their beginnings.
-        """
+    def first_states(self, last: Tensor, passes: Passes, positions: Tensor) -> Tensor:
+        # Every rank goes over the pieces of all.
         # One exchange for both, so that backward makes it on every rank, also where nothing comes before.
         sent = [last, passes] if isinstance(passes, Tensor) else [last]
         sizes = [each[0].numel() for each in sent]

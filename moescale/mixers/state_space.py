@@ -16,10 +16,18 @@ from moescale.layers.exact import Exact
 from moescale.layers.linear import Linear
 from moescale.mixers.base import Mixer
 from moescale.mixers.recurrent_state import RecurrentState
+from moescale.ops.convolution import causal_convolution
 from moescale.ops.discretize import discretize
 from moescale.ops.hippo import hippo
 from moescale.ops.s4 import discretize_diagonal, discretize_dplr, dplr_kernel, dplr_step
-from moescale.ops.state_space import Powers, krylov_kernel, linear_system
+from moescale.ops.state_space import (
+    Powers,
+    free_response,
+    krylov_kernel,
+    last_state,
+    linear_system,
+    stepped_kernel,
+)
 
 
 class Systems(Exact):
@@ -44,9 +52,9 @@ class Systems(Exact):
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
         """Compute discrete A, B and C of this rank's channels, as `ops.linear_system` takes them."""
 
-    def kernel(self, system: tuple[Tensor, Tensor, Tensor], length: int, dtype: torch.dtype) -> Tensor:
-        """Compute the impulse response of each output. Returns [channels, outputs, length]."""
-        return krylov_kernel(*system, length, dtype)
+    def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
+        """Compute the impulse response of each output's states. Returns [channels, outputs, length]."""
+        return krylov_kernel(*self.system(), length, dtype)
 
     def prepare(self) -> tuple[Tensor, ...]:
         """Compute what steps need, which is the same in all of them."""
@@ -76,22 +84,17 @@ class Systems(Exact):
         if state is not None and length == 1:
             out, state = self.step(u, restarts, state, prepared or self.prepare())
             return out + d * u.unsqueeze(3), state
-        system = self.system()
-        kernel = self.kernel(system, length, u.dtype)
-
-        def run(first: Tensor | None) -> tuple[Tensor, Tensor]:
-            if first is None and not self.sequence.hands_on:
-                out, _ = linear_system(u, restarts, *system, None, kernel)
-                return out, u.new_zeros(0)
-            first = self.zeros(u) if first is None else first
-            out, last = linear_system(u, restarts, *system, first, kernel)
-            assert last is not None
-            return out, last
-
-        powers = Powers.of(system[0])
-        out, last = self.sequence.recur(
-            run, lambda before, at: powers.advance(before, at.shape[1]), positions, state)
-        return out + d * u.unsqueeze(3), None if state is None else last
+        kernel = self.kernel(length, u.dtype)
+        kernel = torch.cat((kernel[..., :1] + d.unsqueeze(2), kernel[..., 1:]), -1)
+        out = causal_convolution(u, kernel, restarts)
+        if state is None and not self.sequence.hands_on:
+            return out, None
+        a, b, c = self.system()
+        powers = Powers.of(a)
+        last = last_state(u, restarts, powers, b, self.zeros(u) if state is None else state)
+        first = state if state is not None else self.sequence.first_states(
+            last, lambda before, at: powers.advance(before, at.shape[1]), positions)
+        return out + free_response(u, restarts, powers, c, first), last
 
     def here(self, weight: Tensor) -> Tensor:
         """Take the channels of this rank."""
@@ -125,8 +128,8 @@ class DplrSystems(Systems):
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
         return discretize_dplr(*self.continuous())
 
-    def kernel(self, system: tuple[Tensor, Tensor, Tensor], length: int, dtype: torch.dtype) -> Tensor:
-        return dplr_kernel(*self.continuous(), length, system[0]).to(dtype)
+    def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
+        return dplr_kernel(*self.continuous(), length, self.system()[0]).to(dtype)
 
     def prepare(self) -> tuple[Tensor, ...]:
         return self.continuous()
@@ -168,11 +171,21 @@ class LsslSystems(Systems):
         self.c = nn.Parameter(torch.empty(channels, outputs, d_state))
         self.d, self.log_step = nn.Parameter(torch.empty(channels, outputs)), nn.Parameter(torch.empty(channels))
 
-    def system(self) -> tuple[Tensor, Tensor, Tensor]:
-        step = self.here(self.log_step).double().exp()
+    def steps(self) -> Tensor:
+        """Return the step of each channel in float64, in which A and B are made."""
+        return self.here(self.log_step).double().exp()
+
+    def discrete(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and B of some steps."""
         with torch.device("cpu"):
             a, b = hippo("legs", self.d_state)
-        return *discretize(a.to(step.device), b.to(step.device), step, self.alpha), self.here(self.c)
+        return discretize(a.to(steps.device), b.to(steps.device), steps, self.alpha)
+
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.discrete(self.steps()), self.here(self.c)
+
+    def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
+        return stepped_kernel(self.discrete, self.steps(), self.here(self.c), length, dtype)
 
 
 class SystemState(RecurrentState):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moescale.ops.permute import permute, unpermute
 
@@ -55,12 +58,41 @@ def causal_convolution_reference(u: Tensor, kernel: Tensor, restarts: Tensor | N
 def _convolve(u: Tensor, kernel: Tensor) -> Tensor:
     """Convolve whole rows. u: [rows, width, channels]. Returns [rows, width, channels, outputs]."""
     width = u.shape[1]
-    size = 2 * fast_length(width)
     dtype = torch.promote_types(u.dtype, torch.float32)
-    signal = torch.fft.rfft(u.to(dtype).transpose(1, 2).contiguous(), n=size).unsqueeze(2)
-    response = torch.fft.rfft(kernel.to(dtype)[..., :width], n=size)
-    out = torch.fft.irfft(signal * response, n=size)[..., :width]  # [rows, channels, outputs, width]
+    out = _ByFft.apply(u.to(dtype).transpose(1, 2), kernel.to(dtype)[..., :width])
     return out.permute(0, 3, 1, 2).to(u.dtype)
+
+
+class _ByFft(torch.autograd.Function):
+    """Convolve by real transforms, in backward too, where autograd would make complex ones of all frequencies.
+
+    signal: [rows, channels, width]. kernel: [channels or 1, outputs, taps]. Returns [rows, channels, outputs, width].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, signal: Tensor, kernel: Tensor) -> Tensor:
+        width = signal.shape[-1]
+        ctx.size, ctx.width, ctx.kernel_shape = 2 * fast_length(width), width, kernel.shape
+        spectrum = torch.fft.rfft(signal.contiguous(), n=ctx.size).unsqueeze(2)
+        response = torch.fft.rfft(kernel, n=ctx.size)
+        ctx.save_for_backward(spectrum, response)
+        return torch.fft.irfft(spectrum * response, n=ctx.size)[..., :width]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        # A product's gradient is the product with the other factor's conjugate: sums over later positions.
+        spectrum, response = ctx.saved_tensors
+        above = torch.fft.rfft(grad.contiguous(), n=ctx.size)
+        grad_signal = grad_kernel = None
+        if ctx.needs_input_grad[0]:
+            products = (above * response.conj()).sum(2)
+            grad_signal = torch.fft.irfft(products, n=ctx.size)[..., : ctx.width]
+        if ctx.needs_input_grad[1]:
+            products = (above * spectrum.conj()).sum(0)
+            products = products.sum_to_size(*ctx.kernel_shape[:2], products.shape[-1])  # one kernel may serve them all
+            grad_kernel = torch.fft.irfft(products, n=ctx.size)[..., : ctx.kernel_shape[-1]]
+        return grad_signal, grad_kernel
 
 
 def fast_length(length: int) -> int:

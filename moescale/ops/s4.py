@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from moescale.ops.convolution import fast_length
 from moescale.ops.discretize import discretize
 from moescale.ops.hippo import hippo
+from moescale.ops.state_space import Powers, krylov_kernel, rows_after
 
 Initialization = Literal["legs", "lin", "inv", "real"]
-ELEMENTS = 1 << 19  # of one frequency and state each, as many as are computed together: they fit into a cache
 
 
 def dplr_legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,28 +106,61 @@ def discretize_dplr(
 def dplr_kernel(
     eigenvalues: Tensor, p: Tensor, b: Tensor, c: Tensor, step: Tensor, length: int, a_bar: Tensor
 ) -> Tensor:
-    """Compute the kernel C A_bar^k B_bar from its spectrum, four sums over 1 / (g - eigenvalue) (S4, algorithm 1).
+    """Compute the kernel C A_bar^k B_bar from its spectrum, four Cauchy sums over eigenvalues (S4, algorithm 1).
 
-    eigenvalues, p, b, c, step: as in `discretize_dplr`, of whose precision the sums are. a_bar: its dense A_bar, by
-    whose power the spectrum of an infinite kernel becomes that of `length` taps. Returns [channels, outputs, length].
+    eigenvalues, p, b, c, step: as in `discretize_dplr`. a_bar: its dense A_bar, by whose power the spectrum of an
+    infinite kernel becomes that of `length` taps. Returns [channels, outputs, length] in float64.
     """
+    eigenvalues, p, b, c = (x.to(torch.complex128) for x in (eigenvalues, p, b, c))
+    scale = step.double().unsqueeze(1)
     # C (I - A_bar^size) gives the spectrum of the first `size` taps alone.
-    size, outputs = fast_length(max(length, 2)), c.shape[1]
-    parts = 2 * _parts(c.conj()).to(a_bar.dtype)
-    parts = parts - parts @ torch.linalg.matrix_power(a_bar, size)
-    c = torch.view_as_complex(parts.unflatten(2, (-1, 2)) / 2).conj().to(c.dtype)
-    # At the root w = exp(-i angle), 2 (1 - w) - (1 + w) step eigenvalue = 2 exp(-i angle / 2) (i sine - cosine step
-    # eigenvalue), so that nothing is infinite at w = -1.
-    angle = math.pi * torch.arange(size // 2 + 1, dtype=torch.float64, device=c.device) / size
-    cosine, sine = angle.cos().to(step.dtype), (2 * angle.sin()).to(step.dtype)
+    size, outputs = 2 * fast_length(-(-length // 2)), c.shape[1]
+    parts = _parts(c.conj())
+    parts = parts - rows_after(parts, a_bar, size, step.dtype)
+    c = torch.view_as_complex(parts.unflatten(2, (-1, 2))).conj()
     numerators = torch.cat((c * b.unsqueeze(1), c * p.unsqueeze(1), torch.stack((p.conj() * b, p.conj() * p), 1)), 1)
-    scale = step.unsqueeze(1)
-    sums = cauchy_sums(numerators, scale * eigenvalues, cosine, sine)  # [channels, numerators, frequencies]
-    c_b, c_p, (p_b, p_p) = sums[:, :outputs], sums[:, outputs:-2], sums[:, -2:].unbind(1)
-    correction = scale * cosine * p_b / (1 + scale * cosine * p_p)
-    phase = torch.polar(torch.ones_like(angle), angle).to(c.dtype)
-    spectrum = scale.unsqueeze(2) * phase * (c_b - c_p * correction.unsqueeze(1))
-    return torch.fft.irfft(spectrum, n=size)[..., :length]
+    sums = cauchy_sums(scale.unsqueeze(2) * numerators, scale * eigenvalues, size)
+    c_b, c_p, low_rank = sums.split((outputs, outputs, 2), 1)
+    p_b, p_p = low_rank.unbind(1)
+    # Woodbury's identity puts P in. All sums are over (1 + w) / 2, so that nothing is infinite at w = -1.
+    angle = -2 * math.pi * torch.arange(size // 2 + 1, dtype=torch.float64, device=c.device) / size
+    middle = (1 + torch.polar(torch.ones_like(angle), angle)) / 2
+    kernel = torch.fft.irfft(c_b - c_p * (middle * p_b / (1 + middle * p_p)).unsqueeze(1), n=size)
+    return kernel if size == length else kernel[..., :length]
+
+
+def cauchy_sums(numerators: Tensor, eigenvalues: Tensor, size: int) -> Tensor:
+    """Sum v / (1 - w - (1 + w) eigenvalue / 2) over eigenvalues and their conjugates, at the roots of unity w.
+
+    At the roots a term is the transform of a geometric series, so that all sums are one product of matrices and one
+    transform: 1 / (1 - ratio w) is the sum of ratio^k w^k, which comes back after `size` terms.
+
+    numerators: [channels, numerators, d_state / 2] complex, conjugates for conjugates. eigenvalues: [channels, d_state
+    / 2] complex, real parts below zero. Returns [channels, numerators, size / 2 + 1], for w = exp(-2 pi i k / size).
+    """
+    ratio = (1 + eigenvalues / 2) / (1 - eigenvalues / 2)
+    ones = torch.ones_like(ratio)
+    wrapped = Powers.of(ratio).advance(ones.unsqueeze(0), size)[0]
+    starts = numerators / ((1 - eigenvalues / 2) * (1 - wrapped)).unsqueeze(1)
+    sums: Tensor = _Spectrum.apply(krylov_kernel(ratio, ones, starts, size))
+    return sums
+
+
+class _Spectrum(torch.autograd.Function):
+    """Transform real signals of even length; backward is a real one too, where torch's goes over all frequencies."""
+
+    @staticmethod
+    def forward(ctx: Any, signal: Tensor) -> Tensor:
+        ctx.size = signal.shape[-1]
+        return torch.fft.rfft(signal)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # The inverse transform adds a conjugate for each frequency but the first and the last.
+        halves = grad / 2
+        halves[..., 0], halves[..., -1] = grad[..., 0], grad[..., -1]
+        return torch.fft.irfft(halves, n=ctx.size, norm="forward")
 
 
 def dplr_kernel_reference(
@@ -165,76 +198,6 @@ def dplr_step(
     x = x - share * moved
     out = 2 * (c * x.unsqueeze(2)).real.sum(-1)
     return out.to(u.dtype), torch.view_as_real(x).flatten(-2).to(state.dtype)
-
-
-def cauchy_sums(numerators: Tensor, eigenvalues: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Sum v / (i sine - cosine eigenvalue) over eigenvalues and their conjugates, whose numerators are conjugates, too.
-
-    numerators: [channels, numerators, d_state / 2] complex. eigenvalues: [channels, d_state / 2] complex, real parts
-    below zero. cosine, sine: [frequencies] real. Returns [channels, numerators, frequencies] complex. Memory beside
-    that is bounded: terms are computed again in backward.
-    """
-    # A pair adds up to (i sine r - cosine q) / (cosine^2 |eigenvalue|^2 - sine^2 - 2 i sine cosine real part) with
-    # real r and q, which halves the work.
-    r = 2 * numerators.real
-    q = 2 * (numerators * eigenvalues.conj().unsqueeze(1)).real
-    # The last product brings rows of r and q to both parts of the denominator's inverse.
-    both = torch.cat((r, q), 1).transpose(1, 2)  # [channels, d_state / 2, 2 * numerators]
-    alpha, beta = _Inverses.apply(both, eigenvalues.abs(), eigenvalues.real, cosine, sine)
-    alpha_r, alpha_q = alpha.transpose(1, 2).chunk(2, 1)
-    beta_r, beta_q = beta.transpose(1, 2).chunk(2, 1)
-    return torch.complex(sine * beta_r - cosine * alpha_q, sine * alpha_r + cosine * beta_q)
-
-
-class _Inverses(torch.autograd.Function):
-    """Multiply real and negated imaginary parts of 1 / denominator by columns, a few channels at a time.
-
-    columns: [channels, states, columns]. Returns two [channels, frequencies, columns].
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, columns: Tensor, magnitude: Tensor, real: Tensor, cosine: Tensor, sine: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(columns, magnitude, real, cosine, sine)
-        products = [torch.stack([part @ columns[some] for part in _inverse(magnitude[some], real[some], cosine, sine)])
-                    for some in _portions(columns, cosine)]
-        alpha, beta = torch.cat(products, 1)
-        return alpha, beta
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_alpha: Tensor, grad_beta: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        columns, magnitude, real, cosine, sine = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (columns, magnitude, real)]
-        for some in _portions(columns, cosine):
-            alpha, beta = _inverse(magnitude[some], real[some], cosine, sine)
-            grads[0][some] = alpha.mT @ grad_alpha[some] + beta.mT @ grad_beta[some]
-            # With z = alpha - i beta = 1 / d: dz = -z^2 dd.
-            to_alpha, to_beta = grad_alpha[some] @ columns[some].mT, grad_beta[some] @ columns[some].mT
-            square, cross = alpha.square().addcmul_(beta, beta, value=-1), alpha.mul_(beta).mul_(2)
-            grad_real_part = (square * to_alpha).addcmul_(cross, to_beta).neg_()
-            grad_imaginary_part = square.mul_(to_beta).addcmul_(cross, to_alpha, value=-1)
-            grads[1][some] = 2 * magnitude[some] * (cosine.square() @ grad_real_part)
-            grads[2][some] = -2 * ((sine * cosine) @ grad_imaginary_part)
-        return grads[0], grads[1], grads[2], None, None
-
-
-def _inverse(magnitude: Tensor, real: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute alpha and beta, 1 / denominator = alpha - i beta. Returns two [channels, frequencies, states]."""
-    sine, cosine = sine[:, None], cosine[:, None]
-    scaled = cosine * magnitude.unsqueeze(1)
-    real_part = (scaled - sine).mul_(scaled.add_(sine))
-    imaginary_part = (-2 * sine * cosine) * real.unsqueeze(1)
-    norm = real_part.square().addcmul_(imaginary_part, imaginary_part)
-    return real_part.div_(norm), imaginary_part.div_(norm)
-
-
-def _portions(columns: Tensor, cosine: Tensor) -> list[slice]:
-    """Cut the channels into portions that are computed together."""
-    channels, states = columns.shape[:2]
-    each = max(1, ELEMENTS // (states * len(cosine)))
-    return [slice(first, first + each) for first in range(0, channels, each)]
 
 
 def _parts(x: Tensor) -> Tensor:

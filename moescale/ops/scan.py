@@ -40,10 +40,12 @@ def selective_scan_reference(
     upcast_u, delta, a, b, c, d = (x.to(dtype) for x in (u, delta, a, b, c, d))
     state = a.new_zeros(len(u), *a.shape) if first is None else first.to(dtype)
     outs = []
-    for t in range(u.shape[1]):
-        decay = (delta[:, t].unsqueeze(-1) * a).exp()
+    # Cut in one go, so that backward does not make a gradient of the whole length for each position.
+    parts = (x.unbind(1) for x in (delta, upcast_u, b, c))
+    for t, (delta_t, u_t, b_t, c_t) in enumerate(zip(*parts, strict=True)):
+        decay = (delta_t.unsqueeze(-1) * a).exp()
         if restarts is not None:
             decay = decay.masked_fill(restarts[:, t].view(-1, 1, 1), 0)
-        state = decay * state + (delta[:, t] * upcast_u[:, t]).unsqueeze(-1) * b[:, t].unsqueeze(1)
-        outs.append((state * c[:, t].unsqueeze(1)).sum(-1) + d * upcast_u[:, t])
+        state = decay * state + (delta_t * u_t).unsqueeze(-1) * b_t.unsqueeze(1)
+        outs.append((state * c_t.unsqueeze(1)).sum(-1) + d * u_t)
     return torch.stack(outs, 1).to(u.dtype) if outs else u, state

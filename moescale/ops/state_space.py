@@ -11,11 +11,15 @@ all channels has 1 instead of channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from moescale.ops.convolution import causal_convolution
 
@@ -44,10 +48,7 @@ def linear_system(
     if state is None:
         return out, None
     powers = Powers.of(a)
-    free = _free_response(powers, c, state, seq, _sum_dtype(u)).to(u.dtype)
-    if restarts is not None:
-        free = free.masked_fill((restarts.cumsum(1) > 0)[:, :, None, None], 0)
-    return out + free, _last_state(u, restarts, powers, b, state)
+    return out + free_response(u, restarts, powers, c, state), last_state(u, restarts, powers, b, state)
 
 
 def linear_system_reference(
@@ -69,18 +70,52 @@ def krylov_kernel(a: Tensor, b: Tensor, c: Tensor | None, length: int, dtype: to
     powers = Powers.of(a)
     if c is None:
         return powers.krylov(b.unsqueeze(1), length).transpose(1, 2).to(dtype)
-    steps = _steps(length)
-    columns = powers.krylov(b.unsqueeze(1), steps)  # [channels, steps, d_state]
-    rows = powers.times(steps).transposed().krylov(c, -(-length // steps))  # [channels, jumps * outputs, d_state]
-    kernel = _products(rows, columns, dtype).unflatten(1, (-1, c.shape[1]))  # [channels, jumps, outputs, steps]
-    return kernel.transpose(1, 2).flatten(2)[..., :length]
+    return _kernels(powers, b.unsqueeze(1), c, length, dtype)[:, 0]
 
 
-def _free_response(powers: Powers, c: Tensor | None, state: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """Compute what a state adds to the outputs that follow, C A^(k+1) x for k below length.
+def stepped_kernel(
+    discrete: Callable[[Tensor], tuple[Tensor, Tensor]], step: Tensor, c: Tensor, length: int, dtype: torch.dtype
+) -> Tensor:
+    """Compute the kernel C A^k B of a fixed system that each channel takes in steps of its own.
 
-    c, state: as in `linear_system`. dtype: of the last product. Returns [batch, length, channels, outputs].
+    discrete: from steps [channels] in float64 to dense A [channels, d_state, d_state] and B [channels, d_state],
+    functions of one matrix. c, dtype: as in `krylov_kernel`. Returns [channels, outputs, length], with gradients to
+    step and c. None of them passes through powers: A commutes with its derivative, so that the kernel's derivative,
+    k C A^(k-1) A' B + C A^k B', is made of two more kernels of the same powers.
     """
+    with torch.no_grad(), forward_ad.dual_level():
+        made = discrete(forward_ad.make_dual(step.detach(), torch.ones_like(step)))
+        (a, a_slope), (b, b_slope) = (forward_ad.unpack_dual(each) for each in made)
+    powers = Powers.of(a)
+    kernel = _kernels(powers, b.unsqueeze(1), c, length, dtype)[:, 0]
+    if not step.requires_grad:
+        return kernel
+    with torch.no_grad():
+        inputs = torch.stack(((a_slope @ b.unsqueeze(2)).squeeze(2), b_slope), 1)
+        moved, taken_in = _kernels(powers, inputs, c, length, dtype).unbind(1)
+        slope = taken_in + torch.arange(length, dtype=dtype, device=c.device) * F.pad(moved, (1, -1))
+    return kernel + slope * (step - step.detach()).to(dtype)[:, None, None]  # adds nothing but its gradient
+
+
+def _kernels(powers: Powers, b: Tensor, c: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Compute the kernels of several inputs.
+
+    b: [channels, inputs, d_state]. Returns [channels, inputs, outputs, length] of dtype.
+    """
+    steps = _steps(-(-length * c.shape[1] // b.shape[1]))  # about as many rows as columns
+    columns = powers.krylov(b, steps)  # [channels, steps * inputs, d_state]
+    rows = powers.times(steps).transposed().krylov(c, -(-length // steps))  # [channels, jumps * outputs, d_state]
+    kernels = _products(rows, columns, dtype).unflatten(2, (steps, -1)).unflatten(1, (-1, c.shape[1]))
+    kernels = kernels.permute(0, 4, 2, 1, 3).flatten(3)
+    return kernels if kernels.shape[-1] == length else kernels[..., :length]
+
+
+def free_response(u: Tensor, restarts: Tensor | None, powers: Powers, c: Tensor | None, state: Tensor) -> Tensor:
+    """Compute what a state adds to the outputs that follow within its document, C A^(k+1) x.
+
+    u: of which positions and dtype count. Others and the result are those of `linear_system`.
+    """
+    length = u.shape[1]
     a = powers.squared[0]
     if c is None:
         c = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).unsqueeze(0)
@@ -88,12 +123,13 @@ def _free_response(powers: Powers, c: Tensor | None, state: Tensor, length: int,
     first = _apply(_transposed(a), c)
     rows = powers.transposed().krylov(first, steps)  # [channels, steps * outputs, d_state]
     starts = powers.times(steps).krylov(state.transpose(0, 1), -(-length // steps))
-    out = _products(starts, rows, dtype)  # [channels, jumps * batch, steps * outputs]
+    out = _products(starts, rows, _sum_dtype(u)).to(u.dtype)  # [channels, jumps * batch, steps * outputs]
     out = out.unflatten(2, (steps, -1)).unflatten(1, (-1, len(state)))
-    return out.permute(2, 1, 3, 0, 4).flatten(1, 2)[:, :length]
+    out = out.permute(2, 1, 3, 0, 4).flatten(1, 2)[:, :length]
+    return out if restarts is None else out.masked_fill((restarts.cumsum(1) > 0)[:, :, None, None], 0)
 
 
-def _last_state(u: Tensor, restarts: Tensor | None, powers: Powers, b: Tensor, state: Tensor) -> Tensor:
+def last_state(u: Tensor, restarts: Tensor | None, powers: Powers, b: Tensor, state: Tensor) -> Tensor:
     """Compute the state behind the last position. Arguments and result are those of `linear_system`."""
     batch, seq, channels = u.shape
     u = u.to(_sum_dtype(u))
@@ -114,6 +150,47 @@ def _last_state(u: Tensor, restarts: Tensor | None, powers: Powers, b: Tensor, s
         earlier, later = parts[:, :, 0::2], parts[:, :, 1::2]
         parts = later + _apply(jump[level], earlier.flatten(1, 2)).unflatten(1, (batch, -1))
     return powers.advance(state, seq) + parts[:, :, 0].transpose(0, 1).to(state.dtype)
+
+
+def rows_after(c: Tensor, a: Tensor, steps: int, grad_dtype: torch.dtype = torch.float64) -> Tensor:
+    """Compute C A^steps. c: [channels, rows, d_state] and a: [channels, d_state, d_state], both float64, like c.
+
+    grad_dtype: in which products for the gradient of A are, which may be no better than that of the weights behind it.
+    """
+    out: Tensor = _RowsAfter.apply(c, a, steps, grad_dtype)
+    return out
+
+
+class _RowsAfter(torch.autograd.Function):
+    """Apply the power, with a gradient that takes half of the products that those of all squarings take.
+
+    The gradient of A is the sum of (C A^i)^T (A^(steps - 1 - i) G)^T over i below steps. With i = part j + k it is that
+    of (A^k)^T Z (A^(part - 1 - k))^T over k below part, where Z is the sum over j, which is one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, c: Tensor, a: Tensor, steps: int, grad_dtype: torch.dtype) -> Tensor:
+        ctx.grad_dtype, ctx.part = grad_dtype, math.gcd(steps, _steps(steps))
+        ctx.parts, powers = steps // ctx.part, Powers.of(a)
+        jump = powers.times(ctx.part).transposed()
+        rows = jump.krylov(c, ctx.parts)
+        last = _apply(jump[0], rows[:, -c.shape[1] :])
+        ctx.save_for_backward(rows, *powers.squared)
+        return last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, *squared = ctx.saved_tensors
+        powers = Powers(squared)
+        columns = powers.times(ctx.part).krylov(grad, ctx.parts)
+        grad_a = (rows.mT @ columns.unflatten(1, (ctx.parts, -1)).flip(1).flatten(1, 2)).to(ctx.grad_dtype)
+        # Twice as many k: those below, and those above.
+        for level in range(ctx.part.bit_length() - 1):
+            power = squared[level].mT.to(ctx.grad_dtype)
+            grad_a = grad_a @ power + power @ grad_a
+        grad_c = _apply(powers.times(ctx.part)[0], columns[:, -grad.shape[1] :])
+        return grad_c, grad_a.double(), None, None
 
 
 @dataclass(frozen=True)

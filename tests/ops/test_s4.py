@@ -49,7 +49,7 @@ def test_dplr_is_hippo(d_state: int) -> None:
         assert abs(got - theirs) < 1e-8 * abs(theirs)
 
 
-@pytest.mark.parametrize(("d_state", "length", "outputs"), [(64, 1024, 1), (8, 333, 3), (2, 1, 1)])
+@pytest.mark.parametrize(("d_state", "length", "outputs"), [(64, 1024, 1), (8, 333, 3), (4, 3, 2), (2, 1, 1)])
 def test_cauchy_kernel_equals_the_power_series(d_state: int, length: int, outputs: int) -> None:
     gathered = []
     weigh = torch.randn(2, outputs, length, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescale.ops.convolution import causal_convolution, causal_convolution_reference
-from moescale.ops.state_space import linear_system, linear_system_reference
+from moescale.ops.discretize import discretize
+from moescale.ops.hippo import hippo
+from moescale.ops.state_space import krylov_kernel, linear_system, linear_system_reference, stepped_kernel
 
 KINDS = ["dense", "shared", "diagonal", "real", "state"]  # state: dense, and the outputs are the state
 
@@ -53,6 +55,24 @@ def test_a_system_equals_its_recurrence(
         gathered.append([out, last, *(x.grad for x in inputs if x is not None)])
     for ours, theirs in zip(*gathered, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("length", [1, 2, 300])
+def test_a_kernel_of_steps_is_one_through_whose_powers_gradients_pass(alpha: float, length: int) -> None:
+    torch.manual_seed(0)
+    a, b = hippo("legs", 8)
+    weigh = torch.randn(3, 2, length, dtype=torch.float64)
+    gathered = []
+    for fast in (True, False):
+        step = torch.tensor([0.001, 0.02, 0.1], dtype=torch.float64, requires_grad=True)
+        c = torch.randn(3, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        kernel = (stepped_kernel(lambda steps: discretize(a, b, steps, alpha), step, c, length, torch.float64) if fast
+                  else krylov_kernel(*discretize(a, b, step, alpha), c, length))
+        (kernel * weigh).sum().backward()
+        gathered.append([kernel, step.grad, c.grad])
+    for ours, theirs in zip(*gathered, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

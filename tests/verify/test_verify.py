@@ -126,10 +126,10 @@ def test_a_recurrence_that_is_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         {"mixer": "mamba", "channel_mixer": "feed_forward"}]}}, "test")
     proof, layout = prepare(shrink(run, [Layout(cp=4)]), SEED), Layout(cp=4)
     assert not try_one(proof, layout).diagnosis
-    whole = SharedSequenceShards._first_states
+    whole = SharedSequenceShards.first_states
     for fault in (lambda *arguments: whole(*arguments) * 0,
                   lambda self, last, passes, positions: whole(self, last, passes, positions + 1)):
-        monkeypatch.setattr(SharedSequenceShards, "_first_states", fault)
+        monkeypatch.setattr(SharedSequenceShards, "first_states", fault)
         assert "features after the mixer of layer 0" in try_one(proof, layout).diagnosis
 
 
