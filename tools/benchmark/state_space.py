@@ -1,20 +1,17 @@
-"""S4, S4D and LSSL by FFT beside the same systems position by position; time and memory by length.
+"""S4, S4D and LSSL by FFT beside the same systems position by position.
 
     python tools/benchmark/state_space.py [--threads 2] [--rounds 5]
 
 Both ways give the same outputs, which is checked. "steps" is the mixer's own step of generation, forward; "loop" is
 the plainest recurrence with discrete matrices, in float32, forward and backward by autograd. The loop is timed over
-512 positions and multiplied. By length: forward and backward by FFT, each in a process of its own. One thread is
-timed by the processor's clock, to which other programs add nothing; several by the wall's.
+512 positions and multiplied. One thread is timed by the processor's clock, to which other programs add nothing;
+several by the wall's. Time and memory by length: tools/benchmark/mixers.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -34,7 +31,6 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
     "S4": ("s4", {}), "S4D": ("s4", {"form": "diagonal", "discretization": "zero_order_hold"}), "LSSL": ("lssl", {}),
 }
 BATCH, CHANNELS, D_STATE, LENGTH, LOOP = 4, 64, 64, 4096, 512
-LENGTHS = (2048, 4096, 8192, 16384, 32768)
 
 
 def systems_of(name: str) -> Systems:
@@ -106,48 +102,17 @@ def compare(name: str, rounds: int) -> list[str]:
             f"{loop / fft_trained:.1f}"]
 
 
-def by_length(name: str, length: int) -> tuple[float, float]:
-    """Measure one sequence in another process. Returns seconds and the MiB that it needs beside what was there."""
-    ran = subprocess.run([sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--one", name,
-                          str(length)], capture_output=True, text=True, check=True)
-    taken, needed = map(float, ran.stdout.split())
-    return taken, needed
-
-
-def one(name: str, length: int) -> None:
-    """Print seconds and MiB of one length."""
-    systems = systems_of(name)
-    seconds(by_fft, systems, *inputs(1, 64), True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    u, positions = inputs(1, length)
-    taken = [seconds(by_fft, systems, u, positions, True) for _ in range(3)]
-    print(statistics.median(taken), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one", nargs=2, metavar=("KIND", "LENGTH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.one:
-        one(arguments.one[0], int(arguments.one[1]))
-        return
     console = Console(width=110)
     table = Table("", "FFT, ms", "steps, ms", "ratio", "FFT trained, ms", "loop trained, ms", "ratio",
                   title=f"{BATCH} x {LENGTH:,} positions, {CHANNELS} channels of {D_STATE} states")
     for name in KINDS:
         table.add_row(*compare(name, arguments.rounds))
-    console.print(table)
-    table = Table("length", *(f"{name}, {unit}" for name in KINDS for unit in ("ms", "MiB")),
-                  title="one sequence, forward and backward")
-    for length in LENGTHS:
-        cells = [f"{length:,}"]
-        for name in KINDS:
-            taken, needed = by_length(name, length)
-            cells += [f"{1000 * taken:.0f}", f"{needed:.0f}"]
-        table.add_row(*cells)
     console.print(table)
 
 
