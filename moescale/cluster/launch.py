@@ -51,7 +51,8 @@ def read_launch() -> Launch:
                               "unset WORLD_SIZE to train on one process")
         if not given["MASTER_ADDR"].strip():
             raise ConfigError("MASTER_ADDR is empty: write the host of rank 0")
-    node_ranks = _number(given, "LOCAL_WORLD_SIZE", 1, size, default=size)
+    # DeepSpeed's launcher says LOCAL_SIZE and CROSS_RANK where torchrun says LOCAL_WORLD_SIZE and GROUP_RANK
+    node_ranks = _number(given, "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in given else "LOCAL_SIZE", 1, size, size)
     elastic = "TORCHELASTIC_RUN_ID" in given
     return Launch(
         rank=_number(given, "RANK", 0, size - 1, default=0), size=size,
@@ -61,7 +62,8 @@ def read_launch() -> Launch:
         run_id=given.get("TORCHELASTIC_RUN_ID", ""),
         keeps_store=given.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True",
         restarts=_number(given, "TORCHELASTIC_RESTART_COUNT", 0, None, default=0),
-        node=_number(given, "GROUP_RANK", 0, None, default=0), elastic=elastic,
+        node=_number(given, "GROUP_RANK" if "GROUP_RANK" in given else "CROSS_RANK", 0, None, default=0),
+        elastic=elastic,
     )
 
 

@@ -67,6 +67,8 @@ class ZeroEngine:
         self.config, self.mesh = config, mesh
         made = settings(config)
         self.stage: int = made["zero_optimization"]["stage"]
+        if mesh.device.type == "cpu":  # its own collectives there would be compiled at the first start, for a minute
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the world that there is
         _agree(made)
         self.model = build_parallel_model(config, mesh, fsdp=False).whole

@@ -25,8 +25,7 @@ AUTO = "auto"  # in files for Hugging Face's trainer: as the run says
 GROUPS = ("zero_optimization", "optimizer", "optimizer.params", "bf16", "fp16", "data_types")  # of a file's keys
 HARMLESS = {  # of a user's file: what it may say as it likes
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "log_level",
-    "communication_data_type", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "data_types.grad_accum_dtype", "optimizer.params.torch_adam",
+    "communication_data_type", "data_types.grad_accum_dtype", "optimizer.params.torch_adam",
     *(f"zero_optimization.{key}" for key in (
         "allgather_partitions", "allgather_bucket_size", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
         "contiguous_gradients", "round_robin_gradients", "sub_group_size", "stage3_max_live_parameters",
@@ -43,7 +42,7 @@ def check(config: Config) -> None:
     config: settled. Raises ConfigError, one line with the cure.
     """
     _check_package()
-    parallel, moe = config.parallel, config.moe
+    parallel = config.parallel
     ranks = parallel.dp_replicate * parallel.dp_shard * parallel.tp * parallel.cp * parallel.pp
     for key in ("tp", "pp", "dp_replicate"):
         degree = getattr(parallel, key)
@@ -59,9 +58,6 @@ def check(config: Config) -> None:
            f"parallel.compile=false, {OTHERWISE}")
     refuse(parallel.row_budget is not None, f"parallel.row_budget={parallel.row_budget} was not shown to train alike "
            f"under run.engine=deepspeed: write parallel.row_budget=null, {OTHERWISE}")
-    refuse(moe.balance_over == "global_batch" and len(config.data.batches) > 1, "moe.balance_over=global_batch and "
-           "data.batch_schedule were not shown to train alike under run.engine=deepspeed: leave one of them out, "
-           f"{OTHERWISE}")
     refuse(config.spikes.on_not_finite == "skip", "spikes.not_finite=skip leaves updates out, which "
            f"run.engine=deepspeed cannot: write spikes.not_finite=stop or back, {OTHERWISE}")
     settings(config)
@@ -78,8 +74,8 @@ def settings(config: Config) -> dict[str, Any]:
     for name, said in theirs.items():
         if name in known:
             key, value, ours = known[name]
-            refuse(not _same(said, value), f"{path} says {name}={_written(said)}, and the run {key}={_written(ours)}: "
-                   f"write the same in both, or leave {name} out of {path}")
+            refuse(not _same(said, value), f"{path} says {name}={_written(said)}, and {key}={_written(ours)}: write "
+                   f"the same in both, or leave {name} out of {path}")
         refuse(name not in known and name not in HARMLESS, f"{path} says {name}, which was not shown to train alike: "
                f"leave it out of {path}")
     for name, stages in OFFLOADS.items():
@@ -117,7 +113,9 @@ def _counterparts(config: Config, stage: int) -> dict[str, tuple[str, Any, Any]]
         "train_micro_batch_size_per_gpu": ("data.micro_batch", data.micro_batch, data.micro_batch),
         "gradient_accumulation_steps": ("data.global_batch / parallel.dp_shard / data.micro_batch", passes, passes),
         "gradient_clipping": ("optim.clip_norm", optim.clip_norm or 0, optim.clip_norm),
-        "gradient_allreduce_op": ("the engine", "mean", "mean"),
+        "gradient_allreduce_op": ("this engine's", "mean", "mean"),
+        "zero_allow_untested_optimizer": ("this engine's", True, True),
+        "zero_force_ds_cpu_optimizer": ("this engine's", False, False),
         "zero_optimization.stage": ("run.zero_stage", stage, stage),
         "bf16.enabled": ("precision.compute", half, compute), "fp16.enabled": ("precision.compute", False, compute),
         "optimizer.type": ("optim.name", "AdamW", "adamw"),

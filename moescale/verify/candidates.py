@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from moescale.config import Config, ConfigError
+from moescale.engine.base import check_engine
 
 MAX_RANKS = 64  # each one is a process of this machine
 TOKENS = {
@@ -46,7 +47,7 @@ class Layout:
         return {name for name, degree in self.degrees.items() if degree > 1}
 
     def settle(self, config: Config, schedule: str = "gpipe", micro_batch: int | None = None) -> Config:
-        """Lay a run out so. Raises ConfigError where it does not fit, by the rules that training goes by.
+        """Lay a run out so. Raises ConfigError where it does not fit, or its engine cannot: training's own rules.
 
         schedule: gpipe takes any number of micro-batches. micro_batch: None as in `Config.for_world`.
         """
@@ -55,7 +56,9 @@ class Layout:
             node = self.etp if self.ep % 2 or self.ep == 2 else 2 * self.etp
             parallel = parallel.model_copy(update={"node_ranks": node})
         data = config.data.model_copy(update={"micro_batch": micro_batch})
-        return config.model_copy(update={"parallel": parallel, "data": data}).for_world(self.ranks)
+        settled = config.model_copy(update={"parallel": parallel, "data": data}).for_world(self.ranks)
+        check_engine(settled)
+        return settled
 
     def fits(self, config: Config) -> bool:
         try:

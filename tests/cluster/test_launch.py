@@ -9,8 +9,8 @@ from moescale.cli import app
 from moescale.cluster.launch import read_launch
 from moescale.config import ConfigError
 
-NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS",
-         "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
+NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
+         "SLURM_NTASKS", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 WHOLE = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1",
          "MASTER_PORT": "29500"}
 
@@ -27,6 +27,10 @@ def test_whole_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = read(monkeypatch, **WHOLE)
     assert (launch.rank, launch.size, launch.local_rank, launch.node_ranks) == (3, 4, 1, 2)
     assert (launch.address, launch.port) == ("10.0.0.1", 29500)
+    deepspeed = {"LOCAL_SIZE" if name == "LOCAL_WORLD_SIZE" else name: value for name, value in WHOLE.items()}
+    by_deepspeed = read(monkeypatch, **deepspeed, CROSS_RANK="1", CROSS_SIZE="2")
+    assert (by_deepspeed.rank, by_deepspeed.local_rank, by_deepspeed.node_ranks, by_deepspeed.node) == (3, 1, 2, 1)
+    monkeypatch.delenv("CROSS_RANK")
     for alone in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"MASTER_ADDR": "somewhere"},
                   {"SLURM_NTASKS": "1"}, {"SLURM_NTASKS": "2", "WORLD_SIZE": "1"}):
         assert read(monkeypatch, **alone).size == 1

@@ -48,11 +48,12 @@ def make_config(mixture: str, parallel: Mapping[str, Any], compute: str = "float
 
 
 def batches_of(step: int, config: Config, mesh: Mesh) -> Sequence[Batch]:
-    """Draw this rank's micro-batches of one step."""
+    """Draw this rank's micro-batches of one step, in every other step fewer of them."""
     batch = make_batches(config, step)
     parts = [part.chunk(mesh.batch_size)[mesh.batch_rank].split(config.data.micro_batch or 1)
              for part in vars(batch).values()]
-    return [Batch(*part) for part in zip(*parts, strict=True)]
+    batches = [Batch(*part) for part in zip(*parts, strict=True)]
+    return batches[: max(1, len(batches) - step % 2)]
 
 
 def take_steps(engine: Engine, config: Config, mesh: Mesh, steps: range) -> Course:

@@ -1,20 +1,26 @@
 """One training step beside transformers' Mixtral: the same weights, tokens and optimizer, in alternation.
 
     python tools/benchmark/step.py [--threads 2] [--rounds 15]
+    python tools/benchmark/step.py --engine [native zero1 zero3]    # engines beside each other, on 2 ranks with ep 2
 
 Before timing, the losses and gradient norms of both are compared. transformers runs its `eager` and its `grouped_mm`
 experts, in bfloat16 with bfloat16 weights and optimizer state, which is its fastest; MoEScale keeps float32 weights
 and optimizer state in both. Its step computes the balance loss, transformers' does not. Prints medians and the ratio.
+
+Engines take their steps in alternation too, each on 2 ranks of one thread, which wait for their turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
+import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +30,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from moescale.config import Config, parse_config
 from moescale.data.batches import Batch
+from moescale.engine.base import Engine, build_engine
 from moescale.engine.native import NativeEngine
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.parallel.mesh import start_mesh
@@ -31,18 +38,22 @@ from moescale.parallel.mesh import start_mesh
 BATCH, SEQ = 8, 256
 WARM_UP = 5
 COMPETITORS = ("moescale", "eager", "grouped_mm")
+ENGINES: dict[str, dict[str, Any]] = {
+    "native": {}, **{f"zero{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)}}
+RANKS = 2
 MODEL = {"vocab_size": 1024, "d_model": 256, "num_layers": 4}
 ATTENTION = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "window": 128, "rope_theta": 1e6}
 MOE = {"num_experts": 8, "top_k": 2, "d_ff": 512}
 
 
-def make_config(compute: str) -> Config:
+def make_config(compute: str, ranks: int = 1, **run: Any) -> Config:
     return parse_config(
-        {"model": MODEL, "attention": ATTENTION, "precision": {"compute": compute},
+        {"run": run, "parallel": {"ep": ranks}, "precision": {"compute": compute},
+         "model": MODEL, "attention": ATTENTION,
          "data": {"seq_len": SEQ, "global_batch": BATCH},
          "moe": {**MOE, "load_balance_coefficient": 0.0},  # computed all the same
          "optim": {"weight_decay": 0.0, "lr": 1e-4, "schedule": "constant"}}, "benchmark",
-    ).for_world(1)
+    ).for_world(ranks)
 
 
 def make_peer(ours: nn.Module, experts: str, dtype: torch.dtype) -> MixtralForCausalLM:
@@ -89,10 +100,10 @@ def peer_step(peer: MixtralForCausalLM, tokens: Tensor) -> Callable[[], tuple[fl
     return step
 
 
-def our_step(engine: NativeEngine, tokens: Tensor) -> Callable[[], tuple[float, float]]:
+def our_step(engine: Engine, tokens: Tensor, rank: int = 0, ranks: int = 1) -> Callable[[], tuple[float, float]]:
     targets = torch.cat((tokens[:, 1:], torch.full((BATCH, 1), -100)), 1)
     token_id = torch.arange(BATCH * SEQ).view(BATCH, SEQ)
-    batch = Batch(tokens, targets, token_id % SEQ, token_id)
+    batch = Batch(*(part.chunk(ranks)[rank] for part in (tokens, targets, token_id % SEQ, token_id)))
 
     def step() -> tuple[float, float]:
         losses = engine.forward_backward([batch])
@@ -117,33 +128,83 @@ def serve(name: str, compute: str, threads: int, pipe: Connection) -> None:
         pipe.send((time.perf_counter() - started, figures))
 
 
-def compare(compute: str, rounds: int, threads: int) -> list[str]:
-    """Check, then time in alternation. -> a row of the table"""
+def serve_rank(name: str, compute: str, rank: int, port: int, pipe: Connection) -> None:
+    """Be one of the ranks of an engine, which take a step a request."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    config = make_config(compute, RANKS, **ENGINES[name])
+    engine = build_engine(config, start_mesh(config))
+    tokens = torch.randint(1024, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    step = our_step(engine, tokens, rank, RANKS)
+    while pipe.recv():
+        started = time.perf_counter()
+        figures = step()
+        pipe.send((time.perf_counter() - started, figures))
+
+
+def start_engine(name: str, compute: str) -> list[Connection]:
+    """Start the ranks of an engine. -> a pipe to each"""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = []
+    for rank in range(RANKS):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve_rank, args=(name, compute, rank, port, theirs), daemon=True).start()
+        pipes.append(ours)
+    return pipes
+
+
+def start_competitors(compute: str, threads: int) -> dict[str, list[Connection]]:
+    """Start moescale and transformers, each a process of its own. -> a pipe to each"""
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for name in COMPETITORS:
-        pipes[name], theirs = context.Pipe()
+        ours, theirs = context.Pipe()
         context.Process(target=serve, args=(name, compute, threads, theirs), daemon=True).start()
+        pipes[name] = [ours]
+    return pipes
+
+
+def race(
+    pipes: dict[str, list[Connection]], compute: str, rounds: int
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Check that all compute the same, then time in alternation. -> the median seconds and the first figures of each"""
 
     def request(name: str) -> tuple[float, tuple[float, float]]:
-        pipes[name].send(True)
-        answer: tuple[float, tuple[float, float]] = pipes[name].recv()
-        return answer
+        for pipe in pipes[name]:
+            pipe.send(True)
+        answers = [pipe.recv() for pipe in pipes[name]]
+        return max(seconds for seconds, _ in answers), answers[0][1]
 
-    first = {name: request(name)[1] for name in COMPETITORS}
+    first = {name: request(name)[1] for name in pipes}
     tolerance = 1e-5 if compute == "float32" else 2e-2
     for name, values in first.items():
-        for ours, other in zip(first["moescale"], values, strict=True):
+        for ours, other in zip(next(iter(first.values())), values, strict=True):
             assert abs(ours - other) <= tolerance * abs(ours), f"{compute}: {name} differs: {first}"
-    seconds: dict[str, list[float]] = {name: [] for name in COMPETITORS}
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for number in range(rounds + WARM_UP):
-        for name in COMPETITORS:
+        for name in pipes:
             elapsed = request(name)[0]
             if number >= WARM_UP:
                 seconds[name].append(elapsed)
-    for pipe in pipes.values():
+    for pipe in (pipe for each in pipes.values() for pipe in each):
         pipe.send(False)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}, first
+
+
+def compare_engines(names: Sequence[str], compute: str, rounds: int) -> list[str]:
+    """Time engines. -> a row of the table"""
+    medians, first = race({name: start_engine(name, compute) for name in names}, compute, rounds)
+    return [compute, *(f"{median * 1000:.0f} ms ({median / medians[names[0]]:.2f})" for median in medians.values()),
+            " ".join(f"{values[0]:.6f}" for values in first.values())]
+
+
+def compare(compute: str, rounds: int, threads: int) -> list[str]:
+    """Time moescale and transformers. -> a row of the table"""
+    medians, first = race(start_competitors(compute, threads), compute, rounds)
     peer = min(medians["eager"], medians["grouped_mm"])
     return [compute, *(f"{median * 1000:.0f} ms" for median in medians.values()), f"{peer / medians['moescale']:.2f}",
             f"{first['moescale'][0]:.6f} {first['grouped_mm'][0]:.6f}"]
@@ -153,7 +214,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--engine", nargs="*", choices=ENGINES, metavar="NAME", help="native, zero0, ... zero3")
     arguments = parser.parse_args()
+    if arguments.engine is not None:
+        names = arguments.engine or ["native", "zero1", "zero3"]
+        table = Table("compute", *names, "first losses", title=f"one training step, {BATCH} x {SEQ} tokens, ep {RANKS} "
+                      f"on {RANKS} ranks, medians (over the first's)")
+        for compute in ("float32", "bfloat16"):
+            table.add_row(*compare_engines(names, compute, arguments.rounds))
+        Console(width=120).print(table)
+        return
     table = Table("compute", "moescale", "transformers eager", "grouped_mm", "ratio", "first loss, ours and theirs",
                   title=f"one training step, {BATCH} x {SEQ} tokens, {arguments.threads} threads, medians")
     for compute in ("float32", "bfloat16"):
