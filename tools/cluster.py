@@ -18,6 +18,7 @@ that. What a cluster leaves whose reaper was killed as well, the next one clears
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -36,14 +37,14 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Self
 
-from moescale.files.locks import FileLock
-
 ROOT = Path(__file__).parent.parent
 MARK = "MOESCALE_CLUSTER"  # in the environment of every process of a host: FOLDER/HOST
 PREFIX = "moescale-cluster-"
 PORT = 29500
 LINK = "eth0"
+FILLING = "filling"
 KILL_SECONDS = 20.0
+BURST_BYTES = 128 * 1024
 SLICE_SECONDS = 0.02  # of a slowed host, in part of which it runs
 # A name for the host, its own table of names, then the command in the same process.
 ENTER = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
@@ -54,11 +55,10 @@ class ClusterError(RuntimeError):
 
 
 class Cluster:
-    """Hosts of one machine, as a context. `reason` says why they are no namespaces, or is None
-    where they are.
+    """Hosts of one machine, as a context.
 
-    bandwidth, within: of the link of each host and among its own ranks, as tc writes them, e.g.
-    1gbit; None = all that the machine gives.
+    reason: why they are no namespaces; None where they are. bandwidth, within: of the link of each
+    host and among its own ranks, as tc writes them, e.g. 1gbit; None = all that the machine gives.
     """
 
     def __init__(self, hosts: int, bandwidth: str | None = None, within: str | None = None) -> None:
@@ -68,15 +68,12 @@ class Cluster:
 
     def __enter__(self) -> Self:
         clear_leftovers()
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
-        self._lock = FileLock(self.folder)
-        assert self._lock._descriptor is not None
+        self.folder, self._lock = _make_folder()
         self._reaper = subprocess.Popen(
             [sys.executable, __file__, "--reap", str(self.folder)],
             stdin=subprocess.PIPE,
             start_new_session=True,
-            pass_fds=[self._lock._descriptor],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            pass_fds=[self._lock],
         )
         try:
             self._build()
@@ -94,7 +91,7 @@ class Cluster:
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
         self._reaper.wait()
-        self._lock.close()
+        os.close(self._lock)
 
     # ---- what runs
 
@@ -114,22 +111,9 @@ class Cluster:
         words = list(command)
         if self.reason is None:
             given["GLOO_SOCKET_IFNAME"] = LINK
-            words = [
-                "ip",
-                "netns",
-                "exec",
-                self._space(host),
-                "unshare",
-                "--uts",
-                "--mount",
-                "sh",
-                "-c",
-                ENTER,
-                "sh",
-                self.name(host),
-                str(self.folder / "hosts"),
-                *words,
-            ]
+            enter = f"ip netns exec {self._space(host)} unshare --uts --mount sh -c".split()
+            names = str(self.folder / "hosts")
+            words = [*enter, ENTER, "sh", self.name(host), names, *words]
         return subprocess.Popen(
             words,
             env=given,
@@ -150,11 +134,10 @@ class Cluster:
         environment: Mapping[str, str] | None = None,
         output: IO[Any] | None = None,
     ) -> subprocess.Popen[Any]:
-        """Start the agent of one host, which starts its ranks. arguments: words of `moescale`,
-        `train` first
+        """Start the agent of one host, which starts its ranks.
 
-        hosts: how many of them the job has; None = all. restarts: how often the agents start the
-        ranks again.
+        arguments: words of `moescale`, `train` first. hosts: how many of them the job has; None =
+        all. restarts: how often the agents start the ranks again.
         """
         assert arguments[0] == "train", "launch/torchrun.sh trains"
         given = {
@@ -162,6 +145,7 @@ class Cluster:
             "HEAD": f"{self.name(0)}:{self._port}",
             "RANKS": str(ranks),
             "RESTARTS": str(restarts),
+            "PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -192,8 +176,7 @@ class Cluster:
                 os.kill(pid, number)
 
     def kill(self, host: int) -> None:
-        """Lose a host: end all of its processes at once. What it had as a network is there for new
-        ones."""
+        """Lose a host: end all of its processes at once; new ones find its network as it was."""
         _kill_all(f"{self.folder.name}/{host}")
 
     def stop(self, host: int) -> None:
@@ -211,12 +194,12 @@ class Cluster:
     def cut(self, host: int) -> None:
         """Cut the link of a host: nothing arrives, and nobody is told."""
         self._need_links()
-        _run("ip", "-n", self._switch, "link", "set", f"port{host}", "down")
+        _run(f"ip -n {self._switch} link set port{host} down")
 
     def mend(self, host: int) -> None:
         """Mend the link of a host."""
         self._need_links()
-        _run("ip", "-n", self._switch, "link", "set", f"port{host}", "up")
+        _run(f"ip -n {self._switch} link set port{host} up")
 
     def limit(self, host: int, bandwidth: str | None) -> None:
         """Set the bandwidth of a host's link, both ways."""
@@ -235,8 +218,26 @@ class Cluster:
     def sent_bytes(self, host: int) -> int:
         """Count what a host has sent to other hosts so far, with all headers."""
         self._need_links()
-        told = json.loads(_run("ip", "-n", self._space(host), "-s", "-j", "link", "show", LINK))
+        told = json.loads(_run(f"ip -n {self._space(host)} -s -j link show {LINK}"))
         return int(told[0]["stats64"]["tx"]["bytes"])
+
+    def mount_disk(self, size: str) -> Path:
+        """Make a disk of this size, in memory, for the hosts that start from now on. -> where"""
+        self._need_links()
+        disk = self.folder / "disk"
+        disk.mkdir()
+        _run(f"mount -t tmpfs -o size={size} tmpfs {disk}")
+        return disk
+
+    def fill_disk(self) -> None:
+        """Leave no room on the disk."""
+        with suppress(OSError), (self.folder / "disk" / FILLING).open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 20))
+
+    def free_disk(self) -> None:
+        """Give the room on the disk back."""
+        (self.folder / "disk" / FILLING).unlink(missing_ok=True)
 
     # ---- how
 
@@ -253,31 +254,18 @@ class Cluster:
             "127.0.0.1 localhost\n"
             + "".join(f"10.77.0.{host + 1} host{host}\n" for host in range(self.size))
         )
-        _run("ip", "netns", "add", self._switch)
-        _run("ip", "-n", self._switch, "link", "add", "switch", "type", "bridge")
-        _run("ip", "-n", self._switch, "link", "set", "switch", "up")
+        switch = self._switch
+        _run(f"ip netns add {switch}")
+        _run(f"ip -n {switch} link add switch type bridge")
+        _run(f"ip -n {switch} link set switch up")
         for host in range(self.size):
             space, port = self._space(host), f"port{host}"
-            _run("ip", "netns", "add", space)
-            _run(
-                "ip",
-                "-n",
-                self._switch,
-                "link",
-                "add",
-                port,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                LINK,
-                "netns",
-                space,
-            )
-            _run("ip", "-n", self._switch, "link", "set", port, "master", "switch", "up")
-            _run("ip", "-n", space, "addr", "add", f"10.77.0.{host + 1}/24", "dev", LINK)
-            for link in (LINK, "lo"):
-                _run("ip", "-n", space, "link", "set", link, "up")
+            _run(f"ip netns add {space}")
+            _run(f"ip -n {switch} link add {port} type veth peer name {LINK} netns {space}")
+            _run(f"ip -n {switch} link set {port} master switch up")
+            _run(f"ip -n {space} addr add 10.77.0.{host + 1}/24 dev {LINK}")
+            _run(f"ip -n {space} link set {LINK} up")
+            _run(f"ip -n {space} link set lo up")
             _shape(space, "lo", self.within)
             self.limit(host, self.bandwidth)
 
@@ -298,13 +286,41 @@ class Cluster:
 
 
 def clear_leftovers() -> None:
-    """Clear away clusters whose owners have ended without their reapers."""
+    """Clear away clusters whose owners and reapers have ended."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):
-            lock = FileLock(folder)
-            if lock.taken:
-                _clear(folder)
-            lock.close()
+        lock = _lock(folder)
+        if lock is not None:
+            _clear(folder)
+            os.close(lock)
+
+
+def _make_folder() -> tuple[Path, int]:
+    """Make and lock a folder for a cluster; owner and reaper hold the lock as long as they live."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        lock = _lock(folder)
+        if lock is not None and folder.exists():  # nobody took it for a leftover
+            return folder, lock
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder. -> a descriptor that holds the lock; None where another process does"""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError:
+            os.close(descriptor)
+    return None
+
+
+def leftovers(token: str) -> list[str]:
+    """Find what is left of a cluster: files, namespaces, processes. token: the name of its
+    folder"""
+    places = (Path(tempfile.gettempdir()), Path("/run/netns"))
+    found = [str(path) for place in places for path in place.glob(f"{token}*")]
+    return found + [f"process {pid}" for pid in _marked(token + "/")]
 
 
 def _reap(folder: Path) -> None:
@@ -322,9 +338,11 @@ def _clear(folder: Path) -> None:
     """Remove the processes, namespaces, links and files of a cluster."""
     _kill_all(folder.name + "/")
     with suppress(OSError, subprocess.CalledProcessError):
-        for line in _run("ip", "netns", "list").splitlines():
+        for line in _run("ip netns list").splitlines():
             if line.startswith(folder.name):
-                _run("ip", "netns", "del", line.split()[0])  # the links go with it
+                _run(f"ip netns del {line.split()[0]}")  # the links go with it
+    if os.path.ismount(folder / "disk"):
+        _run(f"umount --lazy {folder}/disk")
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -362,34 +380,20 @@ def _parent(pid: int) -> int:
     return 0
 
 
-def _run(*words: str) -> str:
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+def _run(command: str) -> str:
+    return subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
 
 
 def _shape(space: str, link: str, bandwidth: str | None) -> None:
     """Set what a link lets through in one direction; None = all."""
-    where = ["dev", link, "root"]
     if bandwidth is None:
         with suppress(subprocess.CalledProcessError):  # there was no limit
-            _run("tc", "-n", space, "qdisc", "del", *where)
+            _run(f"tc -n {space} qdisc del dev {link} root")
         return
-    burst = max(
-        128 * 1024, int(_bits_per_second(bandwidth) / 8 / 1000)
-    )  # what comes within a millisecond
+    burst = max(BURST_BYTES, int(_bits_per_second(bandwidth) / 8 / 1000))  # within a millisecond
     _run(
-        "tc",
-        "-n",
-        space,
-        "qdisc",
-        "replace",
-        *where,
-        "tbf",
-        "rate",
-        bandwidth,
-        "burst",
-        str(burst),
-        "latency",
-        "400ms",
+        f"tc -n {space} qdisc replace dev {link} root tbf rate {bandwidth} burst {burst} "
+        "latency 400ms"
     )
 
 

@@ -1,0 +1,24 @@
+"""Jobs on several hosts compute what one process computes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.command_line import ROOT
+
+
+def run(script: str, *words: str) -> None:
+    """Run one of the tools, which says what is wrong and ends with another status than 0."""
+    command = [sys.executable, str(ROOT / "tools" / script), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_losses_across_hosts_equal_those_of_one_process() -> None:
+    run("across_hosts.py", "--layouts", "2x1:ep=2", "2x1:tp=2", "2x1:pp=2", "2x1:dp_replicate=2")
