@@ -28,6 +28,10 @@ class ConfigError(ValueError):
         super().__init__(text)
 
 
+class DamagedError(ConfigError):
+    """A checkpoint whose files are not as they were written."""
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on, though its configuration is sound; the message says what to try."""
 

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from moescale.checkpoint.store import go_back, latest_checkpoint, read_state
+from moescale.audit import Audit
+from moescale.checkpoint.store import find_damage, go_back, latest_checkpoint, put_aside, read_state
 from moescale.config import Config, TrainingError
 from moescale.data.batches import Batches, Position
 from moescale.parallel.mesh import Mesh
@@ -20,10 +21,15 @@ from moescale.spikes import Spikes, around, is_finite
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows from the last steps. back_to: the checkpoint to go back to, if any. notes: what happened."""
+    """What follows from the last steps.
+
+    back_to: the checkpoint to go back to, if any. notes: what happened. around: whether the batches that were seen
+    since are left out.
+    """
 
     back_to: Path | None = None
     notes: tuple[str, ...] = ()
+    around: bool = True
 
 
 class Rollbacks:
@@ -89,6 +95,24 @@ class Rollbacks:
             return Decision()
         return self._answer(step, ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in losses.items()))
 
+    def decide_audit(self, step: int, audit: Audit) -> Decision:
+        """Compare the copies of weights that ranks hold. Raises TrainingError; all ranks must call.
+
+        Where they differ, no checkpoint since the last audit can be trusted, and whose copy was saved is not known.
+        """
+        sound = audit.sound
+        what = audit.compare_copies(step)
+        if what is None:
+            return Decision()
+        cause = f"audit of step {step}: {what}"
+        if self.config.spikes.on_not_finite == "back":
+            back_to = self._checkpoint_before(step, cause, up_to=sound)
+            if back_to is not None:
+                return Decision(back_to, (cause,), around=False)
+        raise TrainingError(f"{cause}; weights were last found sound after step {sound}: remove the checkpoints of "
+                            f"later steps in {self.run_dir}/checkpoints and start again, without that host if it "
+                            "happens again")
+
     def reorder(self, order: Callable[[Position], Batches], start: Position, step: int, left: Batches) -> Batches:
         """Order the data of a run that has gone back, around the batches that it has seen since.
 
@@ -143,19 +167,38 @@ class Rollbacks:
                       "back to")
         return Decision(back_to, (cause,))
 
-    def _checkpoint_before(self, step: int, what: str) -> Path | None:
-        """Let rank 0 find the checkpoint to go back to. Raises TrainingError where the run went back too often."""
+    def _checkpoint_before(self, step: int, what: str, up_to: int | None = None) -> Path | None:
+        """Find the last undamaged checkpoint to go back to. Raises TrainingError where the run went back too often.
+
+        up_to: its step at most; None is spikes.back before.
+        """
         most = self.config.spikes.most
         if self.count >= most:
             self._end(step, f"{what}, after the run went back spikes.most={most} times")
         self.finish()
-        told = torch.tensor(-1, device=self.mesh.device)
-        if self.mesh.rank == 0:
-            to = go_back(self.run_dir, step - self.config.spikes.back, self.config.checkpoint.every)
-            told.fill_(-1 if to is None else read_state(to)["step"])
+        up_to = step - self.config.spikes.back if up_to is None else up_to
+        while True:
+            told = torch.tensor(-1, device=self.mesh.device)
+            if self.mesh.rank == 0:
+                to = go_back(self.run_dir, up_to, self.config.checkpoint.every)
+                told.fill_(-1 if to is None else read_state(to)["step"])
+            if self.mesh.world_group is not None:
+                dist.broadcast(told, 0, group=self.mesh.world_group)
+            if int(told) < 0:
+                return None
+            folder = self.run_dir / "checkpoints" / f"step_{int(told):08d}"
+            if self._is_whole(folder):
+                return folder
+            if self.mesh.rank == 0:
+                put_aside(folder)
+
+    def _is_whole(self, checkpoint: Path) -> bool:
+        """Whether no rank finds damage in its share of the files."""
+        damage = find_damage(checkpoint, self.mesh.rank, self.mesh.world_size)
+        whole = torch.tensor(damage is None, dtype=torch.uint8, device=self.mesh.device)
         if self.mesh.world_group is not None:
-            dist.broadcast(told, 0, group=self.mesh.world_group)
-        return None if int(told) < 0 else self.run_dir / "checkpoints" / f"step_{int(told):08d}"
+            dist.all_reduce(whole, dist.ReduceOp.MIN, group=self.mesh.world_group)
+        return bool(whole)
 
     def _blame(self, loss: float, grad_norm: float) -> str:
         """Say what is not finite, as a rank has it that sees it, and whose gradient of those backward came to first."""

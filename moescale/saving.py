@@ -38,6 +38,7 @@ class Saver:
         self._host = HostCopy()
         self._writer = BackgroundWriter()
         self._step = 0  # of the write under way
+        self.failures = 0  # writes in a row that could not be written
         self.last = last
 
     def save(self, capture: Callable[[HostCopy | None], Capture]) -> None:
@@ -72,9 +73,11 @@ class Saver:
         except ConfigError as error:
             if must:
                 raise
+            self.failures += 1
             self._report(f"{error}; training goes on, and the next save tries again")
             return self.last
         if folder is not None:
+            self.failures = 0
             self.last = folder
             self._saved(self._step, folder)
         return self.last

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moescale.audit import Audit
 from moescale.checkpoint.capture import Capture, HostCopy
 from moescale.checkpoint.remote import RemoteStorage
 from moescale.checkpoint.store import latest_checkpoint, read_state
@@ -29,7 +30,7 @@ from moescale.cluster.stopping import Order, Orders, StopRequests, die_with_laun
 from moescale.cluster.surroundings import look_around
 from moescale.cluster.watchdog import Watchdog
 from moescale.config import Config, Stopped, TrainingError, any_of, memory_asked
-from moescale.data.batches import Batches
+from moescale.data.batches import Batch, Batches
 from moescale.data.token_file import TokenCorpus
 from moescale.data.tokenizer import Tokenizer
 from moescale.engine.base import StepLosses, build_engine
@@ -83,7 +84,7 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
         storage = None if kept.url is None else ranks.together(partial(RemoteStorage, kept.url))
         brought = () if kept.in_memory is None else recover_from_memory(ranks, run_dir, kept.memory_dir)
         brought += () if storage is None else recover_from_storage(ranks, run_dir, storage)
-        checkpoint = choose_checkpoint(ranks, run_dir)
+        checkpoint, damage = choose_checkpoint(ranks, run_dir)
         stands = partial(go_on, config=config, corpus=corpus, tokenizer=tokenizer)
         standing = Standing() if checkpoint is None else ranks.together(lambda: stands(checkpoint))
         standing = replace(standing, notes=(*brought, *standing.notes))
@@ -94,7 +95,8 @@ def _train(load: Callable[[], Config], ranks: Agreement, requests: StopRequests,
             mesh = start_mesh(config, ranks.store)
             saving = partial(Saving, run_dir, kept, mesh, memory, storage, last=checkpoint)
             run = _Run(config, mesh, run_dir, tokenizer, corpus, batches, checkpoint, standing, stands, saving,
-                       watchdog)
+                       watchdog, ranks.hosts)
+            run.output.tell(*damage)
             for line in (*draw_layout(config, ranks.hosts), *(each.text for each in found if each.level == "warn")):
                 run.output.say(line)
             orders = Orders(requests, mesh.device, save_minutes=config.checkpoint.every_minutes,
@@ -141,7 +143,7 @@ class _Run:
     def __init__(
         self, config: Config, mesh: Mesh, run_dir: Path, tokenizer: Tokenizer, corpus: TokenCorpus, batches: Batches,
         checkpoint: Path | None, standing: Standing, stands: Callable[[Path], Standing], saving: Callable[..., Saving],
-        watchdog: Watchdog,
+        watchdog: Watchdog, hosts: Sequence[str],
     ) -> None:
         """checkpoint: what the run goes on from. standing: where it stands. stands: finds that for another one.
 
@@ -163,6 +165,7 @@ class _Run:
         self.saving = saving(saved=self.output.saved, report=self._report)
         self.rollbacks = Rollbacks(config, mesh, run_dir, {} if checkpoint is None else read_state(checkpoint),
                                    spoilt=self.engine.spoilt, finish=self.saving.disk.finish)
+        self.audit = Audit(self.engine, mesh, config.run.audit_every, hosts)
         self._greet(checkpoint, standing.notes)
 
     def loop(self, orders: Orders) -> None:
@@ -203,17 +206,20 @@ class _Run:
                 engine.step_count, self.mesh.batch_rank, self.mesh.batch_size, config.data.micro_batch or 1
             )
             with self.tracer.step(step, engine, [(batch.tokens, batch.token_id) for batch in micro_batches]):
-                losses = engine.forward_backward([batch.to(self.mesh.device) for batch in micro_batches], watch=write)
+                losses = self._forward_backward(step, micro_batches, watch=write)
                 grad_norm = engine.step(losses.cross_entropy if self.rollbacks.skips else None)
             seen.append(torch.stack((losses.cross_entropy, grad_norm)))
             self._wait_for_device()
             self.output.advance(step)
             self.saving.look()
+            orders.note_failures(self.saving.disk.failures)
             order = Order() if write else orders.after(step)
-            if write or save or copy or order.save:
+            if write or save or copy or order.save or self.audit.is_due(step):
                 break
         steps = torch.stack(seen).tolist()
         if self._goes_back(self.rollbacks.decide(first, steps), order):
+            return
+        if self.audit.is_due(step) and self._goes_back(self.rollbacks.decide_audit(step, self.audit), order):
             return
         self.output.see(loss for loss, _ in steps)
         if write:
@@ -239,10 +245,20 @@ class _Run:
                 raise Stopped(f"stopped by {order.stop} after step {step} of {config.run.steps}; the same command goes "
                               f"on from {checkpoint}", order.status)
 
+    def _forward_backward(self, step: int, micro_batches: Sequence[Batch], *, watch: bool) -> StepLosses:
+        """Run the passes of a step, again and again where it is audited."""
+        batches = [batch.to(self.mesh.device) for batch in micro_batches]
+        if not self.audit.is_due(step) or step in self.config.monitor.trace_steps:  # which show one run
+            return self.engine.forward_backward(batches, watch=watch)
+        losses, problem = self.audit.forward_backward(batches, watch=watch)
+        if problem is not None:
+            self.output.tell(f"audit of step {step}: {problem}")
+        return losses
+
     def _goes_back(self, decision: Decision, order: Order) -> bool:
         """Say what happened, and go back where that was decided. Raises Stopped where the order is to."""
         if decision.back_to is not None:
-            self._go_back(decision.back_to, decision.notes)
+            self._go_back(decision.back_to, decision)
             if order.stop:
                 raise Stopped(f"stopped by {order.stop} after going back to step {self.engine.step_count}; the same "
                               "command goes on from there", order.status)
@@ -250,18 +266,22 @@ class _Run:
         self.output.tell(*decision.notes)
         return False
 
-    def _go_back(self, checkpoint: Path, notes: Sequence[str]) -> None:
-        """Go on from an earlier checkpoint, around the batches that the run has seen since. notes: why"""
+    def _go_back(self, checkpoint: Path, decision: Decision) -> None:
+        """Go on from an earlier checkpoint, around the batches that the run has seen since if that was decided."""
         self.watchdog.pause("going back")
         self.saving.disk.finish()
         self.saving.forget_copies()
         standing = self.stands(checkpoint)
         order = partial(order_text, self.config, self.corpus)
-        self.batches = self.rollbacks.reorder(order, standing.start, self.engine.step_count, self.batches)
+        if decision.around:
+            self.batches = self.rollbacks.reorder(order, standing.start, self.engine.step_count, self.batches)
+        else:
+            self.batches = order(standing.start)
         self.engine.load(checkpoint, standing.peak)
         self.rollbacks.gone_back(checkpoint)
+        self.audit.gone_back()
         left_out = self.batches.start.sequences - standing.start.sequences
-        *others, cause = notes
+        *others, cause = decision.notes
         self.output.tell(*others, f"{cause}; went back to step {self.engine.step_count}, and left out {left_out:,} "
                                   "sequences")
         self.output.go_back(self.engine.step_count, checkpoint)

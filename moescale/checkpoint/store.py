@@ -28,7 +28,7 @@ from moescale.checkpoint.index import INDEX, SafeReader, read_metadata, tensors_
 from moescale.checkpoint.readers import ATTEMPTS, trying_again
 from moescale.checkpoint.tensor_files import check_sums, not_finite, read_tensors, unlike, write_tensors
 from moescale.checkpoint.together import Failed, Ranks, describe, limited
-from moescale.config import ConfigError, TrainingError
+from moescale.config import ConfigError, DamagedError, TrainingError
 from moescale.files.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
 from moescale.files.locks import FileLock, is_locked
 from moescale.files.reading import inside, read_json
@@ -158,6 +158,42 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     manifest = _read_manifest(folder)
     _verify(folder, manifest["files"])
     return manifest
+
+
+def find_damage(folder: Path, rank: int, num_ranks: int) -> str | None:
+    """Say what of a checkpoint is damaged, in the share of the files that this rank looks at.
+
+    Those that as many ranks wrote are those that they read, so that they are read from the disk once.
+    """
+    try:
+        files = _read_manifest(folder)["files"]
+        return _damage(folder, {name: sums for name, sums in files.items() if _writer(name) % num_ranks == rank})
+    except DamagedError:
+        return f"its {MANIFEST} cannot be read"
+    except OSError as error:
+        return describe(error)
+
+
+def _writer(name: str) -> int:
+    """Read off the name of a file which rank wrote it; rank 0, if it does not say so."""
+    found = re.match(r"__(\d+)_", name)
+    return 0 if found is None else int(found[1])
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    """List the checkpoints of a run, whole or damaged, the last one first."""
+    return sorted(_all(run_dir / "checkpoints"), key=_step, reverse=True)
+
+
+def put_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint a name by which no run goes on from it. Returns where it lies. Raises OSError."""
+    aside = folder.with_suffix(".damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_suffix(f".damaged{number}")
+    folder.rename(aside)
+    return aside
 
 
 def write_manifest(folder: Path, state: dict[str, Any]) -> None:
@@ -301,16 +337,23 @@ def _remove(folder: Path) -> None:
 
 
 def _verify(folder: Path, expected: dict[str, list[int]]) -> None:
-    advice = _advice(folder, next(iter(_older(folder)), None))
+    problem = _damage(folder, expected)
+    if problem is not None:
+        raise DamagedError(f"{folder} is damaged: {problem}; {_advice(folder, next(iter(_older(folder)), None))}")
+
+
+def _damage(folder: Path, expected: dict[str, list[int]]) -> str | None:
+    """Find a file that is not as its writer says. Raises ConfigError for one that lies elsewhere."""
     for name, (size, crc) in expected.items():
         path = folder / name
         if not path.exists():
-            raise ConfigError(f"{folder} is damaged: {name} is missing; {advice}")
+            return f"{name} is missing"
         inside(folder, name)
         if path.stat().st_size != size:
-            raise ConfigError(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes; {advice}")
+            return f"{name} has {path.stat().st_size} of {size} bytes"
         if check_sums(folder, name)[name][1] != crc:
-            raise ConfigError(f"{folder} is damaged: {name} was altered; {advice}")
+            return f"{name} was altered"
+    return None
 
 
 def _older(folder: Path) -> list[Path]:
@@ -387,6 +430,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(f"{folder} is damaged: its {MANIFEST} cannot be read; "
-                          f"{_advice(folder, next(iter(_older(folder)), None))}") from None
+        raise DamagedError(f"{folder} is damaged: its {MANIFEST} cannot be read; "
+                           f"{_advice(folder, next(iter(_older(folder)), None))}") from None
     return dict(manifest)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from moescale.checkpoint.store import MANIFEST, latest_checkpoint, missing_file
+from moescale.checkpoint.store import MANIFEST, find_damage, missing_file, newest_first, put_aside
 from moescale.cluster.agreement import Agreement, ranks_text
 from moescale.config import ConfigError
 from moescale.files.locks import FileLock
@@ -108,27 +109,63 @@ def _refuse_unanswered(probe: Path, answering: Sequence[int], hosts: Sequence[st
                               f"{rank} ({hosts[rank]}) wrote there: write a directory that all nodes share")
 
 
-def choose_checkpoint(ranks: Agreement, run_dir: Path) -> Path | None:
-    """Let rank 0 choose the checkpoint to go on from, and see to it that every rank sees that very one, whole.
+def choose_checkpoint(ranks: Agreement, run_dir: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """Let rank 0 choose the checkpoint to go on from, and see to it that every rank sees that very one, undamaged.
 
-    -> its folder, None to start anew. Raises ConfigError, with the hosts that lack it and what they lack.
+    Instead of a damaged one the one before it is taken. Returns the folder, None to start anew, and lines that say what
+    was damaged. Raises ConfigError where none is whole, and with the hosts that lack it and what they lack.
     """
-    choice = ranks.on_first(lambda: _describe(latest_checkpoint(run_dir)))
-    if choice is None:
-        return None
-    name, manifest, whole = choice
-    folder = run_dir / "checkpoints" / str(name)
-    if not whole:
-        return folder  # damaged for all ranks alike, which loading says better
-    lacking = _wait_for_nothing(lambda: _lacking(folder, manifest))
-    ranks.settle(lacking, lambda said: _refuse_lacking(said, ranks.hosts, folder))
-    return folder
+    damage: dict[str, str] = {}  # by the name of the folder
+    while (choice := ranks.on_first(lambda: _describe(_newest(run_dir, damage)))) is not None:
+        name, manifest, whole = choice
+        folder = run_dir / "checkpoints" / str(name)
+        problem = _problem_of(ranks, folder, manifest, whole)
+        if problem is None:
+            notes = ranks.on_first(partial(_put_aside, run_dir, damage, folder.name))
+            return folder, tuple(notes)
+        damage[folder.name] = problem
+    if damage:
+        said = ", ".join(f"{name} ({problem})" for name, problem in damage.items())
+        raise ConfigError(f"all checkpoints in {run_dir}/checkpoints are damaged: {said}: remove them to start anew, "
+                          "or write another run.dir")
+    return None, ()
+
+
+def _problem_of(ranks: Agreement, folder: Path, manifest: str, whole: bool) -> str | None:
+    """Let all ranks look at a checkpoint, each at a share of its files. Returns what is damaged.
+
+    whole: whether every file has its size where rank 0 looks. Raises ConfigError with the hosts that see less.
+    """
+    if whole:
+        lacking = _wait_for_nothing(lambda: _lacking(folder, manifest))
+        ranks.settle(lacking, lambda said: _refuse_lacking(said, ranks.hosts, folder))
+    found = ranks.together(lambda: find_damage(folder, ranks.launch.rank, ranks.launch.size))
+    return ranks.settle(found, lambda said: next((problem for problem in said if problem is not None), None))
+
+
+def _newest(run_dir: Path, without: Collection[str]) -> Path | None:
+    return next((folder for folder in newest_first(run_dir) if folder.name not in without), None)
+
+
+def _put_aside(run_dir: Path, damage: Mapping[str, str], chosen: str) -> list[str]:
+    """Rename damaged checkpoints, so that they count no longer among those that are kept. Returns what to say."""
+    notes = []
+    for name, problem in damage.items():
+        try:
+            left = f"it is kept as {put_aside(run_dir / 'checkpoints' / name).name}"
+        except OSError as error:
+            left = f"it cannot be renamed: {error.strerror}"
+        notes.append(f"{name} is damaged: {problem}; {left}, and the run goes on from {chosen}")
+    return notes
 
 
 def _describe(folder: Path | None) -> tuple[str, str, bool] | None:
     if folder is None:
         return None
-    manifest = _hash(folder / MANIFEST)
+    try:
+        manifest = _hash(folder / MANIFEST)
+    except OSError:
+        manifest = ""
     return folder.name, manifest, _lacking(folder, manifest) is None
 
 

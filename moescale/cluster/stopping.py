@@ -29,6 +29,7 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 REASONS = ("", TIME_LIMIT, *SIGNALS)
 ASK_SECONDS = 1.0
 MOST_STEPS = 1000
+RETRY_SECONDS, MOST_RETRY_SECONDS = 30.0, 600.0  # after one save, and after many, that could not be written
 SECOND_PRESS_SECONDS = 1.0  # sooner, it is one Ctrl-C that a terminal and a launcher both passed on
 
 
@@ -113,6 +114,8 @@ class Orders:
         self.save_seconds = None if save_minutes is None else save_minutes * 60
         self.ends = None if limit_minutes is None else started + limit_minutes * 60
         self._saved = self._asked = time.monotonic()
+        self._failures = 0
+        self._retry: float | None = None  # when a save that failed is tried again
         self._asked_at: int | None = None  # steps
         self._next: int | None = None
 
@@ -127,6 +130,7 @@ class Orders:
         now = time.monotonic()
         reason = self.requests.asked or (TIME_LIMIT if self.ends is not None and now >= self.ends else "")
         save = self.save_seconds is not None and now - self._saved >= self.save_seconds
+        save = save or (self._retry is not None and now >= self._retry)
         if not dist.is_initialized():
             return Order(save or bool(reason), reason)
         first = dist.get_rank() == 0
@@ -138,8 +142,14 @@ class Orders:
         return Order(bool(due or code), REASONS[code])
 
     def saved(self) -> None:
-        """Note that a checkpoint was written now."""
-        self._saved = time.monotonic()
+        """Note that a checkpoint is written now."""
+        self._saved, self._retry = time.monotonic(), None
+
+    def note_failures(self, count: int) -> None:
+        """Ask for another save some time after one that failed, which is longer after more. count: in a row so far"""
+        if count != self._failures:
+            wait = min(MOST_RETRY_SECONDS, RETRY_SECONDS * 2.0 ** (count - 1))
+            self._failures, self._retry = count, None if count == 0 else time.monotonic() + wait
 
     def _plan(self, step: int, now: float) -> int:
         """Compute the step after which to ask again."""

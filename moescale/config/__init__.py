@@ -21,6 +21,7 @@ from moescale.config.read import load_config, parse_config, read_overrides
 from moescale.config.run import Config
 from moescale.errors import (
     ConfigError,
+    DamagedError,
     LostRanksError,
     Silenced,
     Stopped,
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ConfigError",
+    "DamagedError",
     "DataConfig",
     "LayerConfig",
     "LostRanksError",

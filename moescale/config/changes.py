@@ -17,7 +17,7 @@ from moescale.spec.model import KINDS, MIXERS
 LONGEST = 200  # letters of a value that are shown
 HARMLESS = frozenset({
     "run.engine", "run.zero_stage", "run.deepspeed", "run.dir", "run.steps", "run.timeout_seconds",
-    "run.time_limit_minutes", "run.allow_changes",
+    "run.time_limit_minutes", "run.audit_every", "run.allow_changes",
     "data.cache_dir", "data.global_batch", "data.batch_schedule", "data.max_epochs",
     "model.init",  # the weights are there
     "optim.lr", "optim.warmup_steps", "optim.schedule", "optim.final_lr_share", "optim.stable_steps",

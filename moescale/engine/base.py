@@ -122,11 +122,12 @@ class Engine(Protocol):
     def record(
         self, *, training: bool, choices: Callable[[Choices], None] | None = None,
         features: Callable[[Features], None] | None = None,
+        gradients: Callable[[Features], None] | None = None,
     ) -> AbstractContextManager[None]:
         """Show each pass of each layer on this rank while the context lasts, except what recompute runs again.
 
         training: passes that have a backward; otherwise those of evaluation. features: between the halves of a block,
-        where they follow each other.
+        where they follow each other. gradients: with respect to these features, in training.
         """
 
     def where(self, error: BaseException) -> str:
@@ -137,6 +138,9 @@ class Engine(Protocol):
 
         watch: whether `routing` will be asked for; otherwise the load alone is counted, which costs less.
         """
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of a step that is run again."""
 
     def step(self, guard: Tensor | None = None) -> Tensor:
         """Clip, update every weight, clear the gradients; return the gradient norm before clipping, scalar.

@@ -107,8 +107,9 @@ class ZeroEngine:
     def record(
         self, *, training: bool, choices: Callable[[Choices], None] | None = None,
         features: Callable[[Features], None] | None = None,
+        gradients: Callable[[Features], None] | None = None,
     ) -> AbstractContextManager[None]:
-        return recording(self.model, training=training, choices=choices, features=features)
+        return recording(self.model, training=training, choices=choices, features=features, gradients=gradients)
 
     def where(self, error: BaseException) -> str:
         return where_in(error, self.model)
@@ -128,6 +129,10 @@ class ZeroEngine:
                 self.ds.step()
         self.accumulated = True
         return account.means()
+
+    def clear_gradients(self) -> None:
+        """Refuse to run a step twice: DeepSpeed adds up its gradients out of sight."""
+        raise NotImplementedError
 
     def spoilt(self) -> list[str]:
         """Name none: DeepSpeed keeps its gradients to itself."""

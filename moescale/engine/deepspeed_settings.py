@@ -60,6 +60,8 @@ def check(config: Config) -> None:
            f"under run.engine=deepspeed: write parallel.row_budget=null, {OTHERWISE}")
     refuse(config.spikes.on_not_finite == "skip", "spikes.not_finite=skip leaves updates out, which "
            f"run.engine=deepspeed cannot: write spikes.not_finite=stop or back, {OTHERWISE}")
+    refuse(config.run.audit_every is not None, "run.audit_every runs steps twice, which run.engine=deepspeed cannot: "
+           f"write run.audit_every=null, {OTHERWISE}")
     settings(config)
 
 

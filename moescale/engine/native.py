@@ -65,8 +65,9 @@ class NativeEngine:
     def record(
         self, *, training: bool, choices: Callable[[Choices], None] | None = None,
         features: Callable[[Features], None] | None = None,
+        gradients: Callable[[Features], None] | None = None,
     ) -> AbstractContextManager[None]:
-        return recording(self.model, training=training, choices=choices, features=features)
+        return recording(self.model, training=training, choices=choices, features=features, gradients=gradients)
 
     def where(self, error: BaseException) -> str:
         return where_in(error, self.model)
@@ -93,6 +94,9 @@ class NativeEngine:
                         module.set_reshard_after_backward(last, recurse=False)  # the next pass begins with these
                 account.loss(_run(piece, batch)).backward()
         return account.means()
+
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad()
 
     def step(self, guard: Tensor | None = None) -> Tensor:
         """Clip, update every weight and expert bias, clear the gradients; return the gradient norm before clipping.

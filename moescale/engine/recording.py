@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,17 @@ from moescale.moe.layer import MoELayer
 @contextmanager
 def recording(
     model: LanguageModel, *, training: bool, choices: Callable[[Choices], None] | None = None,
-    features: Callable[[Features], None] | None = None,
+    features: Callable[[Features], None] | None = None, gradients: Callable[[Features], None] | None = None,
 ) -> Iterator[None]:
     """Show each pass of this rank's layers, as `Engine.record` says."""
     with ExitStack() as shown:
         if choices is not None:
             for index, layer in mixtures(model).items():
                 shown.enter_context(_choices(index, layer, choices, training))
-        if features is not None:
+        if features is not None or gradients is not None:
             for name, block in model.blocks.items():
                 assert isinstance(block, Block)
-                shown.enter_context(_features(int(name), block, features, training))
+                shown.enter_context(_features(int(name), block, features, gradients, training))
         yield
 
 
@@ -65,8 +65,18 @@ def _choices(index: int, layer: MoELayer, take: Callable[[Choices], None], train
 
 
 @contextmanager
-def _features(index: int, block: Block, take: Callable[[Features], None], training: bool) -> Iterator[None]:
+def _features(
+    index: int, block: Block, take: Callable[[Features], None] | None, take_grad: Callable[[Features], None] | None,
+    training: bool,
+) -> Iterator[None]:
     token_ids: list[Tensor] = []  # of the own tokens while the block runs; none in what recompute runs again
+
+    def show(after: Literal["mixer", "channel_mixer"], token_id: Tensor, x: Tensor) -> None:
+        if take is not None:
+            take(Features(index, after, token_id, x.detach().flatten(0, 1)))
+        if take_grad is not None and x.requires_grad:
+            see = take_grad
+            x.register_hook(lambda grad: see(Features(index, after, token_id, grad.flatten(0, 1))))
 
     def begin(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if block.training == training == torch.is_grad_enabled():
@@ -74,11 +84,11 @@ def _features(index: int, block: Block, take: Callable[[Features], None], traini
 
     def mixed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if token_ids:
-            take(Features(index, "mixer", token_ids[0], inputs[0].detach().flatten(0, 1)))
+            show("mixer", token_ids[0], inputs[0])
 
     def end(_: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
         if token_ids:
-            take(Features(index, "channel_mixer", token_ids.pop(), outputs[0].detach().flatten(0, 1)))
+            show("channel_mixer", token_ids.pop(), outputs[0])
 
     hooks = [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
     if block.channel_norm is not None:

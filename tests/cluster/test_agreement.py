@@ -17,7 +17,7 @@ from moescale.cluster.identity import describe_run, refuse_differences
 from moescale.cluster.launch import Launch, read_launch
 from moescale.config import Config, ConfigError, LostRanksError, Silenced, Stopped, parse_config
 from moescale.parallel.ranks import run_ranks
-from tests.support.saved import save
+from tests.support.saved import flip, save
 
 
 def met(work: Callable[..., Any], *args: Any) -> tuple[str, int | str]:
@@ -203,8 +203,8 @@ def see(ranks: Agreement, places: list[Path]) -> Any:
     directory.SHARED_SECONDS = 1.0  # type: ignore[assignment]
     os.chdir(places[ranks.launch.rank])
     with shared_directory(ranks, "run") as run_dir:
-        found = choose_checkpoint(ranks, run_dir)
-        return None if found is None else found.name
+        found, notes = choose_checkpoint(ranks, run_dir)
+        return None if found is None else " ".join((found.name, *notes))
 
 
 def make_checkpoint(run_dir: Path, step: int) -> Path:
@@ -229,6 +229,33 @@ def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_chooses(tmp_path: Path)
     make_checkpoint(tmp_path / "run", 10)
     assert run_ranks(2, met, see, [tmp_path] * 2, timeout_seconds=40) == [("good", "step_00000010")] * 2
     assert not list((tmp_path / "run").glob(".probe*"))
+
+
+def test_of_damaged_checkpoints_the_one_before_is_taken(tmp_path: Path) -> None:
+    damages: dict[int, tuple[Callable[[Path], object], str]] = {
+        25: (lambda folder: flip(folder / "__0_0.distcp"), "__0_0.distcp was altered"),
+        20: (lambda folder: (folder / "config.yaml").unlink(), "config.yaml is missing"),
+        15: (lambda folder: (folder / ".metadata").write_bytes(b""), ".metadata has 0 of "),
+        10: (lambda folder: (folder / "checkpoint.json").write_text("{"), "its checkpoint.json cannot be read")}
+    names = {step: f"step_{step:08d}" for step in (5, *damages)}
+    for step in names:
+        make_checkpoint(tmp_path / "run", step)
+    for step, (spoil, _) in damages.items():
+        spoil(tmp_path / "run/checkpoints" / names[step])
+    results = run_ranks(2, met, see, [tmp_path] * 2, timeout_seconds=40)
+    assert results[0] == results[1]
+    kind, said = results[0]
+    assert kind == "good"
+    assert str(said).startswith(f"{names[5]} ")
+    for step, (_, problem) in damages.items():
+        assert f"{names[step]} is damaged: {problem}" in str(said)
+        assert f"it is kept as {names[step]}.damaged, and the run goes on from {names[5]}" in str(said)
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {
+        names[5], *(f"{names[step]}.damaged" for step in damages)}
+    flip(tmp_path / f"run/checkpoints/{names[5]}/__0_0.distcp")
+    _, said = run_ranks(2, met, see, [tmp_path] * 2, timeout_seconds=40)[0]
+    assert "all checkpoints in" in str(said)
+    assert (tmp_path / f"run/checkpoints/{names[5]}").is_dir(), "no run begins anew by itself"
 
 
 def late(ranks: Agreement, place: Path, spoil: str, seconds: float) -> Any:

@@ -148,7 +148,6 @@ def test_what_a_run_left_is_not_damaged(here: Path) -> None:
     assert {path: path.read_bytes() for path in sorted((here / "run").rglob("*")) if path.is_file()} == kept
     part = here / "run/checkpoints/step_00000010/__0_0.distcp"
     part.write_bytes(part.read_bytes()[:-100])
-    assert "damaged" in mistake("run.steps=20")
     result = CliRunner().invoke(app, ["generate", "run"])
     assert result.exit_code == 2
     assert "damaged" in result.output

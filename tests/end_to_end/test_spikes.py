@@ -20,9 +20,11 @@ from moescale.engine.base import StepLosses
 from moescale.engine.native import NativeEngine
 from moescale.generate import load_model
 from moescale.parallel.ranks import run_ranks
+from moescale.rollback import Decision, Rollbacks
 from moescale.spikes import Losses, Spikes
 from moescale.trainer import train
 from tests.support.groups import in_groups
+from tests.support.saved import flip
 
 BATCH = 4
 
@@ -175,6 +177,21 @@ def test_a_run_goes_back_from_a_step_that_is_not_finite(tmp_path: Path, monkeypa
     (alert,) = [text for line in lines for text in line.get("alerts", []) if "went back" in text]
     assert f"that of {SPOILT} at step 21; went back to step 16, and left out 24 sequences" in alert
     assert [line["rollbacks"] for line in lines] == 8 * [0] + 7 * [1]
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, TWENTY_ONE)
+    decide = Rollbacks.decide
+
+    def damage(self: Rollbacks, first: int, steps: Any) -> Decision:
+        if first == 20 and self.count == 0:
+            flip(tmp_path / "run/checkpoints/step_00000016/__0_0.distcp")
+        return decide(self, first, steps)
+
+    monkeypatch.setattr(Rollbacks, "decide", damage)
+    lines = run(tmp_path, "run", 30, not_finite="back", deviations=None, back=3)
+    assert any("went back to step 12" in text for line in lines for text in line.get("alerts", []))
+    assert (tmp_path / "run/checkpoints/step_00000016.damaged").is_dir()
 
 
 def run_alone(folder: Path, layout: dict[str, int], answer: str, rank: int) -> list[str]:

@@ -20,3 +20,10 @@ def make_tensors() -> dict[str, torch.Tensor]:
 
 def save(run_dir: Path, step: int = 1, keep: int = 3) -> Path:
     return save_checkpoint(run_dir, step, make_tensors(), {"seed": 5}, {"config.yaml": "x: 1\n"}, keep=keep)
+
+
+def flip(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
