@@ -230,6 +230,24 @@ def test_ranks_that_are_killed_are_started_again_and_give_the_same_losses(folder
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_stopped_ends_at_the_time_out_and_is_started_again(folder: Path) -> None:
+    launcher = launch(folder, "stopped", "parallel.ep=2", "run.steps=120", "checkpoint.every=20",
+                      "run.timeout_seconds=5", restarts=3)
+    wait_for_steps(launcher, folder / "stopped", 30)
+    rank, began = ranks_of(launcher)[1], time.monotonic()
+    os.kill(rank, signal.SIGSTOP)
+    while Path(f"/proc/{rank}").exists() and time.monotonic() - began < 60:
+        time.sleep(0.1)
+    took = time.monotonic() - began
+    output = end(launcher)
+    print(f"the stopped rank ended after {took:.1f} s")
+    assert launcher.returncode == 0, output
+    assert took < 5 + 5 + 5, "the time-out, what other ranks get before, and some more for a busy machine"
+    assert "did not end within run.timeout_seconds=5 (stopped by a signal), and the rank is killed" in output
+    assert [step for step, _ in losses(folder / "stopped")] == list(range(1, 121))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_a_rank_killed_at_any_moment_changes_nothing(folder: Path) -> None:
     disturb(folder, int(os.environ.get("TRIES", "20")), random.Random(1))
