@@ -136,15 +136,15 @@ class Cluster:
     ) -> subprocess.Popen[Any]:
         """Start the agent of one host, which starts its ranks.
 
-        arguments: words of `moescale`, `train` first. hosts: how many of them the job has; None =
-        all. restarts: how often the agents start the ranks again.
+        arguments: words of `moescale`, `train` or `doctor` first. hosts: how many of them the job
+        has; None = all. restarts: how often the agents start the ranks again.
         """
-        assert arguments[0] == "train", "launch/torchrun.sh trains"
         given = {
             "NODES": str(hosts or self.size),
             "HEAD": f"{self.name(0)}:{self._port}",
             "RANKS": str(ranks),
             "RESTARTS": str(restarts),
+            "COMMAND": arguments[0],
             "PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",

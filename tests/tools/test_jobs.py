@@ -1,4 +1,4 @@
-"""Jobs on several hosts compute what one process computes."""
+"""Jobs on several hosts compute what one process computes, whatever happens to their hosts."""
 
 from __future__ import annotations
 
@@ -22,3 +22,20 @@ def run(script: str, *words: str) -> None:
 @pytest.mark.slow
 def test_losses_across_hosts_equal_those_of_one_process() -> None:
     run("across_hosts.py", "--layouts", "2x1:ep=2", "2x1:tp=2", "2x1:pp=2", "2x1:dp_replicate=2")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_disturbed_ends_like_a_quiet_one() -> None:
+    run(
+        "soak.py",
+        "--shape",
+        "2x1",
+        "--faults",
+        "3",
+        "--steps",
+        "60",
+        "--kinds",
+        "rank_killed",
+        "host_lost",
+        "preempted",
+    )

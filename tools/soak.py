@@ -1,0 +1,117 @@
+"""Plants faults at random in a run that nobody attends to, and holds its end to a quiet one.
+
+    python tools/soak.py [--shape 2x2] [--faults 100] [--steps 600] [--seed 0]
+
+The same run is trained twice on hosts of this machine: undisturbed, and with faults of the kinds of
+tools/faults.py, drawn by the seed, one every few steps. Fails unless the disturbed run ends by
+itself, its last checkpoint has the same bytes, each time it went on from the newest checkpoint or a
+later step, and no process, namespace or file is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster import Cluster, leftovers
+from faults import DISK, KINDS, RECOVER_SECONDS, Job, impossible, strike
+
+LOSES = {"newest_checkpoint_damaged"}  # which goes on from the one before
+END_SECONDS = 110.0
+CHECKPOINT_EVERY = 5
+STEPS_BETWEEN = (2, 12)  # faults, drawn anew each time; on average more than between checkpoints
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """Find the newest complete checkpoint. -> its step, 0 where there is none"""
+    found = [path.parent.name for path in (run_dir / "checkpoints").glob("step_*/checkpoint.json")]
+    return max((int(name[5:]) for name in found if name[5:].isdigit()), default=0)
+
+
+def saved_bytes(run_dir: Path) -> dict[str, list[int]]:
+    """Read size and CRC-32 of each file of tensors of the newest checkpoint."""
+    folder = run_dir / "checkpoints" / f"step_{newest_checkpoint(run_dir):08d}"
+    files = json.loads((folder / "checkpoint.json").read_text())["files"]
+    return {name: files[name] for name in sorted(files) if name.endswith(".distcp")}
+
+
+def train(
+    shape: str, steps: int, kinds: Sequence[str], count: int, draw: random.Random
+) -> tuple[list[str], dict[str, list[int]], Counter[str]]:
+    """Train to the last step, with so many faults of these kinds on the way.
+
+    -> what went wrong; the files of the last checkpoint; the faults, by kind
+    """
+    hosts, ranks = map(int, shape.split("x"))
+    problems: list[str] = []
+    saved: dict[str, list[int]] = {}
+    done: Counter[str] = Counter()
+    words = [f"run.steps={steps}", f"checkpoint.every={CHECKPOINT_EVERY}"]
+    with Cluster(hosts) as cluster:
+        if cluster.reason is not None:
+            print(f"hosts share the loopback of this machine: {cluster.reason}", file=sys.stderr)
+        run_dir = (cluster.mount_disk(DISK) if cluster.reason is None else cluster.folder) / "run"
+        job = Job(cluster, ranks, run_dir, words)
+        possible = [kind for kind in kinds if kind not in impossible(cluster)]
+        while sum(done.values()) < count and not problems:
+            if not job.wait_for_steps(draw.randint(*STEPS_BETWEEN)):
+                problems.append("no step is done any more")
+                break
+            held, before, kind = newest_checkpoint(run_dir), job.last_step(), draw.choice(possible)
+            if before > steps - 2 * STEPS_BETWEEN[1]:
+                print("the run is nearly over", flush=True)
+                break
+            line = strike(job, kind, draw)
+            done[kind] += 1
+            print(json.dumps({"step": before, "held": held, **line}), flush=True)
+            if line["seconds"] is None:
+                problems.append(f"{kind} at step {before}: no step in {RECOVER_SECONDS:.0f} s")
+            elif kind not in LOSES and before - line["lost_steps"] < held:
+                problems.append(f"{kind} at step {before} lost steps that a checkpoint held")
+        deadline = time.monotonic() + END_SECONDS + steps / 2
+        while not job.tend() and time.monotonic() < deadline and not problems:
+            time.sleep(0.1)
+        if job.last_step() != steps:
+            problems.append(f"it ended after step {job.last_step()} of {steps}")
+        else:
+            saved = saved_bytes(run_dir)
+        problems += [
+            f"{path} is left"
+            for path in run_dir.rglob("*")
+            if ".partial" in path.name or path.name.startswith(".probe")
+        ]
+        if problems:
+            problems += [job.said(host).read_text()[-3000:] for host in range(hosts)]
+        token = cluster.folder.name
+    return problems + [f"{thing} is left" for thing in leftovers(token)], saved, done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="2x2", help="hosts x ranks")
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    given = parser.parse_args()
+    draw, began = random.Random(given.seed), time.monotonic()
+    problems, quiet, _ = train(given.shape, given.steps, [], 0, draw)
+    more, disturbed, done = train(given.shape, given.steps, given.kinds, given.faults, draw)
+    problems += more
+    if not problems and quiet != disturbed:
+        problems.append("the last checkpoint has other bytes than that of the quiet run")
+    print(f"{dict(done)} in {time.monotonic() - began:.0f} s")
+    print("\n".join(problems) or "the same bytes as without faults, nothing lost, nothing left")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
