@@ -64,6 +64,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. parallel.ep=2 run.steps=100.")
     ] = None,
+    warm: Annotated[bool, typer.Option(
+        "--warm", help="Keep a spare process a rank that has imported everything, for when torchrun restarts it.")
+    ] = False,
 ) -> None:
     """Train a model, going on from the last checkpoint in run.dir if there is one.
 
@@ -77,6 +80,8 @@ def train(
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is said in one line
     with _one_line_errors(config):
+        if warm:
+            _leave_spare()
         overrides = overrides or []
         if read_launch().size == 1:
             settled = load_config(config, overrides)  # before torch comes in, which takes seconds
@@ -91,6 +96,15 @@ def train(
         from moescale.trainer import train as run
 
         run(read)
+
+
+def _leave_spare() -> None:
+    if not read_launch().elastic or sys.platform != "linux":
+        raise ConfigError("--warm is for ranks that torchrun starts again, on Linux: leave it out, or start with "
+                          "torchrun --max-restarts 3 -m moescale train")
+    from moescale.warm import leave_spare
+
+    leave_spare(main)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)

@@ -29,9 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
     "engine": {"checkpoint", "comm", "config", "data", "files", "layers", "model", "moe", "optim", "parallel", "spec"},
 }
 FREE = {"audit", "cli", "trainer", "evaluate", "generate", "scoring", "resume", "rollback", "saving", "spikes",
-        "start", "__init__", "__main__"}
+        "start", "warm", "__init__", "__main__"}
 FOREIGN = {"deepspeed", "megatron", "wandb", "wandb_workspaces", "transformers", "triton"}
-ENVIRONMENT = {"cluster/launch.py", "parallel/ranks.py", "cli.py"}
+ENVIRONMENT = {"cluster/launch.py", "parallel/ranks.py", "cli.py", "warm.py"}
 AT_HOME = {"fcntl": "files/locks.py", "fsync": "files/writing.py"}  # a name and the one file that may say it
 FOREIGN_ATTRIBUTES = {"sys.stdout", "self._backend.encode_special_tokens"}  # switches of others without a method
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -59,10 +59,14 @@ class Agreement:
         base = self._connect(deadline, timeout_seconds)
         self._kept = PrefixStore(f"moescale/{launch.run_id}", base)
         if launch.restarts > 0 and self._kept.check([STOPPED]):
-            raise Silenced(int(self._kept.get(STOPPED)))  # the attempt before left when asked to: no reason to restart
+            word = json.loads(self._kept.get(STOPPED))
+            if word["size"] == launch.size:  # else torchrun asked them to, since nodes came or went
+                raise Silenced(word["status"])  # the attempt before left when asked to: no reason to restart
         mine = secrets.token_hex(8)
         token = self._gather_roster(mine, deadline) if launch.rank == 0 else self._find_roster(mine, deadline)
         self.store = PrefixStore(token, self._kept)
+        if launch.rank == 0 and self._kept.check([STOPPED]):  # all ranks have read it
+            self._kept.delete_key(STOPPED)
         threading.Thread(target=self._beat, args=(self.store,), daemon=True).start()
 
     def _connect(self, deadline: float, timeout_seconds: float) -> TCPStore:
@@ -219,7 +223,7 @@ class Agreement:
     def keep_word(self, status: int) -> None:
         """Tell ranks that a launcher may start again that the run ended as asked."""
         if self._kept is not None and self.launch.rank == 0 and self.launch.keeps_store:
-            self._kept.set(STOPPED, str(status))
+            self._kept.set(STOPPED, json.dumps({"status": status, "size": self.launch.size}))
 
     @contextmanager
     def one_voice(self) -> Iterator[None]:

@@ -179,6 +179,11 @@ class EngineKind:
     check: Callable[[Config], None] = lambda config: None
 
 
+def import_native() -> None:
+    """Import what most runs need, before one names it."""
+    import moescale.engine.native  # noqa: F401
+
+
 def _native(config: Config, mesh: Mesh) -> Engine:
     from moescale.engine.native import NativeEngine
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -11,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from typer.testing import CliRunner
 
+from moescale.cli import app
+from moescale.engine.native import NativeEngine
 from tests.support.command_line import TINY
 from tests.support.launched import end, launch, losses, ranks_of, wait_for_steps
 
@@ -41,6 +46,55 @@ def brought_back(output: str) -> int:
     return int(line.split()[1])
 
 
+def test_a_run_that_broke_off_goes_on_from_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(run: str, *words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["train", str(folder / "tiny.yaml"), f"run.dir={folder / run}", "run.steps=12",
+                                          *words])
+        return result.exit_code, result.output
+
+    def fail(engine: NativeEngine) -> torch.Tensor:
+        if engine.step_count == 8:
+            raise RuntimeError("the machine failed")
+        return real(engine)
+
+    assert start("undisturbed")[0] == 0
+    real = NativeEngine.step
+    monkeypatch.setattr(NativeEngine, "step", fail)
+    assert start("broken", "checkpoint.in_memory=3", "checkpoint.every=5")[0] == 1
+    monkeypatch.setattr(NativeEngine, "step", real)
+    (copy,) = (folder / "memory").glob("*/*/*")
+    assert copy.name == "step_00000006"
+    assert sorted(path.name for path in (folder / "broken/checkpoints").iterdir()) == ["step_00000005"]
+    status, output = start("broken", "checkpoint.in_memory=3", "checkpoint.every=5")
+    assert status == 0, output
+    assert brought_back(output) == 6
+    assert losses(folder / "broken") == losses(folder / "undisturbed")
+    assert not list((folder / "memory").iterdir()), "nothing is left behind"
+
+
+def test_copies_of_a_course_that_was_given_up_are_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a spike the run goes back, and breaks off before the next copy."""
+    def fail(engine: NativeEngine) -> torch.Tensor:
+        norm = real(engine)
+        if engine.step_count == 8 and "seen" not in broken:
+            broken["seen"] = True
+            return norm * math.nan
+        if engine.step_count == 6 and "seen" in broken:
+            raise RuntimeError("the machine failed")
+        return norm
+
+    broken, real = dict[str, bool](), NativeEngine.step
+    monkeypatch.setattr(NativeEngine, "step", fail)
+    words = ["train", str(folder / "tiny.yaml"), f"run.dir={folder / 'gone_back'}", "run.steps=12",
+             "checkpoint.every=5", "checkpoint.in_memory=7", "spikes.deviations=9", "spikes.back=2", "spikes.skip=1"]
+    assert CliRunner().invoke(app, words).exit_code == 1
+    assert broken
+    assert not list((folder / "memory").rglob("step_*"))
+    shutil.rmtree(folder / "memory")
+    (folder / "memory").mkdir()
+
+
+@pytest.mark.slow
 def test_a_killed_rank_goes_on_from_memory(folder: Path) -> None:
     whole = launch(folder, "whole", *WORDS)
     killed = launch(folder, "killed", *WORDS, "checkpoint.in_memory=1", restarts=1)
@@ -96,3 +150,79 @@ def test_a_host_that_is_lost_takes_no_step_along(folder: Path, per_host: int) ->
         for agent in agents:
             agent.kill()
             agent.wait()
+
+
+@pytest.mark.slow
+def test_a_spare_takes_a_killed_ranks_place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    words = (*(word for word in WORDS if "steps" not in word), "run.steps=100000", "checkpoint.in_memory=1", "--warm")
+    run = folder / "spared"
+    launcher = launch(folder, "spared", *words, restarts=2)
+    try:
+        wait_for_steps(launcher, run, 10)
+        deadline = time.monotonic() + 90
+        while len(list(tmp_path.glob("moescale-spares-*/*"))) < 2:
+            assert time.monotonic() < deadline, "no spares"
+            time.sleep(0.1)
+        for victim in (1, 0):
+            before = len(losses(run))
+            os.kill(ranks_of(launcher)[victim], signal.SIGKILL)
+            killed = time.monotonic()
+            wait_for_steps(launcher, run, before + 20)
+            print(f"20 steps more {time.monotonic() - killed:.1f} s after rank {victim} was killed")
+            for rank in ranks_of(launcher):
+                assert "libtorch" not in Path(f"/proc/{rank}/maps").read_text(), "it imported torch itself"
+        os.kill(ranks_of(launcher)[1], signal.SIGUSR1)
+        output = end(launcher)
+    finally:
+        launcher.kill()
+    assert output.count("was brought back from the memory") == 2, output
+    assert "stopped by SIGUSR1" in output
+    steps = [step for step, _ in losses(run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (run / f"checkpoints/step_{steps[-1]:08d}").exists()
+    deadline = time.monotonic() + 10
+    while list(tmp_path.glob("moescale-spares-*/*")):
+        assert time.monotonic() < deadline, "spares live on"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_fewer_ranks_and_more_go_on_with_the_same_losses(folder: Path) -> None:
+    """Four ranks on two hosts, then two on one, then four again."""
+    words = ("parallel.ep=4", "parallel.tp=2", "parallel.elastic=true", f"run.steps={3 * STEPS}")
+    whole = launch(folder, "whole_elastic", *WORDS, *words, ranks=4)
+    output = end(whole)
+    assert whole.returncode == 0, output
+    run = folder / "elastic"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def start(which: int) -> subprocess.Popen:
+        meeting = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id",
+                   "elastic", "--rdzv-conf", f"is_host={int(which == 0)},last_call_timeout=5", "--local-addr",
+                   "127.0.0.1")
+        return launch(folder, "elastic", *WORDS, "checkpoint.in_memory=1", *words, restarts=5, launcher=meeting)
+
+    agents = [start(0), start(1)]
+    try:
+        wait_for_steps(agents[0], run, 20)
+        for process in (*ranks_of(agents[1]), agents[1].pid):
+            os.kill(process, signal.SIGKILL)
+        lost = time.monotonic()
+        wait_for_steps(agents[0], run, len(losses(run)) + 10)
+        print(f"10 steps on two ranks {time.monotonic() - lost:.1f} s after two of four were lost")
+        agents.append(start(1))
+        outputs = [end(agent) for agent in (agents[0], agents[2])]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    assert agents[0].returncode == agents[2].returncode == 0, outputs
+    said = "".join(outputs)
+    for ranks in ("4 ranks (tp 2, dp_shard 2, ep 4)", "2 ranks (tp 2, ep 2)"):
+        assert ranks.split(" (")[0] in said, said
+    found, expected = losses(run), losses(folder / "whole_elastic")
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-5)
