@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -101,20 +102,26 @@ def test_ranks_that_are_started_again_find_each_other_in_the_same_store() -> Non
     assert run_ranks(3, meet_again, 3, timeout_seconds=60) == [[("good", 3)] * 3] * 3
 
 
-def stopped_before() -> tuple[str, Any]:
+def stopped_before(ranks: int) -> tuple[str, bool]:
     first = Agreement(read_launch())
     first.meet(20)
     assert first._kept is not None
-    first._kept.set("stopped", "75")
+    first._kept.set("stopped", json.dumps({"status": 75, "size": ranks}))
     first.settle(0, len)
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"}
-    again = met(settle_twice)
+    outcome, _ = met(settle_twice)
+    known = first._kept.check(["stopped"])
     first._say_goodbye()
-    return again
+    return outcome, known
 
 
 def test_ranks_that_left_when_asked_to_are_not_started_again() -> None:
-    assert run_ranks(2, stopped_before, timeout_seconds=40) == [("silent", 75)] * 2
+    assert run_ranks(2, stopped_before, 2, timeout_seconds=40) == [("silent", True)] * 2
+
+
+def test_ranks_that_torchrun_stopped_since_others_came_are_started_again() -> None:
+    """The word of those that stopped counts for as many ranks as they were, and once."""
+    assert run_ranks(2, stopped_before, 1, timeout_seconds=40) == [("good", False)] * 2
 
 
 @pytest.mark.parametrize(("restarts", "kind"), [(0, Stopped), (1, Silenced)])
