@@ -77,8 +77,9 @@ class ZeroEngine:
         self.apart = config.parallel.ep * config.parallel.etp > 1  # whether ranks hold other experts than others do
         if self.apart:
             self._set_experts_apart(config.parallel.ep * config.parallel.etp)
-        exact = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        unrounded: dict[str, Tensor] = {}
         if made["bf16"]["enabled"]:
+            unrounded = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
             _cast(self.model, torch.bfloat16)
         self.optimizer = _AdamW(self._groups(), lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps,
                                 fused=True)
@@ -87,9 +88,8 @@ class ZeroEngine:
         self.optimizer.begin(self._masters())
         if 1 <= self.stage <= 2:
             self.ds.optimizer._lazy_init_hp_params_optimizer_state()
-        if made["bf16"]["enabled"]:
-            for name, value in exact.items():
-                self._set(self.weights[name], value, None)
+        for name, value in unrounded.items():
+            self._set(self.weights[name], value, None)
         self.step_count, self.accumulated = 0, False
         self.peak = first_peak(config.optim)
 

@@ -62,7 +62,12 @@ def check(config: Config) -> None:
            f"run.engine=deepspeed cannot: write spikes.not_finite=stop or back, {OTHERWISE}")
     refuse(config.run.audit_every is not None, "run.audit_every runs steps twice, which run.engine=deepspeed cannot: "
            f"write run.audit_every=null, {OTHERWISE}")
-    settings(config)
+    if settings(config)["zero_optimization"]["stage"] == 3:
+        mixers = sorted({layer.mixer for layer in config.model.layers} - {"attention"})
+        unproven = [f"the mixer {mixers[0]}"] if mixers else []
+        unproven += ["parallel.recompute=selective"] if parallel.recompute == "selective" else []
+        refuse(bool(unproven), f"{' and '.join(unproven)} was not shown to train alike where ranks share out weights "
+               f"(ZeRO 3): write run.zero_stage=2, {OTHERWISE}")
 
 
 def settings(config: Config) -> dict[str, Any]:

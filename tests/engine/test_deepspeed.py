@@ -26,8 +26,11 @@ NATIVE = {"engine": "native"}
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
+GATHER_ALL = Path(__file__).parent.parent / "support" / "gather_all.json"  # small weights would stay whole
+
+
 def zero(stage: int) -> dict[str, Any]:
-    return {"engine": "deepspeed", "zero_stage": stage}
+    return {"engine": "deepspeed", "zero_stage": stage, **({"deepspeed": str(GATHER_ALL)} if stage == 3 else {})}
 
 
 def check(
@@ -62,7 +65,8 @@ def test_twenty_steps_are_the_native_engines(
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offload_trains_alike(tmp_path: Path, stage: int) -> None:
     file, offload = tmp_path / "ds.json", {"device": "cpu"}
-    zeros = {"offload_optimizer": offload, **({"offload_param": offload} if stage == 3 else {})}
+    zeros = {"offload_optimizer": offload, **({"offload_param": offload} if stage == 3 else {}),
+             "stage3_param_persistence_threshold": 0}
     file.write_text(json.dumps({"zero_optimization": zeros}))
     engines = [NATIVE, {**zero(stage), "deepspeed": str(file)}]
     native, offloaded = run_ranks(2, train_each, engines, "dropless", {"ep": 2})[0]

@@ -92,6 +92,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (2, {"precision": {"compute": "float64"}}, "write float32 or bfloat16"),
     (2, {"parallel": {"compile": True}}, "write parallel.compile=false"),
     (2, {"parallel": {"row_budget": 1.5}}, "write parallel.row_budget=null"),
+    (2, {"model": {"pattern": [{"mixer": "mamba"}]}}, "the mixer mamba was not shown .* write run.zero_stage=2"),
+    (2, {"parallel": {"recompute": "selective"}}, "recompute=selective was not shown .* write run.zero_stage=2"),
 ], ids=str)
 def test_what_it_cannot_do_is_refused(ranks: int, groups: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
