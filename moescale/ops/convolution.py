@@ -73,7 +73,7 @@ class _ByFft(torch.autograd.Function):
     def forward(ctx: Any, signal: Tensor, kernel: Tensor) -> Tensor:
         width = signal.shape[-1]
         ctx.size, ctx.width, ctx.kernel_shape = 2 * fast_length(width), width, kernel.shape
-        spectrum = torch.fft.rfft(signal.contiguous(), n=ctx.size).unsqueeze(2)
+        spectrum = _transform(signal, ctx.size).unsqueeze(2)
         response = torch.fft.rfft(kernel, n=ctx.size)
         ctx.save_for_backward(spectrum, response)
         return torch.fft.irfft(spectrum * response, n=ctx.size)[..., :width]
@@ -83,16 +83,23 @@ class _ByFft(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         # A product's gradient is the product with the other factor's conjugate: sums over later positions.
         spectrum, response = ctx.saved_tensors
-        above = torch.fft.rfft(grad.contiguous(), n=ctx.size)
+        above = _transform(grad, ctx.size)
         grad_signal = grad_kernel = None
         if ctx.needs_input_grad[0]:
             products = (above * response.conj()).sum(2)
             grad_signal = torch.fft.irfft(products, n=ctx.size)[..., : ctx.width]
         if ctx.needs_input_grad[1]:
-            products = (above * spectrum.conj()).sum(0)
+            products = (above.conj_physical_() * spectrum).sum(0).conj()
             products = products.sum_to_size(*ctx.kernel_shape[:2], products.shape[-1])  # one kernel may serve them all
             grad_kernel = torch.fft.irfft(products, n=ctx.size)[..., : ctx.kernel_shape[-1]]
         return grad_signal, grad_kernel
+
+
+def _transform(x: Tensor, size: int) -> Tensor:
+    """Transform the last dim with zeros behind it, which are the only ones that are written."""
+    padded = x.new_empty(*x.shape[:-1], size)
+    padded[..., : x.shape[-1]], padded[..., x.shape[-1] :] = x, 0
+    return torch.fft.rfft(padded)
 
 
 def fast_length(length: int) -> int:

@@ -158,7 +158,7 @@ class _Spectrum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         # The inverse transform adds a conjugate for each frequency but the first and the last.
-        halves = grad / 2
+        halves = 0.5 * grad
         halves[..., 0], halves[..., -1] = grad[..., 0], grad[..., -1]
         return torch.fft.irfft(halves, n=ctx.size, norm="forward")
 
