@@ -49,9 +49,9 @@ def causal_sums(
     ends = restarts.any(2)[:, :, None, None, None]
     state = _zeros(q.transpose(2, 3)[:, 0], v.transpose(2, 3)[:, 0]) if first is None else first
     before = []
-    for chunk in range(added.shape[1]):
+    for end, addend in zip(ends.unbind(1), added.unbind(1), strict=True):
         before.append(state)
-        state = state.masked_fill(ends[:, chunk], 0) + added[:, chunk]
+        state = state.masked_fill(end, 0) + addend
     goes_on = (document == 0)[:, :, None, :, None]
     across = (q * goes_on) @ torch.stack(before, 1)
     return (within + across).transpose(2, 3).flatten(1, 2)[:, :seq], state

@@ -37,11 +37,11 @@ def lmu_cell(
     from_hidden = torch.cat((weights.e_h, weights.w_h)).T  # both at once
     keep = (~restarts).to(hidden.dtype).unsqueeze(-1)
     outs = []
-    for t in range(signal.shape[1]):
-        hidden, memory = hidden * keep[:, t], memory * keep[:, t, :, None]
+    for signal_t, drive_t, keep_t in zip(signal.unbind(1), drive.unbind(1), keep.unbind(1), strict=True):
+        hidden, memory = hidden * keep_t, memory * keep_t.unsqueeze(-1)
         to_signal, to_units = (hidden @ from_hidden).split((signal.shape[2], drive.shape[2]), 1)
-        u = signal[:, t] + to_signal + memory.flatten(1) @ weights.e_m.T
+        u = signal_t + to_signal + memory.flatten(1) @ weights.e_m.T
         memory = memory @ weights.a.T + u.unsqueeze(2) * weights.b
-        hidden = (drive[:, t] + to_units + memory.flatten(1) @ weights.w_m.T).tanh()
+        hidden = (drive_t + to_units + memory.flatten(1) @ weights.w_m.T).tanh()
         outs.append(hidden)
     return torch.stack(outs, 1), hidden, memory

@@ -44,9 +44,9 @@ def ssd(
     passes = grown[:, :, -1].masked_fill(document[:, :, -1:] > 0, -torch.inf).exp()[..., None, None]
     state = leaves.new_zeros(batch, *leaves.shape[2:]) if first is None else first.to(dtype)
     before = []
-    for chunk in range(leaves.shape[1]):
+    for passed, left_behind in zip(passes.unbind(1), leaves.unbind(1), strict=True):
         before.append(state)
-        state = passes[:, chunk] * state + leaves[:, chunk]
+        state = passed * state + left_behind
     earlier = torch.stack(before, 1).unflatten(2, (groups, -1))
     reach = grown.masked_fill((document > 0).unsqueeze(-1), -torch.inf).exp()
     y = y + torch.einsum("bkign,bkgrpn->bkigrp", c, earlier) * reach.view(*by_group.shape[:5], 1)

@@ -105,8 +105,9 @@ def _kernels(powers: Powers, b: Tensor, c: Tensor, length: int, dtype: torch.dty
     steps = _steps(-(-length * c.shape[1] // b.shape[1]))  # about as many rows as columns
     columns = powers.krylov(b, steps)  # [channels, steps * inputs, d_state]
     rows = powers.times(steps).transposed().krylov(c, -(-length // steps))  # [channels, jumps * outputs, d_state]
-    kernels = _products(rows, columns, dtype).unflatten(2, (steps, -1)).unflatten(1, (-1, c.shape[1]))
-    kernels = kernels.permute(0, 4, 2, 1, 3).flatten(3)
+    rows = rows.unflatten(1, (-1, c.shape[1])).transpose(1, 2).flatten(1, 2)  # those of each output together
+    kernels = _products(rows, columns, dtype).unflatten(2, (steps, -1))
+    kernels = kernels.unflatten(1, (c.shape[1], -1)).permute(0, 4, 1, 2, 3).flatten(3)
     return kernels if kernels.shape[-1] == length else kernels[..., :length]
 
 
