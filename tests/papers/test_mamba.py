@@ -190,3 +190,14 @@ def test_first_values_are_the_papers() -> None:
     assert 0.2 < float(scan.step.max()) < 0.5 + 1e-6  # dt_rank = 64 / 16
     kept = {weight.name[-1] for weight in describe(config).weights() if not weight.decays and "mixer" in weight.name}
     assert kept == {"a_log", "d", "step_bias", "bias"}
+
+
+def test_first_decays_of_heads_are_the_papers() -> None:
+    config = parse_config({"model": {"d_model": 64, "num_layers": 1, "pattern": [{"mixer": "mamba2"}]},
+                           "mamba2": {"head_dim": 1}}, "test")
+    mixer = MIXERS[Mamba2Config](config.model, config.mamba2)
+    initialize(nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"mixer": mixer})])}), describe(config), 3)
+    decays = mixer.scan.a_log.detach().exp()  # uniform between 1 and 16
+    assert 1 <= float(decays.min()) < 2.5
+    assert 14.5 < float(decays.max()) <= 16
+    assert float(decays.mean()) == pytest.approx(8.5, abs=1.5)
