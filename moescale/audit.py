@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from moescale.checkpoint.together import Ranks
 from moescale.comm.collectives import all_gather, local_tensor
 from moescale.data.batches import Batch
 from moescale.engine.base import Engine, Features, StepLosses
@@ -136,9 +137,7 @@ class Audit:
         dist.all_reduce(some, dist.ReduceOp.MAX, group=self.mesh.world_group)
         if not some:
             return None
-        told: list[T | None] = [None] * self.mesh.world_size
-        dist.all_gather_object(told, mine, group=self.mesh.world_group)
-        return told
+        return Ranks(self.mesh.world_group).gather(mine)
 
     def _name(self, ranks: Sequence[int], between: str) -> str:
         """Name the ranks that are suspected, with their hosts."""

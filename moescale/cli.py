@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import platform
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -16,7 +18,7 @@ from typing import Annotated
 import typer
 
 from moescale import __version__
-from moescale.cluster.launch import read_launch
+from moescale.cluster.launch import is_one_of_many, read_launch
 from moescale.config import (
     Config,
     ConfigError,
@@ -438,6 +440,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    with suppress(OSError, ValueError, AttributeError):  # a standard error that is closed
+        faulthandler.enable(all_threads=False)  # where native code crashes, says where Python stood
     status: str | int | None
     try:
         app()
@@ -446,10 +450,13 @@ def main() -> None:
         status = end.code
     except BrokenPipeError:
         status = BROKEN_PIPE_STATUS
+    except Exception:  # a fault of ours or of a library
+        traceback.print_exc()
+        status = 1
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if is_one_of_many():
         os._exit(status if isinstance(status, int) else int(status is not None))
     _close_what_cannot_be_written()
     sys.exit(status)

@@ -18,11 +18,21 @@ def visible(text: str, keep: str = "") -> str:
     return HIDDEN.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
 
 
+CREDENTIALS = re.compile(r"(:/{1,2})(?:[^/\s@]*:[^/\s@]*|[^/\s@]{16,})@")  # of s3:/a:b@c too, as a path is written
+SECRET_QUERY = re.compile(
+    r"([?&][^=&\s]*(?:token|key|secret|signature|password|credential)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """Write stars for names with passwords, and for tokens, in the URLs of a text."""
+    return SECRET_QUERY.sub(r"\1***", CREDENTIALS.sub(r"\1***@", text))
+
+
 class ConfigError(ValueError):
     """A configuration or a file that cannot work; the message, of one line, says what to write instead."""
 
     def __init__(self, message: str) -> None:
-        text = visible(message)
+        text = without_secrets(visible(message))
         if len(text) > LONGEST_MESSAGE:
             text = f"{text[: LONGEST_MESSAGE - 500]} ... {text[-500:]}"
         super().__init__(text)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from moescale.audit import Audit
 from moescale.checkpoint.store import find_damage, go_back, latest_checkpoint, put_aside, read_state
+from moescale.checkpoint.together import Ranks
 from moescale.config import Config, TrainingError
 from moescale.data.batches import Batches, Position
 from moescale.parallel.mesh import Mesh
@@ -204,10 +205,7 @@ class Rollbacks:
         """Say what is not finite, as a rank has it that sees it, and whose gradient of those backward came to first."""
         names = self.spoilt()
         mine = (loss, grad_norm, [] if is_finite((loss, grad_norm)) else names)
-        told = [mine]
-        if self.mesh.world_group is not None:
-            told = [mine] * self.mesh.world_size
-            dist.all_gather_object(told, mine, group=self.mesh.world_group)
+        told = Ranks(self.mesh.world_group).gather(mine)
         loss, grad_norm, _ = next((each for each in told if not is_finite(each[:2])), mine)
         found: dict[str, int] = {}
         for rank, (_, _, names) in reversed(list(enumerate(told))):

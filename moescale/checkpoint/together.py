@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import json
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from moescale.config import ConfigError, LostRanksError, is_of_lost_ranks
 
 T = TypeVar("T")
+
+
+def _pack(value: Any) -> Any:
+    """Write what JSON cannot hold, bytes, tuples and dicts with keys of any kind, as lists that begin with a word."""
+    if isinstance(value, bytes):
+        return ["bytes", b64encode(value).decode()]
+    if isinstance(value, dict):
+        return ["dict", *([_pack(key), _pack(part)] for key, part in value.items())]
+    if isinstance(value, (list, tuple)):
+        return [type(value).__name__, *map(_pack, value)]
+    return value
+
+
+def _unpack(packed: Any) -> Any:
+    if not isinstance(packed, list):
+        return packed
+    word, *parts = packed
+    if word == "bytes":
+        return b64decode(parts[0])
+    if word == "dict":
+        return {_unpack(key): _unpack(part) for key, part in parts}
+    return tuple(map(_unpack, parts)) if word == "tuple" else list(map(_unpack, parts))
 
 
 class Failed(Exception):
@@ -28,12 +53,21 @@ class Ranks:
         self.size = 1 if self.alone else dist.get_world_size(group)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what every rank gives, in the order of ranks."""
+        """Return what every rank gives, in the order of ranks. value: numbers, texts, bytes and containers of them
+
+        They travel as JSON, since torch's own way would unpickle what comes.
+        """
         if self.alone:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        device = torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+        mine = torch.frombuffer(bytearray(json.dumps(_pack(value)).encode()), dtype=torch.uint8).to(device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(mine)], device=device), group=self.group)
+        longest = int(max(sizes))
+        texts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(self.size)]
+        dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=self.group)
+        return [_unpack(json.loads(text[:int(size)].cpu().numpy().tobytes()))
+                for text, size in zip(texts, sizes, strict=True)]
 
     def together(self, work: Callable[[], T]) -> T:
         """Let every rank do its part, and all fail if one does, so that none waits for it.

@@ -8,6 +8,7 @@ of their own, and everything else, torch's own keys included, lies below that.
 
 from __future__ import annotations
 
+import errno
 import json
 import secrets
 import socket
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore
 
 from moescale.cluster.launch import Launch
+from moescale.cluster.listening import serve_store
 from moescale.config import ConfigError, LostRanksError, Silenced, Stopped, TrainingError, is_of_lost_ranks
 
 T = TypeVar("T")
@@ -31,6 +33,10 @@ BEAT_SECONDS = 2.0
 HESITATE_SECONDS = 0.5  # of ranks other than 0, so that what all of them notice is said by rank 0
 FAREWELL_SECONDS = 5.0
 STOPPED = "stopped"
+CANNOT_LISTEN = {
+    errno.EADDRINUSE: "this port is in use: write another MASTER_PORT",
+    errno.EADDRNOTAVAIL: "this is no address of rank 0's machine: write one that it has",
+}
 EXIT_STATUS = ((ConfigError, 2), (KeyboardInterrupt, 130))
 
 
@@ -76,12 +82,11 @@ class Agreement:
         if not hosts:
             self._reach(where, deadline, timeout_seconds)
         try:
-            self._server = TCPStore(launch.address, launch.port, None, hosts, timedelta(seconds=STORE_SECONDS), False)
-        except (dist.DistError, RuntimeError, ValueError) as error:
-            text = str(error)
-            cause = ("this port is in use: write another MASTER_PORT" if "EADDRINUSE" in text
-                     else " ".join(text.split())[:200])
-            raise ConfigError(f"{where}: {cause}") from None
+            self._server = serve_store(launch.address, launch.port) if hosts else TCPStore(
+                launch.address, launch.port, None, False, timedelta(seconds=STORE_SECONDS), False)
+        except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+            known = CANNOT_LISTEN.get(getattr(error, "errno", None) or 0)
+            raise ConfigError(f"{where}: {known or ' '.join(str(error).split())[:200]}") from None
         return self._server
 
     def _reach(self, where: str, deadline: float, timeout_seconds: float) -> None:
@@ -274,6 +279,8 @@ class Agreement:
                                    f"{' '.join(str(error).split())[:200]}; see what they say")
         elif launch.rank > 0 and isinstance(error, (ConfigError, TrainingError)) and not victim:
             error = type(error)(f"rank {launch.rank} on {launch.host}: {error}")
+        elif not isinstance(error, (ConfigError, TrainingError, Stopped, KeyboardInterrupt)):
+            error.add_note(f"this happened on rank {launch.rank} on {launch.host}")
         return error, said
 
     def _say_goodbye(self) -> None:
@@ -286,6 +293,24 @@ class Agreement:
                 return
             time.sleep(0.02)
             gone = self.store.add("gone", 0)
+
+
+def accuse(address: str, port: int, run_id: str, rank: int) -> bool:
+    """Name, as the launcher, the rank that ended without a word, so that the ranks that miss it need not guess.
+
+    Returns whether nobody has said before why the run ends, so that it is the launcher's to say.
+    """
+    try:
+        store = TCPStore(address, port, None, False, timedelta(seconds=FAREWELL_SECONDS), False)
+        kept = PrefixStore(f"moescale/{run_id}", store)
+        if not kept.check(["token"]):
+            return True
+        token, _ = json.loads(kept.get("token"))
+        word = json.dumps({"rank": rank, "status": 1})
+        first = PrefixStore(token, kept).compare_set("cause", "", word)
+        return bool(json.loads(first) == json.loads(word))
+    except (dist.DistError, RuntimeError, ValueError):  # it is gone with the rank that kept it
+        return True
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

@@ -73,9 +73,9 @@ def describe_machine(launch: Launch, run_dir: Path, clock: float) -> Machine:
     disk: int | None = None
     with suppress(OSError):
         disk = shutil.disk_usage(run_dir).free
-    if torch.cuda.is_available() and launch.local_rank < torch.cuda.device_count():
-        free, _ = torch.cuda.mem_get_info(launch.local_rank)
-        return Machine(torch.cuda.get_device_name(launch.local_rank), True, free, disk, clock)
+    if torch.cuda.is_available() and launch.device < torch.cuda.device_count():
+        free, _ = torch.cuda.mem_get_info(launch.device)
+        return Machine(torch.cuda.get_device_name(launch.device), True, free, disk, clock)
     return Machine(_processor(), False, _free_memory(), disk, clock)
 
 

@@ -20,7 +20,7 @@ from moescale.config.groups import (
     SpikesConfig,
 )
 from moescale.config.layout import settle
-from moescale.errors import refuse
+from moescale.errors import refuse, without_secrets
 from moescale.spec.attention import AttentionConfig
 from moescale.spec.feed_forward import FeedForwardConfig
 from moescale.spec.group import Group
@@ -101,6 +101,7 @@ class Config(Group):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self._refuse_secrets()
         self._check_allowed()
         for number in range(len(self.model.pattern)):
             self.layer_of(number)
@@ -139,6 +140,15 @@ class Config(Group):
                f"are kept: write checkpoint.keep={keep}, or a larger checkpoint.every than {checkpoint.every}")
         refuse(checkpoint.every_minutes is not None, "spikes goes back to checkpoints that steps ask for, which those "
                "of checkpoint.every_minutes would push out: write checkpoint.every_minutes=null")
+
+    def _refuse_secrets(self) -> None:
+        """Refuse passwords and tokens in URLs, since config.yaml, pages and checkpoints keep every value."""
+        for name, group in self:
+            for key, value in group:
+                for text in value if isinstance(value, tuple) else (value,):
+                    refuse(isinstance(text, str) and without_secrets(text) != text,
+                           f"{name}.{key} holds a password or a token in a URL, which config.yaml would keep for all "
+                           "to read: leave it out, and give it in the environment")
 
     def _check_allowed(self) -> None:
         """Refuse names that are no keys, which would allow nothing."""

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from moescale.checkpoint.capture import Capture, HostCopy
 from moescale.checkpoint.store import load_checkpoint, read_state
+from moescale.checkpoint.together import Ranks
 from moescale.comm.collectives import local_tensor
 from moescale.config import Config, ConfigError
 from moescale.data.batches import Batch
@@ -390,7 +391,5 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _agree(made: dict[str, Any]) -> None:
     """Refuse a file of settings that is another on some rank, which would end in ranks that wait for each other."""
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, made)
-    if any(other != made for other in said):
+    if any(other != made for other in Ranks(None).gather(made)):
         raise ConfigError("run.deepspeed holds other settings on some rank: give every rank the same file")

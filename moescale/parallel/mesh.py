@@ -106,10 +106,10 @@ def start_mesh(config: Config, store: dist.Store | None = None) -> Mesh:
     launch, parallel = read_launch(), config.parallel
     size, local_rank = launch.size, launch.local_rank
     cuda = torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
+    if cuda and launch.device >= torch.cuda.device_count():
         raise ConfigError(f"LOCAL_RANK={local_rank}, but this node shows {torch.cuda.device_count()} GPUs: start one "
                           "rank a GPU, e.g. with torchrun --nproc-per-node gpu")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", launch.device) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if size == 1:

@@ -8,18 +8,14 @@ from typer.testing import CliRunner
 from moescale.cli import app
 from moescale.cluster.launch import read_launch
 from moescale.config import ConfigError
+from tests.support.environments import SRUN, set_environment
 
-NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
-         "SLURM_NTASKS", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 WHOLE = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1",
          "MASTER_PORT": "29500"}
 
 
 def read(monkeypatch: pytest.MonkeyPatch, **values: str):
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
+    set_environment(monkeypatch, **values)
     return read_launch()
 
 
@@ -45,7 +41,8 @@ def test_whole_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     ({**WHOLE, "LOCAL_RANK": "2"}, "LOCAL_RANK=2"), ({**WHOLE, "LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE=8"),
     ({**WHOLE, "MASTER_ADDR": " "}, "MASTER_ADDR"), ({**WHOLE, "MASTER_PORT": "0"}, "MASTER_PORT=0"),
     ({**WHOLE, "MASTER_PORT": "65536"}, "MASTER_PORT=65536"), ({**WHOLE, "MASTER_PORT": "http"}, "MASTER_PORT='http'"),
-    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_NTASKS=2"),
+    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_NTASKS=2"), ({**SRUN, "SLURM_PROCID": "12"}, "SLURM_PROCID=12"),
+    ({**SRUN, "SLURM_STEP_NODELIST": ""}, "MASTER_ADDR"), ({**SRUN, "SLURM_LOCALID": "one"}, "SLURM_LOCALID='one'"),
 ])
 def test_odd_and_half_set_environments_are_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, str], named: str

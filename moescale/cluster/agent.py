@@ -1,0 +1,226 @@
+"""The agent of a node: torch's elastic agent, which starts and watches the ranks, with the manners that jobs need.
+
+    python -m moescale.cluster.agent OPTIONS OF TORCHRUN -m moescale train CONFIG [KEY=VALUE]...
+
+Beside what torchrun does, it passes signals on to its ranks and lets them finish, starts none again that left as it was
+asked to or because of a mistake, leaves with the status of its ranks, says in one line what a rank that was killed
+cannot say, and listens at one address alone (`rendezvous.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.run import config_from_args, parse_args
+
+from moescale.cluster.agreement import accuse
+from moescale.cluster.launch import read_secret
+from moescale.cluster.rendezvous import create_rendezvous
+from moescale.cluster.stopping import INTERRUPTED_STATUS, STOPPED_STATUS
+from moescale.config import Stopped
+
+FINAL = (2, STOPPED_STATUS, INTERRUPTED_STATUS)  # after which ranks would do the same again, or were asked to leave
+SET_BY_TORCH = ("rank", "timeout")  # keys of other kinds of rendezvous
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a process ended that could say nothing. signal: its number. out_of_memory: whether the kernel says so."""
+
+    signal: int
+    out_of_memory: bool
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.signal).name
+        if self.out_of_memory:
+            return f"was killed by the kernel, because memory ran out ({name})"
+        if self.signal in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE):
+            return f"crashed in native code ({name})"
+        return f"was killed by {name}"
+
+
+class Agent(LocalElasticAgent):
+    """Starts and watches the ranks of one node."""
+
+    def __init__(self, spec: WorkerSpec, *, elastic: bool, **options: Any) -> None:
+        """elastic: whether the number of nodes may change."""
+        super().__init__(spec, **options)
+        self.elastic = elastic
+        self.status = 0  # with which this process is to leave
+        self.host = socket.gethostname()
+        self._asked: signal.Signals | None = None
+        self._dead: set[int] = set()  # processes of which was spoken
+        self._kills_before = _count_kills()
+
+    def listen_to_signals(self) -> None:
+        """Take signals from now on: pass them on to the ranks, or leave where there are none yet."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._asked = self._asked or signal.Signals(number)
+        ranks = self._living()
+        for process in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+        if not ranks:
+            self._leave()
+
+    def _leave(self) -> None:
+        assert self._asked is not None
+        status = INTERRUPTED_STATUS if self._asked == signal.SIGINT else STOPPED_STATUS
+        raise Stopped(f"{self.host}: stopped by {self._asked.name} before ranks were started", status)
+
+    def _living(self) -> list[int]:
+        context = self._pcontext
+        return [] if context is None else [process for process in context.pids().values() if _is_running(process)]
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if self._asked is not None:
+            self._leave()
+        started = super()._start_workers(worker_group)
+        self.listen_to_signals()  # torch takes them for itself with each start
+        return started
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """Look how the ranks are. Who died without a word is spoken for before torch ends the others."""
+        ranks = {worker.id: worker.global_rank for worker in worker_group.workers}
+        for process, rank in ranks.items():
+            number = _killed_by(process)
+            if number is not None:
+                self._speak_for(worker_group, rank, process, number)
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            statuses = {rank: failure.exitcode for rank, failure in result.failures.items()}
+            processes = {rank: process for process, rank in ranks.items()}
+            for rank, status in statuses.items():
+                if status < 0 and status != -signal.SIGTERM:
+                    self._speak_for(worker_group, rank, processes[rank], -status)
+            self.status = _status_of(list(statuses.values()))
+            if (self.status in FINAL and not self._others_came_or_went()) or self._asked is not None:
+                self._remaining_restarts = 0
+            elif worker_group.group_rank == 0:
+                self._announce()
+        return result
+
+    def _others_came_or_went(self) -> bool:
+        """Whether ranks may have been asked to leave so that more or fewer nodes can meet anew."""
+        return self.elastic and self.status == STOPPED_STATUS
+
+    def _announce(self) -> None:
+        """Say, as the first node, how it goes on after a failure."""
+        left, most = self._remaining_restarts, self._worker_group.spec.max_restarts
+        if left > 0:
+            _say(f"{self.host}: all ranks are started again, {most - left + 1} of at most {most} times")
+        elif most > 0:
+            _say(f"{self.host}: the ranks were started again {most} times, which is all that was asked for: the job "
+                 "ends; the same command goes on from the last checkpoint")
+
+    def _speak_for(self, group: WorkerGroup, rank: int, process: int, number: int) -> None:
+        if process in self._dead:
+            return
+        self._dead.add(process)
+        kills = _count_kills()
+        death = Death(number, number == signal.SIGKILL and kills is not None and kills != self._kills_before)
+        self._kills_before = kills
+        first = accuse(str(group.master_addr), int(group.master_port or 0), group.spec.rdzv_handler.get_run_id(), rank)
+        if first:
+            _say(f"rank {rank} on {self.host} {death}")
+
+
+def _status_of(statuses: list[int]) -> int:
+    """Choose the status to leave with: one after which nobody starts again, or else what a rank left with."""
+    for status in (*FINAL, *statuses):
+        if status in statuses and status > 0:
+            return status
+    return 1
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
+
+
+def _killed_by(process: int) -> int | None:
+    """Say which signal has ended a child that nobody has waited for yet; None where none has."""
+    try:
+        ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    return ended.si_status if ended is not None and ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED) else None
+
+
+def _count_kills() -> int | None:
+    """Read how many processes the kernel has killed because memory ran out, here or in a control group."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+    return None
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):  # a terminal that is gone
+        print(f"moescale: {text}", file=sys.stderr, flush=True)
+
+
+def run(arguments: list[str]) -> int:
+    """Start ranks as these options of torchrun say, and watch them. Returns the exit status of the node."""
+    options = parse_args(arguments)
+    endpoint = "localhost:0" if options.standalone else options.rdzv_endpoint
+    if not re.fullmatch(r".+:\d+", endpoint):
+        _say("write --rdzv-endpoint HOST:PORT, of any one of the nodes, or --standalone for one node")
+        return 2
+    config, command, words = config_from_args(options)
+    assert isinstance(command, str)
+    parameters = RendezvousParameters(
+        "c10d", endpoint, config.run_id, config.min_nodes, config.max_nodes, config.local_addr,
+        **{key: value for key, value in config.rdzv_configs.items() if key not in SET_BY_TORCH})
+    spec = WorkerSpec(
+        role=config.role, local_world_size=config.nproc_per_node, entrypoint=command, args=tuple(words),
+        rdzv_handler=create_rendezvous(parameters, read_secret()), max_restarts=config.max_restarts,
+        monitor_interval=config.monitor_interval, local_addr=config.local_addr)
+    agent = Agent(spec, elastic=config.min_nodes < config.max_nodes, logs_specs=config.logs_specs, start_method=config.start_method)
+    agent.listen_to_signals()
+    agent.run()
+    with suppress(RendezvousError, DistError):  # the store is gone with the node that kept it
+        spec.rdzv_handler.shutdown()
+    return agent.status
+
+
+def main() -> None:
+    """Run the agent of this node."""
+    logging.disable(logging.ERROR)  # torch's words about what is said here in one line
+    try:
+        status = run(sys.argv[1:])
+    except (RendezvousError, DistError) as error:
+        _say(f"{socket.gethostname()}: the nodes did not meet: {' '.join(str(error).split()) or type(error).__name__}")
+        status = 1
+    except Exception:  # a fault of ours or of torch
+        traceback.print_exc()
+        status = 1
+    except Stopped as error:
+        _say(str(error))
+        status = error.status
+    sys.stderr.flush()
+    os._exit(status)  # torch's threads would be waited for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The agent of a node: what it passes on, what it says for ranks that cannot, and with which status it leaves."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moescale.cluster import agent
+from tests.support.ports import free_port
+
+RANK = """
+import os, signal, sys, time
+rank, act = os.environ["LOCAL_RANK"], sys.argv[1]
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75 if act == "wait" else 1))
+with open("started", "a") as file:
+    file.write(rank)
+if rank == "1" and act.startswith("SIG"):
+    os.kill(os.getpid(), getattr(signal, act))
+if act.isdigit():
+    sys.exit(int(act))
+time.sleep(20)
+"""
+
+
+class Node:
+    """An agent in a process of its own, forked, so that torch is imported already."""
+
+    def __init__(self, folder: Path, act: str, restarts: int = 0, before: Callable[[], object] = lambda: None) -> None:
+        self.folder = folder
+        (folder / "rank.py").write_text(RANK)
+        words = ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "job", "--local-addr", "127.0.0.1",
+                 "--nproc-per-node", "2", "--max-restarts", str(restarts), "rank.py", act]
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(words, before))
+        self.process.start()
+
+    def _run(self, words: list[str], before: Callable[[], object]) -> None:
+        os.chdir(self.folder)
+        file = os.open("said", os.O_CREAT | os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - pytest's is not the process's
+        sys.argv = ["agent", *words]
+        before()
+        agent.main()
+
+    def wait_for_ranks(self) -> None:
+        deadline = time.monotonic() + 20
+        while not (self.folder / "started").exists() or len((self.folder / "started").read_text()) < 2:
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+        time.sleep(0.1)  # handlers are set before a rank notes its start
+
+    def end(self) -> int:
+        self.process.join(30)
+        assert not self.process.is_alive(), self.said
+        return self.process.exitcode or 0
+
+    @property
+    def said(self) -> list[str]:
+        return (self.folder / "said").read_text().splitlines()
+
+    @property
+    def starts(self) -> int:
+        started = (self.folder / "started").read_text()  # one may be ended before it notes its start
+        return max(started.count(rank) for rank in "01")
+
+
+@pytest.mark.parametrize(("act", "words"), [
+    ("SIGSEGV", "crashed in native code (SIGSEGV)"), ("SIGKILL", "was killed by SIGKILL"),
+])
+def test_a_rank_that_cannot_speak_is_spoken_for_once(tmp_path: Path, act: str, words: str) -> None:
+    node = Node(tmp_path, act)
+    assert node.end() == 1
+    assert node.said == [f"moescale: rank 1 on {socket.gethostname()} {words}"]
+
+
+def count_one_more_each_time() -> None:
+    counts = iter(range(10))
+    agent._count_kills = lambda: next(counts)
+
+
+def test_a_rank_that_the_kernel_killed_for_memory_is_named_so(tmp_path: Path) -> None:
+    node = Node(tmp_path, "SIGKILL", before=count_one_more_each_time)
+    assert node.end() == 1
+    assert node.said == [f"moescale: rank 1 on {socket.gethostname()} was killed by the kernel, because memory ran out "
+                         "(SIGKILL)"]
+
+
+@pytest.mark.parametrize("status", [0, 2, 75, 130])
+def test_ranks_that_left_for_good_are_not_started_again_and_their_status_is_the_agents(
+    tmp_path: Path, status: int
+) -> None:
+    node = Node(tmp_path, str(status), restarts=3)
+    assert node.end() == status
+    assert node.starts == 1
+    assert node.said == []
+
+
+def test_ranks_that_failed_are_started_again(tmp_path: Path) -> None:
+    node = Node(tmp_path, "1", restarts=1)
+    assert node.end() == 1
+    assert node.starts == 2
+    first, last = node.said
+    assert "all ranks are started again, 1 of at most 1 times" in first
+    assert "goes on from the last checkpoint" in last
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+def test_signals_go_on_to_the_ranks_which_may_finish(tmp_path: Path, number: signal.Signals) -> None:
+    node = Node(tmp_path, "wait", restarts=3)
+    node.wait_for_ranks()
+    assert node.process.pid is not None
+    os.kill(node.process.pid, number)
+    assert node.end() == 75
+    assert node.starts == 1
+
+
+def test_an_agent_that_waits_for_other_nodes_leaves_when_asked_to(tmp_path: Path) -> None:
+    def wait_for_two() -> None:
+        sys.argv[1:1] = ["--nnodes", "2"]
+
+    node = Node(tmp_path, "0", before=wait_for_two)
+    time.sleep(1.0)
+    assert node.process.pid is not None
+    os.kill(node.process.pid, signal.SIGTERM)
+    assert node.end() == 75
+    assert "stopped by SIGTERM before ranks were started" in node.said[0]
