@@ -8,6 +8,7 @@
 #   RANKS      ranks on this node (one a GPU, or one a core)
 #   JOB        a name that tells two jobs on one head apart (moescale)
 #   RESTARTS   how often the ranks are started again, from the last checkpoint, when one of them dies (3)
+#   COMMAND    train, or doctor, which checks everything without training (train)
 #   PYTHON     the Python that has MoEScale (python)
 #   MOESCALE_SECRET   a secret that all nodes of the job share; what is not signed with it is not taken in
 # SIGTERM, SIGINT, SIGHUP and SIGUSR1 go on to the ranks, which finish their step, save and leave; this process leaves
@@ -20,4 +21,5 @@ if [ -z "${RANKS:-}" ]; then
 fi
 exec "${PYTHON:-python}" -m moescale.cluster.agent --nnodes "${NODES:-1}" --nproc-per-node "$RANKS" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${JOB:-moescale}" ${ADDRESS:+--local-addr "$ADDRESS"} \
-    --rdzv-conf keep_alive_interval=2,keep_alive_max_attempt=3 --max-restarts "${RESTARTS:-3}" -m moescale train "$@"
+    --rdzv-conf keep_alive_interval=2,keep_alive_max_attempt=3 --max-restarts "${RESTARTS:-3}" \
+    -m moescale "${COMMAND:-train}" "$@"

@@ -1,4 +1,4 @@
-"""The command line: `moescale train | config | generate | evaluate | verify | convert | edit | report | dashboard`."""
+"""The command line: `moescale train`, `doctor`, `config`, `generate`, `evaluate`, `verify`, `convert` and others."""
 
 from __future__ import annotations
 
@@ -107,6 +107,31 @@ def _leave_spare() -> None:
     from moescale.warm import leave_spare
 
     leave_spare(main)
+
+
+@app.command(no_args_is_help=True, context_settings=TAKES_OVERRIDES)
+def doctor(
+    config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, as they will be given to train.")
+    ] = None,
+) -> None:
+    """Check all that a run needs before its first step, and measure network and disk, without training.
+
+    On one process:   moescale doctor configs/quickstart.yaml
+
+    On many:          torchrun --nproc-per-node 2 -m moescale doctor configs/quickstart.yaml parallel.ep=2
+
+    A line for each check begins with ok, warn or fail; the exit status is 2 if one failed.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with _one_line_errors(config, stopped="stopped"):
+        from moescale.doctor import examine
+        from moescale.resume import locate
+
+        words = overrides or []
+        if not examine(lambda: locate(load_config(config, words), config, words), typer.echo):
+            raise typer.Exit(2)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)

@@ -28,8 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
                "optim", "parallel", "record", "spec"},
     "engine": {"checkpoint", "comm", "config", "data", "files", "layers", "model", "moe", "optim", "parallel", "spec"},
 }
-FREE = {"audit", "cli", "trainer", "evaluate", "generate", "scoring", "resume", "rollback", "saving", "spikes",
-        "start", "warm", "__init__", "__main__"}
+FREE = {"audit", "cli", "doctor", "trainer", "evaluate", "generate", "scoring", "resume", "rollback", "saving",
+        "spikes", "start", "warm", "__init__", "__main__"}
 FOREIGN = {"deepspeed", "megatron", "wandb", "wandb_workspaces", "transformers", "triton"}
 ENVIRONMENT = {"cluster/launch.py", "parallel/ranks.py", "cli.py", "warm.py"}
 AT_HOME = {"fcntl": "files/locks.py", "fsync": "files/writing.py"}  # a name and the one file that may say it

@@ -15,6 +15,7 @@ import re
 import signal
 import socket
 import sys
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,8 @@ def run(arguments: list[str]) -> int:
         role=config.role, local_world_size=config.nproc_per_node, entrypoint=command, args=tuple(words),
         rdzv_handler=create_rendezvous(parameters, read_secret()), max_restarts=config.max_restarts,
         monitor_interval=config.monitor_interval, local_addr=config.local_addr)
-    agent = Agent(spec, elastic=config.min_nodes < config.max_nodes, logs_specs=config.logs_specs, start_method=config.start_method)
+    agent = Agent(spec, elastic=config.min_nodes < config.max_nodes, logs_specs=config.logs_specs,
+                  start_method=config.start_method)
     agent.listen_to_signals()
     agent.run()
     with suppress(RendezvousError, DistError):  # the store is gone with the node that kept it

@@ -31,7 +31,7 @@ def met(work: Callable[..., Any], *args: Any) -> tuple[str, int | str]:
     except Silenced as end:
         return "silent", end.status
     except (ConfigError, LostRanksError, RuntimeError) as error:
-        return "said", str(error)
+        return "said", "; ".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def settle_twice(ranks: Agreement) -> Any:
@@ -64,7 +64,8 @@ def test_an_error_of_one_rank_is_said_once_by_name() -> None:
 def test_what_no_rank_expects_is_said_by_the_rank_that_meets_it() -> None:
     """Others are waiting for it, and leave with the same status."""
     results = run_ranks(3, met, fail_on, 5, ConfigError(""), timeout_seconds=40)
-    assert results == [("silent", 1), ("silent", 1), ("said", "only rank 2 comes so far")]
+    said = f"only rank 2 comes so far; this happened on rank 2 on {read_launch().host}"
+    assert results == [("silent", 1), ("silent", 1), ("said", said)]
 
 
 def test_a_rank_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
