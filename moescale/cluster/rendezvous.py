@@ -19,6 +19,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousError,
     RendezvousHandler,
+    RendezvousInfo,
     RendezvousParameters,
     RendezvousStateError,
 )
@@ -72,7 +73,17 @@ class SignedBackend(RendezvousBackend):
 class BoundRendezvous(DynamicRendezvousHandler):
     """Torch's rendezvous, whose second store, which ranks meet in, listens at the node's address alone as well."""
 
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Meet for the next round, in which rank 0 says again where its store is.
+
+        Torch says it in a node's first round alone, so that one that takes a lost node's place would wait for it.
+        """
+        self._bootstrap_store_info = None
+        return super().next_rendezvous()
+
     def _create_tcp_store_server(self, master_addr: str, master_port: int) -> TCPStore:
+        if isinstance(self._shared_tcp_store_server, TCPStore):
+            return self._shared_tcp_store_server  # what ranks said in it outlives the round
         try:
             return serve_store(master_addr, master_port)
         except OSError as error:
