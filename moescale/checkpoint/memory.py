@@ -26,7 +26,7 @@ from torch import Tensor
 from moescale.checkpoint.capture import Capture
 from moescale.checkpoint.index import INDEX
 from moescale.checkpoint.store import FILE
-from moescale.checkpoint.tensor_files import check_sums, not_finite, write_tensors
+from moescale.checkpoint.tensor_files import check_sums, not_finite, unlike, write_tensors
 from moescale.checkpoint.together import Failed, Ranks, limited
 from moescale.config import ConfigError
 from moescale.files.leftovers import MARK, make_marked, unmark
@@ -189,7 +189,7 @@ def held(home: Path) -> list[dict[str, Any]]:
                 if copy["state"]["step"] != int(folder.name.removeprefix("step_")) or type(copy["after"]) is not str:
                     continue
                 present = [name for name, (size, _) in copy["files"].items()
-                           if FILE.fullmatch(name) and (folder / name).stat().st_size == size]
+                           if FILE.fullmatch(name) and unlike(folder / name, size, None) is None]
                 found.append({"copy": copy, "present": present})
     return found
 

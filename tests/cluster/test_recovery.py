@@ -106,15 +106,15 @@ def recovered(run_dir: Path, memory: Path, ranks: int = 2) -> tuple[int, str]:
     return state["step"], " ".join(said)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_host_that_is_lost_takes_no_step_along(tmp_path: Path, memory: Path, ranks: int) -> None:
-    assert run_ranks(ranks, keep_steps, tmp_path / "run", memory, HOSTS, [3, 4], timeout_seconds=60) == [[]] * ranks
+@pytest.mark.parametrize(("ranks", "hosts"), [(2, 2), (4, 2), (4, 4)])
+def test_a_host_that_is_lost_takes_no_step_along(tmp_path: Path, memory: Path, ranks: int, hosts: int) -> None:
+    assert run_ranks(ranks, keep_steps, tmp_path / "run", memory, hosts, [3, 4], timeout_seconds=60) == [[]] * ranks
     (home,) = memory.iterdir()
     assert home.stat().st_mode & 0o777 == 0o700
-    first, second = sorted(home.iterdir())
+    first, *_, last = sorted(home.iterdir())
     assert [path.name for path in first.iterdir()] == ["step_00000004"], "one copy is kept"
-    lost = second if ranks == 2 else first
-    shutil.rmtree(lost)
+    assert len(list(first.rglob("*.distcp"))) == 2 * ranks // hosts, "its own, and another host's"
+    shutil.rmtree(last if ranks == 2 else first)
     step, said = recovered(tmp_path / "run", memory)
     assert step == 4
     assert "step 4 was brought back" in said
