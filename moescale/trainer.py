@@ -162,7 +162,7 @@ class _Run:
         self.began = time.perf_counter()
         self.under_way: deque[torch.cuda.Event] = deque()
         self.files: dict[str, str | bytes] = {"config.yaml": config.to_yaml(), **tokenizer.files}  # of a checkpoint
-        self.saving = saving(saved=self.output.saved, report=self._report)
+        self.saving = saving(saved=self.output.saved, report=self.output.tell)
         self.rollbacks = Rollbacks(config, mesh, run_dir, {} if checkpoint is None else read_state(checkpoint),
                                    spoilt=self.engine.spoilt, finish=self.saving.disk.finish)
         self.audit = Audit(self.engine, mesh, config.run.audit_every, hosts)
@@ -350,13 +350,8 @@ class _Run:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.mesh.world_group)
         return int(largest)
 
-    def _report(self, what: str) -> None:
-        """Tell of what went wrong, now and as an alert beside the next figures."""
-        self.output.tell(f"step {self.engine.step_count}: {what}")
-
     def _capture(self, host: HostCopy | None) -> Capture:
         return self.engine.capture(self.files, self._state(), host)
-
 
     def _state(self) -> dict[str, Any]:
         """Say how far into which text the run is; the names are a checkpoint's."""

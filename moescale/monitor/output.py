@@ -67,12 +67,11 @@ class Output:
         metrics = {"loss_max": self._highest, **metrics}
         metrics = {key: value for key, value in metrics.items() if not isinstance(value, float) or math.isfinite(value)}
         self._highest = -math.inf
-        if self._terminal is not None:
-            alerts = [*self._news, *self._alerts.check(metrics)]
-            metrics = {**metrics, "alerts": alerts} if alerts else metrics
-        self._news = []
+        alerts = [] if self._terminal is None else self._alerts.check(metrics)
         for sink in self._sinks:
-            sink.write(step, metrics)
+            told = alerts if sink is self._terminal else [*self._news, *alerts]  # news was said when it came
+            sink.write(step, {**metrics, "alerts": told} if told else metrics)
+        self._news = []
 
     def saved(self, step: int, checkpoint: Path) -> None:
         """A checkpoint is on disk."""
