@@ -27,7 +27,7 @@ from moescale.engine.native import NativeEngine
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 
-SEQ, BATCH, VOCAB = 32, 4, 64
+SEQ, BATCH, VOCAB = 32, 4, 264
 KINDS = ("weight", "activation", "gradient")
 
 
