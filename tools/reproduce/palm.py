@@ -22,7 +22,7 @@ from training import Trainer, library_text, smooth, text_batches, train
 from moescale.checkpoint.store import latest_checkpoint
 from moescale.config import Config, load_config, parse_config
 from moescale.data.batches import Batch
-from moescale.engine.base import ENGINES, StepLosses
+from moescale.engine.base import ENGINES, EngineKind, StepLosses
 from moescale.engine.native import NativeEngine
 from moescale.layers.positions import rotary_angles
 from moescale.ops.rotary import rotate
@@ -37,7 +37,7 @@ MODEL: dict[str, Any] = {"d_model": 96, "num_layers": 3, "norm": "layernorm", "t
 ATTENTION = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 24}
 PALM = {"name": "adafactor", "factored": False, "momentum": 0.9, "weight_decay": 1.0, "lr": 1e-2, "clip_norm": 1.0,
         "schedule": "inverse_sqrt", "stable_steps": 100}
-SPIKED, SPIKED_STEPS, RUN_STEPS, DEVIATIONS = 150, 3, 200, 6.0  # the first of the poisoned steps, how many, and all
+SPIKED, SPIKED_STEPS, RUN_STEPS, DEVIATIONS = 150, 3, 200, 6.0  # poisoned from here on, so many; all; a spike
 TOKENS_PER_SECOND, PEAK_FLOPS, CHIPS = 238.3e3, 275e12, 6144  # of PaLM 540B (section 4), on TPU v4
 
 
@@ -48,7 +48,8 @@ def run(seed: int) -> Figures:
                        ("z 1e-2", {"z_loss_coefficient": 1e-2})):
         trainer = Trainer({
             "model": {**MODEL, **keys}, "attention": ATTENTION, "feed_forward": {"d_ff": 384}, "run": {"steps": STEPS},
-            "optim": {"lr": 3e-3, "schedule": "cosine", "warmup_steps": 0}}, seed)
+            "optim": {"lr": 6e-3, "schedule": "wsd", "warmup_steps": 0, "decay_steps": STEPS // 5,
+                      "final_lr_share": 0.0}}, seed)
         figures[f"loss {name}"] = smooth(train(trainer, text_batches(seed, BATCH, LENGTH), STEPS))
         batches = list(islice(text_batches(seed, BATCH, LENGTH, held_out=True), 32))
         figures[f"held out {name}"] = trainer.evaluate(batches)
@@ -65,7 +66,7 @@ def difference_from_fused(model: Any, tokens: Tensor) -> float:
     """Compute the first block of a LanguageModel in PaLM's fused form, and compare.
 
     One product makes queries and both inputs of the feed-forward, one keys and values, one the output of both
-    sublayers. Returns the largest difference.
+    sublayers. Returns the largest difference, over the largest value.
     """
     block, x = model.blocks["0"], model.embedding(tokens, torch.float32)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
@@ -79,7 +80,7 @@ def difference_from_fused(model: Any, tokens: Tensor) -> float:
     heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     both = torch.cat((heads.transpose(1, 2).flatten(2), F.silu(gate) * up), -1)
     fused = x + F.linear(both, torch.cat((attention.o.weight, forward.down.weight), 1))
-    return float((block(x, positions, positions)[0] - fused).abs().max())
+    return float((block(x, positions, positions)[0] - fused).abs().max() / fused.abs().max())
 
 
 def calculated() -> Figures:
@@ -174,7 +175,7 @@ def spiked(folder: Path, seed: int) -> Figures:
     for name, engine, deviations in (("clean", NativeEngine, None), ("off", Poisoned, None),
                                      ("on", Poisoned, DEVIATIONS)):
         shutil.copytree(folder / "before", folder / name)
-        with mock.patch.dict(ENGINES, native=engine):
+        with mock.patch.dict(ENGINES, native=EngineKind(engine)):
             go_on(name, RUN_STEPS, deviations)
         lines = metrics(folder / name)
         figures |= {f"{name} losses": [line["loss"] for line in lines], f"{name} held out": lines[-1]["eval_loss"],
@@ -207,9 +208,10 @@ REPRODUCTION = Reproduction(
     paper="Chowdhery et al., 2023",
     claim="540B parameters at 238.3K tokens/s on 6,144 chips use 46.2 % of their FLOPs, 45.7 % without attention; "
           "parallel blocks lose little or nothing; restarts are exact; skipping batches around a spike cures it",
-    miniature="the calculation; a 3-layer model on bytes of source code with serial and with parallel blocks and with "
-              "z-loss; with PaLM's Adafactor and schedule, a run saved and resumed, and one with poisoned batches "
-              "(shuffled targets, ten times the rate), with the spike policy and without",
+    miniature="the calculation; a 3-layer model of 96 features on bytes of source code, 400 Adam steps of 8 x 64 at "
+              "6e-3, the last fifth down to 0, with serial and with parallel blocks and with z-loss; with PaLM's "
+              "Adafactor and schedule, a run saved and resumed, and one with three poisoned batches (shuffled targets, "
+              "ten times the rate), with the spike policy and without",
     run=run,
     plot=plot,
     criteria=(
@@ -221,7 +223,7 @@ REPRODUCTION = Reproduction(
                   at_most=0.1),
         Criterion("held-out loss of parallel over serial blocks",
                   lambda figures: figures["held out parallel"] / figures["held out serial"], at_most=1.06),
-        Criterion("first parallel block against its fused form, largest difference",
+        Criterion("first parallel block against its fused form, largest difference over the largest value",
                   lambda figures: figures["unfused"], at_most=1e-5),
         Criterion("z-loss of 1e-4: how far the held-out loss moves",
                   lambda figures: abs(figures["held out z 1e-4"] - figures["held out serial"]), at_most=0.01),
