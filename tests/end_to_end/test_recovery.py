@@ -52,10 +52,10 @@ def test_a_run_that_broke_off_goes_on_from_memory(folder: Path, monkeypatch: pyt
                                           *words])
         return result.exit_code, result.output
 
-    def fail(engine: NativeEngine) -> torch.Tensor:
+    def fail(engine: NativeEngine, guard: torch.Tensor | None = None) -> torch.Tensor:
         if engine.step_count == 8:
             raise RuntimeError("the machine failed")
-        return real(engine)
+        return real(engine, guard)
 
     assert start("undisturbed")[0] == 0
     real = NativeEngine.step
@@ -74,8 +74,8 @@ def test_a_run_that_broke_off_goes_on_from_memory(folder: Path, monkeypatch: pyt
 
 def test_copies_of_a_course_that_was_given_up_are_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a spike the run goes back, and breaks off before the next copy."""
-    def fail(engine: NativeEngine) -> torch.Tensor:
-        norm = real(engine)
+    def fail(engine: NativeEngine, guard: torch.Tensor | None = None) -> torch.Tensor:
+        norm = real(engine, guard)
         if engine.step_count == 8 and "seen" not in broken:
             broken["seen"] = True
             return norm * math.nan
