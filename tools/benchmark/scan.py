@@ -2,7 +2,7 @@
 
 Then its time and memory by length.
 
-    python tools/benchmark/scan.py [--threads 2] [--channels 256] [--seq 2048 4096] [--longest 32768]
+    python tools/benchmark/scan.py [--threads 2] [--channels 64] [--seq 2048 4096] [--longest 32768]
 
 The slow path's backward makes a gradient of the whole length for each position and takes minutes: it is run once a
 length. Memory is what forward and backward hold at most, counted where torch makes tensors.
@@ -55,7 +55,7 @@ def seconds(scan: Callable[..., tuple[Tensor, ...]], seq: int, channels: int, ro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--seq", type=int, nargs="*", default=[2048, 4096], help="at which the peers are timed")
     parser.add_argument("--longest", type=int, default=32768)
     arguments = parser.parse_args()
