@@ -112,8 +112,9 @@ def test_a_killed_rank_goes_on_from_memory(folder: Path) -> None:
 def start_agents(folder: Path, run: str, per_host: int, port: int, hosts: int, which: int) -> subprocess.Popen:
     """Start the agent of one of the pretended hosts; host 0 keeps the rendezvous."""
     meeting = ("--nnodes", f"{hosts}", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id",
-               run, "--rdzv-conf", f"is_host={int(which == 0)},keep_alive_interval=1", "--local-addr", "127.0.0.1")
-    return launch(folder, run, *WORDS, "checkpoint.in_memory=1", restarts=3, ranks=per_host, launcher=meeting)
+               run, "--rdzv-conf", "keep_alive_interval=1", "--local-addr", "127.0.0.1")
+    return launch(folder, run, *WORDS, "checkpoint.in_memory=1", restarts=3, ranks=per_host, launcher=meeting,
+                  agent="moescale.cluster.agent")
 
 
 @pytest.mark.slow
@@ -201,9 +202,10 @@ def test_fewer_ranks_and_more_go_on_with_the_same_losses(folder: Path) -> None:
 
     def start(which: int) -> subprocess.Popen:
         meeting = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id",
-                   "elastic", "--rdzv-conf", f"is_host={int(which == 0)},keep_alive_interval=1,last_call_timeout=5",
+                   "elastic", "--rdzv-conf", "keep_alive_interval=1,last_call_timeout=5",
                    "--local-addr", "127.0.0.1")
-        return launch(folder, "elastic", *WORDS, "checkpoint.in_memory=1", *words, restarts=5, launcher=meeting)
+        return launch(folder, "elastic", *WORDS, "checkpoint.in_memory=1", *words, restarts=5, launcher=meeting,
+                      agent="moescale.cluster.agent")
 
     agents = [start(0), start(1)]
     try:

@@ -1,4 +1,4 @@
-"""Runs under a real torchrun, which are disturbed and read back."""
+"""Runs under real agents, which are disturbed and read back."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def launch(
     folder: Path, run: str, *words: str, restarts: int = 0, ranks: int = 2,
-    launcher: tuple[str, ...] = ("--standalone",),
+    launcher: tuple[str, ...] = ("--standalone",), agent: str = "torch.distributed.run",
 ) -> subprocess.Popen:
-    """Start an agent of torchrun on `folder/tiny.yaml`, with so many ranks here. launcher: how agents meet"""
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(ranks),
+    """Start an agent on `folder/tiny.yaml`, with so many ranks here. launcher: how agents meet; agent: its module"""
+    command = [sys.executable, "-m", agent, *launcher, "--nproc-per-node", str(ranks),
                "--max-restarts", str(restarts), "-m", "moescale", "train", str(folder / "tiny.yaml"),
                f"run.dir={folder / run}", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
