@@ -94,6 +94,7 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self._asked is not None:
             self._leave()
+        self.status = 0  # of these ranks, and not of those before them
         started = super()._start_workers(worker_group)
         self.listen_to_signals()  # torch takes them for itself with each start
         return started

@@ -25,6 +25,8 @@ with open("started", "a") as file:
     file.write(rank)
 if rank == "1" and act.startswith("SIG"):
     os.kill(os.getpid(), getattr(signal, act))
+if act == "once":
+    sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
 if act.isdigit():
     sys.exit(int(act))
 time.sleep(20)
@@ -112,6 +114,12 @@ def test_ranks_that_failed_are_started_again(tmp_path: Path) -> None:
     first, last = node.said
     assert "all ranks are started again, 1 of at most 1 times" in first
     assert "goes on from the last checkpoint" in last
+
+
+def test_the_status_is_that_of_the_ranks_that_were_started_last(tmp_path: Path) -> None:
+    node = Node(tmp_path, "once", restarts=1)
+    assert node.end() == 0
+    assert node.starts == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
