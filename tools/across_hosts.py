@@ -22,6 +22,7 @@ from pathlib import Path
 from cluster import ROOT, Cluster
 from rich.console import Console
 from rich.table import Table
+from small_run import SMALL_RUN
 
 LAYOUTS = (
     "2x1:tp=2 2x1:cp=2 2x1:pp=2 2x1:ep=2 2x1:dp_replicate=2 2x2:ep=4,dispatcher=hierarchical "
@@ -29,27 +30,12 @@ LAYOUTS = (
 )
 TOLERANCE = 1e-5
 RUN_SECONDS = 110
-SMALL = [
-    "configs/quickstart.yaml",
-    "data.files=[docs/*.md]",
-    "data.seq_len=64",
-    "data.global_batch=8",
-    "data.micro_batch=null",
-    "model.d_model=64",
-    "attention.num_kv_heads=4",
-    "attention.head_dim=16",
-    "attention.window=null",
-    "moe.d_ff=64",
-    "optim.warmup_steps=2",
-    "run.steps=6",
-    "monitor.every=1",
-    "monitor.eval_every=null",
-]
+SIX_STEPS = ["optim.warmup_steps=2", "run.steps=6"]
 
 
 def small(folder: Path, name: str) -> list[str]:
     """Write the words that train the small model into a folder's run of this name."""
-    return ["train", *SMALL, f"data.cache_dir={folder}/cache", f"run.dir={folder}/{name}"]
+    return ["train", *SMALL_RUN, *SIX_STEPS, f"data.cache_dir={folder}/cache", f"run.dir={folder}/{name}"]
 
 
 def losses(run_dir: Path) -> list[float]:

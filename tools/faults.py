@@ -31,6 +31,7 @@ from typing import Any
 from cluster import ROOT, Cluster
 from rich.console import Console
 from rich.table import Table
+from small_run import SMALL_RUN
 
 RESULTS = ROOT / "tools/benchmark/results/faults.jsonl"
 TIMEOUT_SECONDS = 10  # run.timeout_seconds: what the user allows for a rank that does not come
@@ -40,23 +41,7 @@ RECOVER_SECONDS = 110.0
 RESTARTS = 1000
 DISK = "256m"
 TAIL_BYTES = 1 << 16
-SMALL = [
-    "configs/quickstart.yaml",
-    "data.files=[docs/*.md]",
-    "data.seq_len=64",
-    "data.global_batch=8",
-    "data.micro_batch=null",
-    "model.d_model=64",
-    "attention.num_kv_heads=4",
-    "attention.head_dim=16",
-    "attention.window=null",
-    "moe.d_ff=64",
-    "parallel.ep=2",
-    "monitor.every=1",
-    "monitor.eval_every=null",
-    "checkpoint.every=10",
-    f"run.timeout_seconds={TIMEOUT_SECONDS}",
-]
+SAVED = ["parallel.ep=2", "checkpoint.every=10", f"run.timeout_seconds={TIMEOUT_SECONDS}"]
 
 
 class Job:
@@ -65,7 +50,7 @@ class Job:
     def __init__(self, cluster: Cluster, ranks: int, run_dir: Path, words: Sequence[str]) -> None:
         self.cluster, self.ranks, self.run_dir = cluster, ranks, run_dir
         cache = f"data.cache_dir={cluster.folder}/cache"
-        self.words = ["train", *SMALL, cache, f"run.dir={run_dir}", *words]
+        self.words = ["train", *SMALL_RUN, *SAVED, cache, f"run.dir={run_dir}", *words]
         self.agents: dict[int, subprocess.Popen[Any]] = {}
         self.kept: set[int] = set()  # hosts whose agents are not started again for now
         self.statuses: list[int] = []

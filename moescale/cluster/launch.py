@@ -113,7 +113,8 @@ def _of_srun(given: Mapping[str, str]) -> Launch:
 
 def _first_host(nodes: str) -> str:
     """Read the first name of a list as Slurm writes it: node[03-05,9],gpu1 begins with node03."""
-    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", re.match(r"(?:[^,\[]|\[[^]]*\])*", nodes)[0])  # type: ignore[index]
+    first, _, _ = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes).partition(",")  # of each list its first
+    return first
 
 
 def _tasks_of_nodes(text: str) -> list[int]:

@@ -133,7 +133,7 @@ class ZeroEngine:
 
     def clear_gradients(self) -> None:
         """Refuse to run a step twice: DeepSpeed adds up its gradients out of sight."""
-        raise NotImplementedError
+        raise NotImplementedError("DeepSpeed's gradients cannot be cleared without a step")
 
     def spoilt(self) -> list[str]:
         """Name none: DeepSpeed keeps its gradients to itself."""

@@ -57,22 +57,24 @@ BACKBONE = rows(
     row("head.weight", "lm_head.weight"),
 )
 ALONE = {"model.block": "serial", "model.norm": "rmsnorm", "model.scale_logits": False}
+BLOCK = keys(  # of both generations
+    Key("layer_norm_epsilon", 1e-5, "model.norm_eps", NUMBER),
+    Key("hidden_act", "silu", translation=SILU),
+    Key("use_bias", False, translation=only(False)),
+    Key("use_conv_bias", True, translation=only(True)),
+    Key("rms_norm", None, translation=only(True, None)),
+)
 FAMILY = Family(
     "mamba", "Mamba", (("mamba", "none"),),
-    keys=keys(
+    keys=BLOCK | keys(
         Key("vocab_size", 50280, "model.vocab_size"),
         Key("hidden_size", 768, "model.d_model", POSITIVE),
         Key("num_hidden_layers", 32, "model.num_layers", POSITIVE),
-        Key("layer_norm_epsilon", 1e-5, "model.norm_eps", NUMBER),
         Key("tie_word_embeddings", True, "model.tied_embeddings", FLAG),
         Key("state_size", 16, "mamba.d_state", POSITIVE),
         Key("conv_kernel", 4, "mamba.d_conv", POSITIVE),
         Key("expand", 2, "mamba.expand", POSITIVE),
         Key("time_step_rank", "auto", "mamba.dt_rank", STEP_RANK),
-        Key("hidden_act", "silu", translation=SILU),
-        Key("use_bias", False, translation=only(False)),
-        Key("use_conv_bias", True, translation=only(True)),
-        Key("rms_norm", None, translation=only(True, None)),
         Key("ssm_cfg", None, translation=only({}, None)),
         *(Key(name, default, translation=ELSEWHERE) for name, default in INITIAL.items()),
     ),

@@ -10,18 +10,16 @@ from moescale.checkpoint.strided_view import Shape
 from moescale.convert.formats.hf.base import (
     ELSEWHERE,
     FLAG,
-    NUMBER,
     POSITIVE,
     ConfigJson,
     Family,
     Key,
     Translation,
     keys,
-    only,
     rows,
     shorten,
 )
-from moescale.convert.formats.hf.mamba import ALONE, BACKBONE, LAYER, MIXER, SILU, one_filter_a_channel
+from moescale.convert.formats.hf.mamba import ALONE, BACKBONE, BLOCK, LAYER, MIXER, one_filter_a_channel
 from moescale.convert.mapping.table import At, Transform, row
 
 THEIRS = LAYER + "mixer."
@@ -71,11 +69,10 @@ INITIAL = {  # says how weights began, how they are computed with, or what no co
 }
 FAMILY = Family(
     "mamba2", "Mamba2", (("mamba2", "none"),),
-    keys=keys(
+    keys=BLOCK | keys(
         Key("vocab_size", 32768, "model.vocab_size"),
         Key("hidden_size", 4096, "model.d_model", POSITIVE),
         Key("num_hidden_layers", 64, "model.num_layers", POSITIVE),
-        Key("layer_norm_epsilon", 1e-5, "model.norm_eps", NUMBER),
         Key("tie_word_embeddings", False, "model.tied_embeddings", FLAG),
         Key("state_size", 128, "mamba2.d_state", POSITIVE),
         Key("conv_kernel", 4, "mamba2.d_conv", POSITIVE),
@@ -84,10 +81,6 @@ FAMILY = Family(
         Key("head_dim", 64, "mamba2.head_dim", POSITIVE),
         Key("num_heads", 128, "mamba2.head_dim", Translation(
             _read_heads, lambda value, config: config.mamba2.num_heads(config.model.d_model))),
-        Key("hidden_act", "silu", translation=SILU),
-        Key("use_bias", False, translation=only(False)),
-        Key("use_conv_bias", True, translation=only(True)),
-        Key("rms_norm", None, translation=only(True, None)),
         Key("time_step_limit", [0.0, math.inf], translation=Translation(_check_limit)),
         *(Key(name, default, translation=ELSEWHERE) for name, default in INITIAL.items()),
     ),
