@@ -7,8 +7,7 @@ mean over all ranks, those of experts too, and so each loss is multiplied by the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,40 +39,33 @@ from moescale.engine.accounting import (
     StepAccount,
     begin_statistics,
     mean_cross_entropy,
-    mixtures,
     move_biases,
-    routing_counts,
 )
-from moescale.engine.base import Choices, Features, RoutingCounts, StepLosses
+from moescale.engine.base import StepLosses
 from moescale.engine.deepspeed_settings import settings
-from moescale.engine.recording import recording
+from moescale.engine.own_layers import OwnLayers
 from moescale.layers.exact import Exact
 from moescale.model.language_model import LossSums
 from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import clip_gradients
-from moescale.optim.optimizer import count_from
-from moescale.optim.schedule import Peak, first_peak, learning_rate
-from moescale.parallel.balance import choices_counted, count_as_it_goes
-from moescale.parallel.lost_ranks import where_in
+from moescale.optim.schedule import Peak
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
 from moescale.spec.model import describe
 from moescale.spec.weights import Weight
 
 
-class ZeroEngine:
+class ZeroEngine(OwnLayers):
     """Runs steps on this rank. config: settled by `Config.for_world`."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        self.config, self.mesh = config, mesh
         made = settings(config)
         self.stage: int = made["zero_optimization"]["stage"]
         if mesh.device.type == "cpu":  # its own collectives there would be compiled at the first start, for a minute
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the world that there is
         _agree(made)
-        self.model = build_parallel_model(config, mesh, fsdp=False).whole
-        self.mixtures = mixtures(self.model)
+        super().__init__(config, mesh, build_parallel_model(config, mesh, fsdp=False).whole)
         self.described = {".".join(weight.name): weight for weight in describe(config).weights()}
         self.apart = config.parallel.ep * config.parallel.etp > 1  # whether ranks hold other experts than others do
         if self.apart:
@@ -91,8 +83,7 @@ class ZeroEngine:
             self.ds.optimizer._lazy_init_hp_params_optimizer_state()
         for name, value in unrounded.items():
             self._set(self.weights[name], value, None)
-        self.step_count, self.accumulated = 0, False
-        self.peak = first_peak(config.optim)
+        self.accumulated = False
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Bring every weight together, with its gradient where there is one; all ranks must call."""
@@ -101,19 +92,6 @@ class ZeroEngine:
             grad = self._of_rank(name, self._gradient(parameter)) if self.accumulated else None
             shown[name] = _Shown.make(self._of_rank(name, self._get(parameter, None)), grad)
         return shown
-
-    def routing(self) -> RoutingCounts:
-        return routing_counts(self.mixtures, self.config, self.mesh)
-
-    def record(
-        self, *, training: bool, choices: Callable[[Choices], None] | None = None,
-        features: Callable[[Features], None] | None = None,
-        gradients: Callable[[Features], None] | None = None,
-    ) -> AbstractContextManager[None]:
-        return recording(self.model, training=training, choices=choices, features=features, gradients=gradients)
-
-    def where(self, error: BaseException) -> str:
-        return where_in(error, self.model)
 
     def forward_backward(self, batches: Sequence[Batch], *, watch: bool = True) -> StepLosses:
         """Add up the gradients of this rank's micro-batches, those of all ranks with the last one."""
@@ -125,7 +103,7 @@ class ZeroEngine:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             self.ds.set_gradient_accumulation_boundary(last)
-            self.ds.backward(account.loss(self._run(batch)) * self.mesh.world_size, scale_wrt_gas=False)
+            self.ds.backward(account.loss(self._forward(batch)) * self.mesh.world_size, scale_wrt_gas=False)
             if not last:
                 self.ds.step()
         self.accumulated = True
@@ -157,30 +135,16 @@ class ZeroEngine:
         self.step_count += 1
         return norm
 
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the step to come."""
-        return learning_rate(self.step_count, self.config.run.steps, self.config.optim, self.peak)
-
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Return the cross entropy in nats per target, over all ranks' batches."""
         self.ds.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
-            total += self._run(batch).cross_entropy
+            total += self._forward(batch).cross_entropy
         return mean_cross_entropy(total, batches, self.mesh)
 
-    @torch.no_grad()
-    def _balance_over_global_batch(self, batches: Sequence[Batch]) -> None:
-        """Let each router know the shares of its choices in the global batch, as the native engine does."""
-        if len(batches) == 1:
-            return count_as_it_goes(self.model, self.mesh.world_group)
-        with choices_counted(self.model, self.config, self.mesh.world_group):
-            for batch in batches:
-                self._run(batch)
-
-    def _run(self, batch: Batch) -> LossSums:
+    def _forward(self, batch: Batch) -> LossSums:
         return LossSums(*self.ds(batch.tokens, targets=batch.targets, positions=batch.positions,
                                  token_id=batch.token_id))
 
@@ -191,8 +155,7 @@ class ZeroEngine:
     ) -> Capture:
         """Collect weights, optimizer state, step and where the learning rate falls from; all ranks must call."""
         tensors = {name: tensor for name, tensor, _ in self._tensors()}
-        return Capture(self.step_count, tensors if host is None else host.fill(tensors), {
-            **state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files)
+        return self._captured(tensors, files, state, host)
 
     def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
         """Go on from a checkpoint, whatever engine and layout wrote it; a converted one may lack the optimizer's state.
@@ -207,9 +170,7 @@ class ZeroEngine:
             if place is not None:
                 parameter, moment = place
                 self._set(parameter, _whole(tensor), moment)
-        self.step_count = state["step"]
-        self.peak = peak or first_peak(self.config.optim)
-        count_from(self.optimizer, self.step_count)
+        self._stand_at(state["step"], peak)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor, tuple[nn.Parameter, str | None] | None]]:
         """Make everything that a checkpoint holds: name, tensor, and whose value it is; none of a buffer."""

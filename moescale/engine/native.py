@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,27 @@ from moescale.engine.accounting import (
     StepAccount,
     begin_statistics,
     mean_cross_entropy,
-    mixtures,
     move_biases,
-    routing_counts,
 )
-from moescale.engine.base import Choices, Features, RoutingCounts, StepLosses
-from moescale.engine.recording import recording
+from moescale.engine.base import StepLosses
+from moescale.engine.own_layers import OwnLayers
 from moescale.model.language_model import LanguageModel, LossSums
 from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import SpoiltGradients, clip_gradients
 from moescale.optim.optimizer import build_optimizer, count_from
-from moescale.optim.schedule import Peak, first_peak, learning_rate
-from moescale.parallel.balance import choices_counted, count_as_it_goes
-from moescale.parallel.lost_ranks import where_in
+from moescale.optim.schedule import Peak
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
 from moescale.spec.model import describe
 
 
-class NativeEngine:
+class NativeEngine(OwnLayers):
     """Runs steps on this rank. config: settled by `Config.for_world`."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        self.config, self.mesh = config, mesh
         parallel_model = build_parallel_model(config, mesh)
-        self.model, self.pieces = parallel_model.whole, parallel_model.pieces
-        self.mixtures = mixtures(self.model)
+        super().__init__(config, mesh, parallel_model.whole)
+        self.pieces = parallel_model.pieces
         self.pipeline = None
         if config.parallel.pp > 1:
             from moescale.parallel.pipeline import Pipeline
@@ -53,31 +47,17 @@ class NativeEngine:
             self.pipeline = Pipeline(self.pieces, config, mesh)
         self.optimizer = build_optimizer(self.model, describe(config), config.optim)
         self.spoilt_gradients = SpoiltGradients()
-        self.step_count = 0
-        self.peak = first_peak(config.optim)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return dict(self.model.named_parameters())
-
-    def routing(self) -> RoutingCounts:
-        return routing_counts(self.mixtures, self.config, self.mesh)
-
-    def record(
-        self, *, training: bool, choices: Callable[[Choices], None] | None = None,
-        features: Callable[[Features], None] | None = None,
-        gradients: Callable[[Features], None] | None = None,
-    ) -> AbstractContextManager[None]:
-        return recording(self.model, training=training, choices=choices, features=features, gradients=gradients)
-
-    def where(self, error: BaseException) -> str:
-        return where_in(error, self.model)
 
     def forward_backward(self, batches: Sequence[Batch], *, watch: bool = True) -> StepLosses:
         """Add up the gradients of this rank's micro-batches; those of a pipeline run in concert."""
         for piece in self.pieces:
             piece.train()
         if self.config.moe.balance_over == "global_batch":
-            self._balance_over_global_batch(batches)
+            self._balance_over_global_batch(batches, in_concert=self.pipeline is not None)
+            self._reshard()
         begin_statistics(self.mixtures, watch=watch)
         account = StepAccount(batches, self.config, self.mesh)
         if self.pipeline is not None:
@@ -133,11 +113,6 @@ class NativeEngine:
         spoilt = {id(parameter) for parameter in self.spoilt_gradients.tell()}
         return [name for name, parameter in self.parameters().items() if id(parameter) in spoilt]
 
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the step to come."""
-        return learning_rate(self.step_count, self.config.run.steps, self.config.optim, self.peak)
-
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Return the cross entropy in nats per target, over all ranks' batches."""
@@ -151,22 +126,7 @@ class NativeEngine:
         self._reshard()
         return mean_cross_entropy(total, batches, self.mesh)
 
-    @torch.no_grad()
-    def _balance_over_global_batch(self, batches: Sequence[Batch]) -> None:
-        """Let each router know the shares of its choices in the global batch before the first backward needs them.
-
-        With several passes, or in a pipeline, that takes one more forward pass of every micro-batch. Routing is a
-        function of weights and tokens, random draws included, so that the passes to come choose the same again.
-        """
-        if len(batches) == 1 and self.pipeline is None:
-            return count_as_it_goes(self.model, self.mesh.world_group)
-        with choices_counted(self.model, self.config, self.mesh.world_group):
-            for batch in batches:
-                self._forward(batch)
-        self._reshard()
-
     def _forward(self, batch: Batch) -> LossSums | None:
-        """Run one micro-batch forward and return its sums, in a pipeline where the last stage is."""
         return self.pipeline.evaluate(vars(batch)) if self.pipeline is not None else _run(self.pieces[0], batch)
 
     def _reshard(self) -> None:
@@ -180,11 +140,9 @@ class NativeEngine:
     ) -> Capture:
         """Collect weights, optimizer state, step and where the learning rate falls from.
 
-        All random draws follow from the seed and the tokens' numbers. files, state: what else belongs to it.
+        files, state: what else belongs to it.
         """
-        tensors = self._tensors()
-        return Capture(self.step_count, tensors if host is None else host.fill(tensors), {
-            **state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files)
+        return self._captured(self._tensors(), files, state, host)
 
     def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
         """Go on from a checkpoint, whatever layout wrote it; a converted one may lack the optimizer's state.
@@ -194,9 +152,7 @@ class NativeEngine:
         prefix = "" if read_state(checkpoint).get("optimizer", True) else "model."
         tensors = {name: tensor for name, tensor in self._tensors().items() if name.startswith(prefix)}
         state = load_checkpoint(checkpoint, tensors, prefix=prefix, group=self.mesh.checkpoint_group)
-        self.step_count = state["step"]
-        self.peak = peak or first_peak(self.config.optim)
-        count_from(self.optimizer, self.step_count)
+        self._stand_at(state["step"], peak)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name; sharded tensors as DTensors."""

@@ -1,0 +1,86 @@
+"""What engines share that run this project's layers, however they spread weights and steps over ranks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moescale.checkpoint.capture import Capture, HostCopy
+from moescale.config import Config
+from moescale.data.batches import Batch
+from moescale.engine.accounting import mixtures, routing_counts
+from moescale.engine.base import Choices, Features, RoutingCounts
+from moescale.engine.recording import recording
+from moescale.model.language_model import LanguageModel, LossSums
+from moescale.optim.optimizer import count_from
+from moescale.optim.schedule import Peak, first_peak, learning_rate
+from moescale.parallel.balance import choices_counted, count_as_it_goes
+from moescale.parallel.lost_ranks import where_in
+from moescale.parallel.mesh import Mesh
+
+
+class OwnLayers(ABC):
+    """The part of an engine that looks at layers, schedule and step alone; see `engine.base.Engine`."""
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, config: Config, mesh: Mesh, model: LanguageModel) -> None:
+        self.config, self.mesh, self.model = config, mesh, model
+        self.mixtures = mixtures(model)
+        self.step_count = 0
+        self.peak = first_peak(config.optim)
+
+    @abstractmethod
+    def _forward(self, batch: Batch) -> LossSums | None:
+        """Run one micro-batch forward and return its sums, in a pipeline where the last stage is."""
+
+    def routing(self) -> RoutingCounts:
+        return routing_counts(self.mixtures, self.config, self.mesh)
+
+    def record(
+        self, *, training: bool, choices: Callable[[Choices], None] | None = None,
+        features: Callable[[Features], None] | None = None,
+        gradients: Callable[[Features], None] | None = None,
+    ) -> AbstractContextManager[None]:
+        return recording(self.model, training=training, choices=choices, features=features, gradients=gradients)
+
+    def where(self, error: BaseException) -> str:
+        return where_in(error, self.model)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the step to come."""
+        return learning_rate(self.step_count, self.config.run.steps, self.config.optim, self.peak)
+
+    @torch.no_grad()
+    def _balance_over_global_batch(self, batches: Sequence[Batch], *, in_concert: bool = False) -> None:
+        """Let each router know the shares of its choices in the global batch before the first backward needs them.
+
+        With several passes, or in a pipeline, that takes one more forward pass of every micro-batch. Routing is a
+        function of weights and tokens, random draws included, so that the passes to come choose the same again.
+        in_concert: whether they run in a pipeline.
+        """
+        if len(batches) == 1 and not in_concert:
+            return count_as_it_goes(self.model, self.mesh.world_group)
+        with choices_counted(self.model, self.config, self.mesh.world_group):
+            for batch in batches:
+                self._forward(batch)
+
+    def _captured(
+        self, tensors: Mapping[str, Tensor], files: Mapping[str, str | bytes], state: Mapping[str, Any],
+        host: HostCopy | None,
+    ) -> Capture:
+        """Add step, seed and where the learning rate falls from: all random draws follow from seed and tokens."""
+        return Capture(self.step_count, tensors if host is None else host.fill(tensors), {
+            **state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files)
+
+    def _stand_at(self, step: int, peak: Peak | None) -> None:
+        """Go on from a step whose weights and moments were loaded. peak: None is after the warm-up"""
+        self.step_count = step
+        self.peak = peak or first_peak(self.config.optim)
+        count_from(self.optimizer, step)
