@@ -20,6 +20,7 @@ from moescale.cli import app
 from moescale.engine.native import NativeEngine
 from tests.support.command_line import TINY
 from tests.support.launched import end, launch, losses, ranks_of, wait_for_steps
+from tests.support.ports import free_port, wait_until_open
 
 STEPS = 40
 WORDS = ("parallel.ep=2", "data.seq_len=128", "monitor.eval_sequences=1", f"run.steps={STEPS}",
@@ -110,7 +111,7 @@ def test_a_killed_rank_goes_on_from_memory(folder: Path) -> None:
 
 
 def start_agents(folder: Path, run: str, per_host: int, port: int, hosts: int, which: int) -> subprocess.Popen:
-    """Start the agent of one of the pretended hosts; host 0 keeps the rendezvous."""
+    """Start the agent of one of the pretended hosts; the first keeps the rendezvous."""
     meeting = ("--nnodes", f"{hosts}", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id",
                run, "--rdzv-conf", "keep_alive_interval=1", "--local-addr", "127.0.0.1")
     return launch(folder, run, *WORDS, "checkpoint.in_memory=1", restarts=3, ranks=per_host, launcher=meeting,
@@ -124,11 +125,11 @@ def test_a_host_that_is_lost_takes_no_step_along(folder: Path, per_host: int) ->
     output = end(whole)
     assert whole.returncode == 0, output
     run = f"lost_{per_host}"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    agents = [start_agents(folder, run, per_host, port, 2, which) for which in (0, 1)]
+    port = free_port()
+    agents = [start_agents(folder, run, per_host, port, 2, 0)]
     try:
+        wait_until_open(port)  # whoever comes first keeps the store
+        agents.append(start_agents(folder, run, per_host, port, 2, 1))
         wait_for_steps(agents[0], folder / run, 20)
         victims = ranks_of(agents[1])
         environment = Path(f"/proc/{victims[0]}/environ").read_bytes().decode().split("\0")
@@ -196,9 +197,7 @@ def test_fewer_ranks_and_more_go_on_with_the_same_losses(folder: Path) -> None:
     output = end(whole)
     assert whole.returncode == 0, output
     run = folder / "elastic"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def start(which: int) -> subprocess.Popen:
         meeting = ("--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id",
@@ -207,8 +206,10 @@ def test_fewer_ranks_and_more_go_on_with_the_same_losses(folder: Path) -> None:
         return launch(folder, "elastic", *WORDS, "checkpoint.in_memory=1", *words, restarts=5, launcher=meeting,
                       agent="moescale.cluster.agent")
 
-    agents = [start(0), start(1)]
+    agents = [start(0)]
     try:
+        wait_until_open(port)  # whoever comes first keeps the store
+        agents.append(start(1))
         wait_for_steps(agents[0], run, 20)
         for process in (*ranks_of(agents[1]), agents[1].pid):
             os.kill(process, signal.SIGKILL)
