@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 PAPERS = "tests/papers/test_model.py tests/papers/test_weights.py tests/papers/test_golden.py"  # formulas by name first
 DESCRIPTIONS = "tests/spec"
 RECURRENCES = "tests/papers/test_mamba.py"
+SEGMENTS = "tests/papers/test_segments.py"
 SYSTEMS = "tests/ops/test_state_space.py"
 LAYOUTS = "tests/parallel/test_layouts.py"
 
@@ -51,6 +52,10 @@ FAULTS = (
     Fault("layers/positions.py", "theta ** (-2 * pair / head_dim)", "theta ** (-pair / head_dim)"),
     Fault("layers/positions.py", "2 ** (-8 * (index + 1) / power)", "2 ** (-8 * index / power)"),
     Fault("mixers/attention.py", "visibility=visibility,", "visibility=Visibility(),"),
+    Fault("mixers/attention.py", "self._keys_and_values(x.detach(), angles)", "self._keys_and_values(x, angles)",
+          SEGMENTS),  # gradients flow through the memory
+    Fault("ops/attention_pattern.py", "% self.block_size + self.memory", "% self.block_size + self.memory - 1",
+          SEGMENTS),
     # recurrences
     Fault("mixers/mamba.py", "apart(self.sequence.part(positions)) == 0", "apart(self.sequence.part(positions)) < 0",
           RECURRENCES),  # a state crosses a document

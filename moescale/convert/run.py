@@ -113,7 +113,7 @@ def _open(module: Format, path: Path) -> Opened | None:
 
 def _refuse_differences(config: Config, to: str) -> None:
     """Refuse what no foreign format can say: layers of one kind with keys of their own, patterns other than windows."""
-    for key in ("dilation", "block_size", "stride", "global_tokens"):
+    for key in ("dilation", "block_size", "stride", "global_tokens", "memory"):
         value = getattr(config.attention, key)
         if value != type(config.attention).model_fields[key].default:
             raise ConfigError(f"attention.{key}={value}, which --to {to} cannot say: convert --to moescale")

@@ -14,7 +14,7 @@ from moescale.layers.positions import alibi_slopes, rotary_angles
 from moescale.mixers.base import Mixer
 from moescale.mixers.key_value_cache import KeyValueCache
 from moescale.ops.attention import attention
-from moescale.ops.attention_pattern import Visibility
+from moescale.ops.attention_pattern import NOTHING, Remembered, Visibility
 from moescale.ops.attention_step import attention_step
 from moescale.ops.rotary import rotate
 
@@ -23,14 +23,22 @@ class AttentionCore(nn.Module):
     """Attend to keys that are on this rank."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, visibility: Visibility, positions: Tensor, alibi_slopes: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, visibility: Visibility, positions: Tensor,
+        alibi_slopes: Tensor | None, remembered: Remembered,
     ) -> Tensor:
         """Arguments as in `ops.attention`."""
-        return attention(q, k, v, positions=positions, alibi_slopes=alibi_slopes, **vars(visibility))
+        return attention(
+            q, k, v, positions=positions, alibi_slopes=alibi_slopes, remembered=remembered, **vars(visibility))
 
 
 class Attention(Mixer[KeyValueCache]):
-    """Let positions of one document look back at each other: a mixer."""
+    """Let positions of one document look back at each other: a mixer.
+
+    With `memory`, blocks are the segments of Transformer-XL (Dai et al., 2019, sec. 3.2): keys and values of the memory
+    are projections of inputs through which no gradient flows, so that it reaches the matrices and not what earlier
+    segments computed. Consecutive segments in one sequence are exactly what Transformer-XL sees when it trains on them
+    one after another and updates its weights once a sequence. Memory reaches beyond neither sequence nor document.
+    """
 
     def __init__(
         self,
@@ -73,16 +81,18 @@ class Attention(Mixer[KeyValueCache]):
         x: [batch, seq/cp, d_model]. positions: [batch, seq] int64, restart at 0 with a document. state: keys and values
         of the tokens before these. Returns features like x.
         """
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q(x).view(heads)
-        k, v = self.k(x, self.kv_rows).view(heads), self.v(x, self.kv_rows).view(heads)
+        angles = None
         if self.rope_theta is not None:
             angles = rotary_angles(self.sequence.part(positions), self.head_dim, self.rope_theta)
-            cosine, sine = (angle.to(x.dtype) for angle in angles)
-            q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+            angles = angles[0].to(x.dtype), angles[1].to(x.dtype)
+        q = self._turned(self.q(x), angles)
+        k, v = self._keys_and_values(x, angles)
         slopes = self._slopes(q) if self.alibi else None
         if state is None:
-            out = self._attend(q, k, v, positions, slopes)
+            remembered = NOTHING
+            if self.visibilities[0].memory and torch.is_grad_enabled():
+                remembered = self._keys_and_values(x.detach(), angles)
+            out = self._attend(q, k, v, positions, slopes, remembered)
         else:
             out = self._go_on(q, k, v, positions, slopes, state)
         return self.o(out.flatten(2))  # from [batch, seq/cp, heads, head_dim]
@@ -95,6 +105,14 @@ class Attention(Mixer[KeyValueCache]):
         return KeyValueCache(
             batch, slots, self.num_kv_heads, self.head_dim, rolls=rolls, dtype=weight.dtype, device=weight.device,
             global_tokens=self.visibilities[0].global_tokens if rolls else 0)
+
+    def _keys_and_values(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        return self._turned(self.k(x, self.kv_rows), angles), self._turned(self.v(x, self.kv_rows), None)
+
+    def _turned(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Part the heads, and rotate them by the angles. -> [batch, seq/cp, heads, head_dim]"""
+        x = x.unflatten(2, (-1, self.head_dim))
+        return x if angles is None else rotate(x, *angles)
 
     def _go_on(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slopes: Tensor | None, state: KeyValueCache
@@ -133,10 +151,14 @@ class Attention(Mixer[KeyValueCache]):
 
         return self._by_kind_of_heads(step, q, keys.shape[1], slopes)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slopes: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slopes: Tensor | None,
+        remembered: Remembered = NOTHING,
+    ) -> Tensor:
         def attend(q: Tensor, heads: slice, slopes: Tensor | None, visibility: Visibility) -> Tensor:
+            memory_k, memory_v = (None if each is None else each[:, :, heads] for each in remembered)
             return self.call_core(self.core, q, k[:, :, heads], v[:, :, heads], visibility=visibility,
-                                  positions=positions, alibi_slopes=slopes)
+                                  positions=positions, alibi_slopes=slopes, remembered=(memory_k, memory_v))
 
         return self._by_kind_of_heads(attend, q, k.shape[2], slopes)
 

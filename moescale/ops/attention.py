@@ -13,7 +13,13 @@ from torch import Tensor
 
 from moescale.ops.attention_blocks import attention_in_blocks
 from moescale.ops.attention_chunked import chunked_attention
-from moescale.ops.attention_pattern import AttentionPattern, Visibility
+from moescale.ops.attention_pattern import (
+    NOTHING,
+    AttentionPattern,
+    Remembered,
+    Visibility,
+    for_heads,
+)
 from moescale.ops.device import TRITON, triton_runs
 
 SHORT = 128  # queries up to which one call of torch's kernel takes less than calls for blocks, on a processor
@@ -31,6 +37,8 @@ def attention(
     dilation: int = 1,
     block_size: int | None = None,
     global_tokens: int = 0,
+    memory: int = 0,
+    remembered: Remembered = NOTHING,
     alibi_slopes: Tensor | None = None,
     positions: Tensor | None = None,
     scale: float | None = None,
@@ -40,7 +48,9 @@ def attention(
 
     q: [batch, seq_q, heads, head_dim], the queries of the last seq_q of the keys' positions.
     k, v: [batch, seq_k, kv_heads, head_dim]; each key head serves heads / kv_heads query heads.
-    window, dilation, block_size, global_tokens: which of the past a query sees, as `Visibility` says.
+    window, dilation, block_size, global_tokens, memory: which of the past a query sees, as `Visibility` says.
+    remembered: keys and values with the values of k and v, for memory: gradients of queries of later blocks go to them,
+    and those of queries of the same block to k and v. Without them, all go to k and v.
     positions: [batch, seq_k] int64, restart at 0 with a document.
     alibi_slopes: [heads] float32, what a score loses per position between query and key (ALiBi, sec. 3).
     scale: factor of the scores, by default head_dim ** -0.5. backend: `auto` takes the fastest; all are exact.
@@ -48,21 +58,24 @@ def attention(
     """
     seq_q, seq_k = q.shape[1], k.shape[1]
     assert seq_q <= seq_k, f"{seq_q} queries do not fit the positions of {seq_k} keys"
-    visibility = Visibility(window, dilation, block_size, global_tokens)
+    visibility = Visibility(window, dilation, block_size, global_tokens, memory)
     if visibility != Visibility() and not causal:
-        raise ValueError("window, dilation, block and global_tokens say what of the past a query sees: "
+        raise ValueError("window, dilation, block, global_tokens and memory say what of the past a query sees: "
                          "use them with causal=True")
+    if memory and (block_size is None or visibility != Visibility(block_size=block_size, memory=memory)):
+        raise ValueError("memory is what lies before a block: use it with block_size alone")
+    if block_size is not None and positions is None:
+        positions = torch.arange(seq_k, device=q.device).expand(len(q), -1)
     pattern = AttentionPattern(
         causal, visibility, positions, alibi_slopes, q.shape[3] ** -0.5 if scale is None else scale)
     if backend == "reference":
-        return _reference(q, k, v, pattern)
-    if global_tokens:  # whose documents are whole
-        return _attend(q, k, v, pattern, backend)
+        return _reference(q, k, v, pattern, remembered)
+    if global_tokens or (memory and _has_memory(pattern)):  # whose documents are whole
+        return _attend(q, k, v, pattern, backend, remembered)
     # A block is a document within a document, and every dilation-th position a sequence of its own.
-    if block_size is not None:
-        positions = torch.arange(seq_k, device=q.device).unsqueeze(0) if positions is None else positions
-        pattern = replace(pattern, visibility=replace(visibility, block_size=None),
-                          positions=(positions % block_size).expand(len(q), -1))
+    if block_size is not None and positions is not None:
+        pattern = replace(pattern, visibility=replace(visibility, block_size=None, memory=0),
+                          positions=positions % block_size)
     return _attend_by_residue(q, k, v, pattern, backend) if dilation > 1 else _attend(q, k, v, pattern, backend)
 
 
@@ -88,7 +101,9 @@ def _attend_by_residue(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPatter
     return out[:, before : before + seq_q]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, name: str) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, name: str, remembered: Remembered = NOTHING
+) -> Tensor:
     """Run a backend, or the fastest one, without hiding what is not there."""
     seen, seq_k = pattern.visibility, k.shape[1]
     if seen.window is not None and seen.window * seen.dilation >= seq_k:
@@ -102,7 +117,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, name: st
     if name == "auto":
         name, why = _fastest(q, seq_k, pattern)
         _say_once(name, why)
-    return _BACKENDS[name](q, k, v, pattern)
+    return _BACKENDS[name](q, k, v, pattern, remembered)
 
 
 def _fastest(q: Tensor, seq_k: int, pattern: AttentionPattern) -> tuple[str, str]:
@@ -138,11 +153,20 @@ def _has_documents(positions: Tensor) -> bool:
     return bool((positions[:, 1:] == 0).any())
 
 
+def _has_memory(pattern: AttentionPattern) -> bool:
+    positions, size = pattern.positions, pattern.visibility.block_size
+    assert positions is not None
+    assert size is not None
+    if positions.device.type != "cpu":
+        return True  # looking would make the host wait for the device
+    return bool((positions >= size).any())
+
+
 def _fits_triton(q: Tensor) -> bool:
     return q.dtype != torch.float64 and 16 <= q.shape[3] <= 256
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, remembered: Remembered) -> Tensor:
     if not TRITON:
         raise ValueError("backend=triton needs the package triton: pip install triton, or use backend=auto")
     if not _fits_triton(q):
@@ -151,10 +175,10 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tenso
         raise ValueError("backend=triton knows no global tokens: use backend=auto")
     from moescale.ops.attention_triton import flash_attention
 
-    return flash_attention(q, k, v, pattern)
+    return flash_attention(q, k, v, pattern, remembered)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, remembered: Remembered) -> Tensor:
     seq_q, seq_k = q.shape[1], k.shape[1]
     mask = None
     square = seq_q == seq_k or not pattern.causal
@@ -166,6 +190,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
             mask = mask if mask.ndim == 2 else mask.unsqueeze(1)  # of three dimensions, torch takes no fused kernel
         else:
             mask = pattern.bias(key[seq_k - seq_q :], key, q.dtype)
+        k, v, mask = _beside(k, v, mask, pattern, seq_q, remembered)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
         is_causal=pattern.causal and mask is None, scale=pattern.scale, enable_gqa=q.shape[2] != k.shape[2],
@@ -173,7 +198,26 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+def _beside(
+    k: Tensor, v: Tensor, mask: Tensor, pattern: AttentionPattern, seq_q: int, remembered: Remembered
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put what is remembered beside the keys and values, each seen where the mask lets it and the block says so.
+
+    mask: [batch or 1, heads or 1, seq_q, seq_k] or without the first two, bool or what is added to the scores.
+    """
+    memory_k, memory_v = remembered
+    if memory_k is None or memory_v is None:
+        return k, v, mask
+    key = torch.arange(k.shape[1], device=k.device)
+    own = for_heads(pattern.without_memory.visible(key[k.shape[1] - seq_q :], key))
+    hidden = False if mask.dtype == torch.bool else float("-inf")
+    mask = torch.cat((mask.masked_fill(~own, hidden), mask.masked_fill(own, hidden)), -1)
+    return torch.cat((k, memory_k), 1), torch.cat((v, memory_v), 1), mask
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, remembered: Remembered) -> Tensor:
+    if remembered[0] is not None:
+        raise ValueError("backend=flex cannot keep gradients from memory: use backend=auto")
     if q.device.type != "cuda":
         raise ValueError("backend=flex has no backward on a processor: use backend=auto")
     return flex(q, k, v, pattern, _compiled_flex())
@@ -215,12 +259,15 @@ def flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, flex_attent
     return out.transpose(1, 2)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, remembered: Remembered = NOTHING
+) -> Tensor:
     seq_q, seq_k, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    key = torch.arange(seq_k, device=q.device)
+    bias = pattern.bias(key[seq_k - seq_q :], key, q.dtype)
+    k, v, bias = _beside(k, v, bias, pattern, seq_q, remembered)
     k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * pattern.scale
-    key = torch.arange(seq_k, device=q.device)
-    bias = pattern.bias(key[seq_k - seq_q :], key, scores.dtype)
     return torch.einsum("bhqk,bkhd->bqhd", (scores + bias).softmax(-1), v)
 
 

@@ -9,24 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescale.ops.attention_pattern import AttentionPattern
+from moescale.ops.attention_pattern import NOTHING, AttentionPattern, Remembered
 
 aten = torch.ops.aten
 BLOCK = 64  # queries; 32 takes a twentieth less on two cores and leaves many cores idle, 128 a tenth more
 
 
-def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+def attention_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, remembered: Remembered = NOTHING
+) -> Tensor:
     """Compute causal attention, skipping the keys that are out of reach or in other documents.
 
-    q, k, v, pattern: as in `attention`, causal, on the CPU. -> like q
+    q, k, v, pattern, remembered: as in `attention`, causal, on the CPU. -> like q
     bfloat16 is computed in float32: on processors the kernel's bfloat16 backward takes twice the time.
     """
-    return _Blocks.apply(q, k, v, pattern)
+    return _Blocks.apply(q, k, v, pattern, *remembered)
 
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, memory_k: Tensor | None,
+        memory_v: Tensor | None,
+    ) -> Tensor:
         upcast_q, upcast_k, upcast_v = _upcast(q), _upcast(k), _upcast(v)
         out = torch.empty(q.shape, dtype=q.dtype)
         log_sum = upcast_q.new_empty(q.shape[:3])
@@ -37,28 +42,44 @@ class _Blocks(torch.autograd.Function):
             )  # [batch, heads, queries, head_dim], [batch, heads, queries]
             out[:, queries] = block_out.transpose(1, 2)
             log_sum[:, queries] = block_log_sum.transpose(1, 2)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.remembers = pattern, memory_k is not None
         ctx.save_for_backward(q, k, v, out, log_sum)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum = ctx.saved_tensors
-        upcast_q, upcast_k, upcast_v, upcast_out = _upcast(q), _upcast(k), _upcast(v), _upcast(out)
-        grad = _upcast(grad)
-        grad_q = torch.empty(q.shape, dtype=q.dtype)
-        # Blocks share keys, so that the gradients of keys and values accumulate, in the upcast dtype.
-        grad_k, grad_v = torch.zeros(k.shape, dtype=upcast_q.dtype), torch.zeros(v.shape, dtype=upcast_q.dtype)
-        for queries, keys, mask in _blocks(q, k, ctx.pattern, upcast_q.dtype):
-            block_grad_q, block_grad_k, block_grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads_first(grad, queries), _heads_first(upcast_q, queries), keys.take(upcast_k),
-                keys.take(upcast_v), _heads_first(upcast_out, queries), _heads_first(log_sum, queries),
-                0.0, False, attn_mask=mask, scale=ctx.pattern.scale,
-            )
-            grad_q[:, queries] = block_grad_q.transpose(1, 2)
-            keys.accumulate(grad_k, block_grad_k)
-            keys.accumulate(grad_v, block_grad_v)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+        grad_q, grad_k, grad_v = _gradients(grad, q, k, v, out, log_sum, ctx.pattern)
+        if not ctx.remembers:
+            return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        # Once more over the keys of the own block: what is left is of queries of later blocks.
+        _, own_k, own_v = _gradients(grad, q, k, v, out, log_sum, ctx.pattern.without_memory)
+        return (grad_q, own_k.to(k.dtype), own_v.to(v.dtype), None, (grad_k - own_k).to(k.dtype),
+                (grad_v - own_v).to(v.dtype))
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, pattern: AttentionPattern
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients that pass between the queries and the keys that they see.
+
+    grad: of the outputs. Returns those of q, k and v, the latter two upcast.
+    """
+    upcast_q, upcast_k, upcast_v, upcast_out = _upcast(q), _upcast(k), _upcast(v), _upcast(out)
+    grad = _upcast(grad)
+    grad_q = torch.empty(q.shape, dtype=q.dtype)
+    # Blocks share keys, so that the gradients of keys and values accumulate, in the upcast dtype.
+    grad_k, grad_v = torch.zeros(k.shape, dtype=upcast_q.dtype), torch.zeros(v.shape, dtype=upcast_q.dtype)
+    for queries, keys, mask in _blocks(q, k, pattern, upcast_q.dtype):
+        block_grad_q, block_grad_k, block_grad_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _heads_first(grad, queries), _heads_first(upcast_q, queries), keys.take(upcast_k),
+            keys.take(upcast_v), _heads_first(upcast_out, queries), _heads_first(log_sum, queries),
+            0.0, False, attn_mask=mask, scale=pattern.scale,
+        )
+        grad_q[:, queries] = block_grad_q.transpose(1, 2)
+        keys.accumulate(grad_k, block_grad_k)
+        keys.accumulate(grad_v, block_grad_v)
+    return grad_q, grad_k, grad_v
 
 
 @dataclass(frozen=True)
@@ -118,6 +139,8 @@ def _first_keys(seq_q: int, seq_k: int, pattern: AttentionPattern) -> list[int]:
 
     It never decreases.
     """
+    if pattern.visibility.memory:
+        return pattern.bounds()[0].amin(0)[seq_k - seq_q :].tolist()
     index, reach = torch.arange(seq_k), pattern.visibility.reach
     first = torch.zeros_like(index) if reach is None else (index - reach + 1).clamp(min=0)
     if pattern.positions is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+Remembered = tuple[Tensor | None, Tensor | None]
+"""Keys and values as queries of later blocks see them: see `attention`."""
+NOTHING: Remembered = (None, None)
 
 
 @dataclass(frozen=True)
@@ -14,20 +18,22 @@ class Visibility:
 
     window: how many keys, counted back from itself; None = all. dilation: it sees every dilation-th of them, itself
     included. block_size: documents are cut into blocks of so many positions, and it sees its own block alone.
-    global_tokens: beside all this, it sees the first so many positions of its document.
+    global_tokens: beside all this, it sees the first so many positions of its document. memory: so many positions
+    before its block it sees, too (Transformer-XL's segments).
     """
 
     window: int | None = None
     dilation: int = 1
     block_size: int | None = None
     global_tokens: int = 0
+    memory: int = 0
 
     @property
     def reach(self) -> int | None:
         """Within how many positions, itself included, a query's keys lie, global ones apart; None = of any distance."""
         window = None if self.window is None else (self.window - 1) * self.dilation + 1
-        bounds = [bound for bound in (window, self.block_size) if bound is not None]
-        return min(bounds, default=None)
+        block = None if self.block_size is None else self.block_size + self.memory
+        return min((bound for bound in (window, block) if bound is not None), default=None)
 
     def sees(self, behind: Tensor, position: Tensor) -> Tensor:
         """Mark the keys that a query sees.
@@ -40,7 +46,7 @@ class Visibility:
         if self.dilation > 1:
             local = local & (behind % self.dilation == 0)
         if self.block_size is not None:
-            local = local & (behind <= position % self.block_size)
+            local = local & (behind <= position % self.block_size + self.memory)
         return local | (past & (position - behind < self.global_tokens)) if self.global_tokens else local
 
 
@@ -74,6 +80,26 @@ class AttentionPattern:
         after[:, -1:] = len(index)
         return first, after.flip(1).cummin(1).values.flip(1) - 1
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Find the first key that each position sees as a query, and the last query that sees it as a key.
+
+        What lies between is seen, too: global tokens, dilations and windows are not looked at. -> two of [batch, seq_k]
+        int64, none of which ever decreases
+        """
+        first, last = self.documents()
+        size, memory = self.visibility.block_size, self.visibility.memory
+        if size is not None:
+            assert self.positions is not None
+            index = torch.arange(self.positions.shape[1], device=self.positions.device)
+            first = torch.maximum(first, index - self.positions % size - memory)
+            last = torch.minimum(last, index + size - 1 + memory - (self.positions + memory) % size)
+        return first, last
+
+    @property
+    def without_memory(self) -> AttentionPattern:
+        """The same, where a query sees its own block alone."""
+        return replace(self, visibility=replace(self.visibility, memory=0))
+
     def global_keys(self, first: int, device: torch.device) -> Tensor | None:
         """Find the global tokens, before key `first`, of the documents that this key belongs to.
 
@@ -103,13 +129,13 @@ class AttentionPattern:
 
     def bias(self, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute what to add to the scores, -inf where nothing is seen. -> [batch or 1, heads or 1, queries, keys]"""
-        sees = _for_heads(self.visible(query, key))
+        sees = for_heads(self.visible(query, key))
         if self.slopes is None:
             return torch.zeros(sees.shape, dtype=dtype, device=key.device).masked_fill_(~sees, float("-inf"))
-        behind = _for_heads((query.unsqueeze(-1) - key.unsqueeze(-2)).abs())
+        behind = for_heads((query.unsqueeze(-1) - key.unsqueeze(-2)).abs())
         return (-self.slopes.to(dtype).view(-1, 1, 1) * behind).masked_fill(~sees, float("-inf"))
 
 
-def _for_heads(pairs: Tensor) -> Tensor:
+def for_heads(pairs: Tensor) -> Tensor:
     """Make room for heads. [queries, keys] or [batch, queries, keys] -> [batch or 1, 1, queries, keys]"""
     return (pairs if pairs.dim() == 3 else pairs.unsqueeze(0)).unsqueeze(1)

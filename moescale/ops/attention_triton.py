@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from moescale.ops.attention_kernels_triton import MOST_QUERIES, attend, grad_keys, grad_queries
-from moescale.ops.attention_pattern import AttentionPattern
+from moescale.ops.attention_pattern import NOTHING, AttentionPattern, Remembered
 from moescale.ops.descriptors_triton import allow_descriptors, fitting, padded, unpadded
 from moescale.ops.device import shared_bytes
 
@@ -25,39 +25,47 @@ class AttentionTile:
     stages: int
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, remembered: Remembered = NOTHING
+) -> Tensor:
     """Compute exact attention in memory linear in the sequence (FlashAttention-2, alg. 1 and 2).
 
     q: [batch, seq_q, heads, head_dim]. k, v: [batch, seq_k, kv_heads, head_dim]. head_dim is 16 to 256; float32,
-    bfloat16 or float16, computed in float32. -> like q. Every gradient is added up in a fixed order.
+    bfloat16 or float16, computed in float32. remembered: as in `attention`. -> like q. Every gradient is added up in a
+    fixed order.
     """
-    return unpadded(_Flash.apply(padded(q), padded(k), padded(v), pattern), q.shape[3])
+    later = (None if x is None else padded(x) for x in remembered)
+    return unpadded(_Flash.apply(padded(q), padded(k), padded(v), pattern, *later), q.shape[3])
 
 
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, memory_k: Tensor | None,
+        memory_v: Tensor | None,
+    ) -> Tensor:
         q, k, v = fitting(q), fitting(k), fitting(v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         rounded_seq = triton.cdiv(q.shape[1], MOST_QUERIES.value) * MOST_QUERIES.value
         log_sum = torch.empty(q.shape[0], q.shape[2], rounded_seq, dtype=torch.float32, device=q.device)  # in base 2
-        bounds = _document_bounds(pattern)
+        bounds = _bounds(pattern)
         if q.numel():
             allow_descriptors()
             attend[_grid(q, tiles(q)[0].queries)](
                 q, k, v, out, log_sum, *bounds, pattern.slopes, *_numbers(q, k, v, q, pattern),
                 **_options(q, k, pattern, tiles(q)[0]),
             )
-        ctx.pattern = pattern
+        ctx.pattern, ctx.remembers = pattern, memory_k is not None
         ctx.save_for_backward(q, k, v, out, log_sum, *bounds)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum, *bounds = ctx.saved_tensors
         grad, pattern = fitting(grad), ctx.pattern
         make = torch.empty if q.numel() else torch.zeros
         grad_q, grad_k, grad_v = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        own_k, own_v = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)) if ctx.remembers else NOTHING
         if q.numel():
             allow_descriptors()
             delta = torch.empty_like(log_sum)
@@ -67,11 +75,17 @@ class _Flash(torch.autograd.Function):
                 q, k, v, grad, out, log_sum, delta, grad_q, *bounds, pattern.slopes, *numbers,
                 **_options(q, k, pattern, by_queries),
             )
-            grad_keys[_grid(k, by_keys.keys)](
-                q, k, v, grad, log_sum, delta, grad_k, grad_v, *bounds, pattern.slopes, *numbers,
-                **_options(q, k, pattern, by_keys),
-            )
-        return grad_q, grad_k, grad_v, None
+            launches = [(grad_k, grad_v, *bounds)]
+            if ctx.remembers:  # once more over the keys of the own block
+                launches.append((own_k, own_v, *_bounds(pattern.without_memory)))
+            for made in launches:
+                grad_keys[_grid(k, by_keys.keys)](
+                    q, k, v, grad, log_sum, delta, *made, pattern.slopes, *numbers,
+                    **_options(q, k, pattern, by_keys),
+                )
+        if own_k is None or own_v is None:
+            return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, own_k, own_v, None, grad_k - own_k, grad_v - own_v
 
 
 def tiles(q: Tensor) -> tuple[AttentionTile, AttentionTile, AttentionTile]:
@@ -98,11 +112,11 @@ def _grid(x: Tensor, rows: int) -> tuple[int, int, int]:
     return triton.cdiv(x.shape[1], rows), x.shape[2], x.shape[0]
 
 
-def _document_bounds(pattern: AttentionPattern) -> tuple[Tensor | None, Tensor | None]:
-    """Find each position's first and last of its document. -> [batch, seq_k] int32 each, or None"""
+def _bounds(pattern: AttentionPattern) -> tuple[Tensor | None, Tensor | None]:
+    """Find each query's first key and each key's last query, windows apart. -> [batch, seq_k] int32 each, or None"""
     if pattern.positions is None:
         return None, None
-    first, last = pattern.documents()
+    first, last = pattern.bounds()
     return first.int(), last.int()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moescale.comm.collectives import Group
 from moescale.comm.exchange import AllToAll, AsyncExchange
 from moescale.ops.attention import attention
-from moescale.ops.attention_pattern import Visibility
+from moescale.ops.attention_pattern import NOTHING, Remembered, Visibility
 from moescale.ops.permute import permute, reorder
 
 
@@ -50,18 +50,22 @@ class ContextAttention(nn.Module):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, visibility: Visibility = Visibility(),  # noqa: B008
-        positions: Tensor | None = None, alibi_slopes: Tensor | None = None,
+        positions: Tensor | None = None, alibi_slopes: Tensor | None = None, remembered: Remembered = NOTHING,
     ) -> Tensor:
-        """q, k, v: [batch, seq/cp, heads or kv_heads, head_dim]. positions: [batch, seq], whole. -> like q"""
+        """Attend as `attention` does.
+
+        q, k, v, remembered: [batch, seq/cp, heads or kv_heads, head_dim]. positions: [batch, seq], whole. -> like q
+        """
         batch, length, kv_heads, head_dim = k.shape
         seq = length * len(self.pieces)
         # Documents, and so their global tokens, may begin anywhere before.
         plan = self._plan(seq, None if visibility.global_tokens else visibility.reach, k.device)
-        features = torch.cat((k, v), 2).transpose(0, 1).flatten(1)  # [seq/cp, batch x 2 x kv_heads x head_dim]
+        sent = [k, v, *(each for each in remembered if each is not None)]
+        features = torch.cat(sent, 2).transpose(0, 1).flatten(1)  # [seq/cp, batch x (2 or 4) x kv_heads x head_dim]
         exchange = AllToAll(plan.send, plan.receive, self.group, "attention's keys and values")
         rows = AsyncExchange.start(permute(features, plan.token, plan.row), exchange).finish()
         rows = reorder(rows, plan.order, plan.inverse)
-        k, v = rows.view(-1, batch, 2 * kv_heads, head_dim).transpose(0, 1).split(kv_heads, 2)
+        k, v, *later = rows.view(-1, batch, len(sent) * kv_heads, head_dim).transpose(0, 1).split(kv_heads, 2)
         piece_length = seq // sum(len(held) for held in self.pieces)
         outs = []
         for queries, piece, (first, last) in zip(
@@ -69,8 +73,9 @@ class ContextAttention(nn.Module):
         ):
             end = (piece + 1) * piece_length
             seen = None if positions is None else positions[:, end - (last - first) : end]
+            memory_k, memory_v = (each[:, first:last] for each in later) if later else NOTHING
             outs.append(attention(queries, k[:, first:last], v[:, first:last], positions=seen,
-                                  alibi_slopes=alibi_slopes, **vars(visibility)))
+                                  alibi_slopes=alibi_slopes, remembered=(memory_k, memory_v), **vars(visibility)))
         return torch.cat(outs, 1)
 
     def _plan(self, seq: int, reach: int | None, device: torch.device) -> _Plan:

@@ -29,6 +29,8 @@ class AttentionConfig(MixerConfig):
     """In the second half of the heads, a query sees every so manieth position before it, whatever the window is."""
     global_tokens: int = Field(0, ge=0)
     """First positions of a document that all of its queries see beside their window or block."""
+    memory: int = Field(0, ge=0)
+    """Positions before its block that a query sees too, and through which no gradient flows (Transformer-XL)."""
     positions: Literal["rope", "alibi", "none"] = "rope"
     """How attention knows the order: rotated queries and keys, biases by distance, or not at all."""
     rope_theta: float = Field(10000.0, gt=1)
@@ -49,6 +51,13 @@ class AttentionConfig(MixerConfig):
         refuse(self.global_tokens > 0 and not hides,
                f"attention.global_tokens={self.global_tokens} changes nothing where queries see all before them: write "
                "attention.window or attention.block_size, or attention.global_tokens=0")
+        refuse(self.memory > 0 and self.block_size is None,
+               f"attention.memory={self.memory} is what lies before a block: write attention.block_size, or, for all "
+               "that lies so far behind, attention.window instead")
+        refuse(self.memory > 0 and (self.window is not None or self.dilation > 1 or self.stride is not None
+                                    or self.global_tokens > 0),
+               f"attention.memory={self.memory} goes with blocks alone: write attention.window=null, "
+               "attention.dilation=1, attention.stride=null and attention.global_tokens=0, or attention.memory=0")
         refuse(self.stride is not None and not hides,
                f"attention.stride={self.stride} leaves the first half of the heads to a window or a block: write e.g. "
                f"attention.window={self.stride}, or, for all heads, attention.dilation={self.stride} instead")
@@ -98,7 +107,7 @@ class AttentionConfig(MixerConfig):
     def visibilities(self) -> tuple[dict[str, Any], ...]:
         """What is seen by equal shares of the heads, in order, each as keys of `ops.attention_pattern.Visibility`."""
         first = {"window": self.window, "dilation": self.dilation, "block_size": self.block_size,
-                 "global_tokens": self.global_tokens}
+                 "global_tokens": self.global_tokens, "memory": self.memory}
         return (first,) if self.stride is None else (first, {"dilation": self.stride})
 
     @property
@@ -107,7 +116,8 @@ class AttentionConfig(MixerConfig):
         if self.stride is not None:
             return None
         window = None if self.window is None else (self.window - 1) * self.dilation + 1
-        return min((bound for bound in (window, self.block_size) if bound is not None), default=None)
+        block = None if self.block_size is None else self.block_size + self.memory
+        return min((bound for bound in (window, block) if bound is not None), default=None)
 
     @property
     def seen(self) -> int | None:
@@ -137,14 +147,16 @@ class AttentionConfig(MixerConfig):
             "head_dim": 8, "num_heads": num_kv_heads * group, "num_kv_heads": num_kv_heads,
             "window": small.length(self.window), "block_size": small.length(self.block_size),
             "dilation": min(self.dilation, 2), "stride": None if self.stride is None else min(self.stride, 3),
-            "global_tokens": min(self.global_tokens, 2)})
+            "global_tokens": min(self.global_tokens, 2), "memory": self.memory and small.length(self.memory)})
 
 
 def _keys(
-    context: int, window: int | None = None, dilation: int = 1, block_size: int | None = None, global_tokens: int = 0
+    context: int, window: int | None = None, dilation: int = 1, block_size: int | None = None, global_tokens: int = 0,
+    memory: int = 0,
 ) -> int:
     """Count the keys that a query after so many positions sees."""
-    local = min(window or context, -(-min(block_size or context, context) // dilation))
+    block = context if block_size is None else min(block_size + memory, context)
+    local = min(window or context, -(-block // dilation))
     return min(local + global_tokens, context)
 
 

@@ -74,6 +74,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "rope": {}, "window": {"window": 5}, "alibi": {"positions": "alibi"}, "none": {"positions": "none"},
     "alibi window": {"positions": "alibi", "window": 5}, "palm": {"block": "parallel", "num_kv_heads": 1},
     "block": {"block_size": 5}, "alibi block": {"positions": "alibi", "block_size": 6, "window": 4},
+    "segments": {"block_size": 4, "memory": 7}, "alibi segments": {"positions": "alibi", "block_size": 9, "memory": 2},
     "dilated": {"window": 3, "dilation": 3}, "every third": {"dilation": 3, "positions": "alibi"},
     "strided": {"window": 4, "stride": 4}, "strided, one key head": {"window": 4, "stride": 3, "num_kv_heads": 1},
     "global": {"window": 4, "global_tokens": 2},
@@ -168,9 +169,9 @@ def test_a_recurrent_state_is_as_large_as_described() -> None:
 
 def test_a_window_keeps_its_size_and_no_more() -> None:
     window, whole = Attention(16, 4, 2, 8, visibilities=[Visibility(6)]), Attention(16, 4, 2, 8)
-    dilated, sinks = (Attention(16, 4, 2, 8, visibilities=[seen])
-                      for seen in (Visibility(3, 2), Visibility(6, global_tokens=2)))
-    for mixer in (window, whole, dilated, sinks):
+    dilated, sinks, segments = (Attention(16, 4, 2, 8, visibilities=[seen]) for seen in (
+        Visibility(3, 2), Visibility(6, global_tokens=2), Visibility(block_size=3, memory=4)))
+    for mixer in (window, whole, dilated, sinks, segments):
         spec = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, **vars(mixer.visibilities[0]))
         for length in (4, 6, 100):
             assert mixer.new_state(3, length).num_bytes() == spec.state_bytes(16, 3, length, 4)

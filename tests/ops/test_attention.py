@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moescale.ops import attention as module
 from moescale.ops import attention_chunked
 from moescale.ops.attention import attention, flex
-from moescale.ops.attention_pattern import AttentionPattern, Visibility
+from moescale.ops.attention_pattern import NOTHING, AttentionPattern, Visibility
 from tests.support.memory import Memory
 
 
@@ -49,7 +49,7 @@ def test_flash_attention_takes_memory_that_grows_with_the_sequence() -> None:
 VISIBILITIES = st.builds(
     Visibility, st.one_of(st.none(), st.integers(1, 100)), st.sampled_from([1, 1, 2, 3, 7, 200]),
     st.one_of(st.none(), st.integers(1, 100)), st.sampled_from([0, 0, 1, 3, 9, 100]),
-)
+) | st.builds(lambda size, memory: Visibility(block_size=size, memory=memory), st.integers(1, 60), st.integers(1, 60))
 
 
 @example(40, 0, (2, 2), True, Visibility(dilation=3), [10, 25], False, "auto")
@@ -94,7 +94,8 @@ def test_what_a_query_sees_is_what_the_survey_says(seen: Visibility, restarts: l
     expected = [[
         j <= i and number[i] - number[j] == i - j  # of one document
         and (((i - j) % every == 0 and (i - j) // every < window
-              and (seen.block_size is None or number[i] // seen.block_size == number[j] // seen.block_size))
+              and (seen.block_size is None
+                   or number[j] >= number[i] // seen.block_size * seen.block_size - seen.memory))
              or number[j] < seen.global_tokens)
         for j in range(41)] for i in range(41)]
     pattern = AttentionPattern(True, seen, torch.tensor([number]), None, 1.0)
@@ -140,6 +141,7 @@ def test_what_nobody_sees_is_not_computed() -> None:
         {"window": 32}, {"block_size": 32}, {"window": 16, "dilation": 4}, {"window": 16, "global_tokens": 4}]
     for each in local:
         assert slope(lambda _, each=each: each) < 1.1, each  # type: ignore[misc]
+    assert slope(lambda _: {"block_size": 32, "memory": 40}) < 1.1
     assert 1.4 < slope(lambda seq: {"dilation": math.isqrt(seq)}) < 1.6
     assert slope(lambda _: {}) > 1.8
 
@@ -151,10 +153,10 @@ def test_flex_says_the_same_pattern(causal: bool) -> None:
 
     q, k, v = (torch.randn(2, seq, heads, 16) for seq, heads in ((60, 4), (90, 2), (90, 2)))
     positions = torch.stack((torch.arange(90), torch.arange(90) % 31))
-    seen = Visibility(20, 2, 25, 3) if causal else Visibility()
-    pattern = AttentionPattern(causal, seen, positions, torch.rand(4), 0.2)
-    exact = module._BACKENDS["reference"](q, k, v, pattern)
-    torch.testing.assert_close(flex(q, k, v, pattern, flex_attention), exact, atol=1e-5, rtol=1e-5)
+    for seen in (Visibility(20, 2, 25, 3), Visibility(block_size=12, memory=20)) if causal else (Visibility(),):
+        pattern = AttentionPattern(causal, seen, positions, torch.rand(4), 0.2)
+        exact = module._BACKENDS["reference"](q, k, v, pattern, NOTHING)
+        torch.testing.assert_close(flex(q, k, v, pattern, flex_attention), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -174,6 +176,8 @@ def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     (lambda q: attention(q, q, q, window=2, global_tokens=3, backend="triton"), "knows no global tokens"),
     (lambda q: attention(q[..., :8], q[..., :8], q[..., :8], backend="triton"), "head_dim 16"),
     (lambda q: attention(q, q, q, backend="flex"), "backend=auto"),
+    (lambda q: attention(q, q, q, block_size=2, memory=9, remembered=(q, q), backend="flex"), "backend=auto"),
+    (lambda q: attention(q, q, q, window=3, memory=2), "block_size alone"),
 ])
 def test_what_cannot_be_is_refused(call: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -36,6 +36,7 @@ LAYOUTS_OF = {  # what is not named takes all
     "left_behind": [(2, {"cp": 2}), (2, {"pp": 2})], "sinkhorn": [(2, {"tp": 2, "ep": 2}), PIPELINE],
     "jamba": [CUT, PIPELINE], "mamba": [(4, {"cp": 4})], "mamba2": [CUT],
     "pattern": [CUT, PIPELINE], "windows": [(2, {"cp": 2})], "memories": [CUT], "systems": [CUT],
+    "segments": [CUT, (4, {"pp": 2, "cp": 2, "recompute": "full"})],
     "rezero": [SHARED, CUT, (4, {"pp": 2, "cp": 2, "ep": 2, "recompute": "full"})],
 }
 CASES = [(family, *layout) for family in FAMILIES for layout in LAYOUTS_OF.get(family, LAYOUTS)]

@@ -59,6 +59,9 @@ FAMILIES = {
     "windows": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
                     {"attention": {"window": 3}}, {"attention": {"window": 14, "num_kv_heads": 4}}]}),
                 "moe": {"num_experts": 4, "d_ff": 16}},
+    "segments": {**in_groups({**MODEL, "num_layers": 2, "init": "fan_in", "block_size": 5, "pattern": [
+                     {"attention": {"memory": 4}}, {"attention": {"memory": 12, "positions": "alibi"}}]}),
+                 "moe": {"num_experts": 4, "d_ff": 16}},
     "jamba": {**in_groups({**MODEL, "init": "fan_in", "pattern": [
                   {"mixer": "mamba", "channel_mixer": "feed_forward"}, {"channel_mixer": "feed_forward"},
                   {"mixer": "mamba", "mamba": {"inner_norms": True}}, {"mixer": "mamba", "mamba": {"d_conv": 2}}]}),

@@ -59,6 +59,22 @@ def test_large_heads(head_dim: int, dtype: torch.dtype) -> None:
     run(35, 50, (2, 1), head_dim, dtype, window=20, restarts=[[11]], alibi=True)
 
 
+@pytest.mark.parametrize(("size", "memory"), [(16, 40), (40, 7), (1, 33)])
+def test_segments_part_the_gradients(size: int, memory: int) -> None:
+    """Those of keys that queries of later blocks see go to what is remembered."""
+    torch.manual_seed(size)
+    positions = torch.stack((torch.arange(90), torch.cat((torch.arange(50), torch.arange(40)))))
+    q, k, v = (torch.randn(2, seq, heads, 16) for seq, heads in ((70, 4), (90, 2), (90, 2)))
+
+    def call(backend: str):
+        return lambda q, k, v, *remembered: attention(
+            q, k, v, block_size=size, memory=memory, remembered=remembered, positions=positions,
+            alibi_slopes=torch.rand(4, generator=torch.Generator().manual_seed(0)),
+            backend=backend)  # type: ignore[arg-type]
+
+    check(call("triton"), call("reference"), [q, k, v, k, v], [torch.float32] * 5)
+
+
 def test_other_strides_and_equal_gradients_again() -> None:
     torch.manual_seed(0)
     results = []
