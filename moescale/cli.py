@@ -1,4 +1,4 @@
-"""The command line: `moescale train`, `doctor`, `config`, `generate`, `evaluate`, `verify`, `convert` and others."""
+"""The command line: `moescale train`, `doctor`, `config`, `data`, `generate`, `evaluate`, `verify` and others."""
 
 from __future__ import annotations
 
@@ -157,6 +157,30 @@ def config(
             settled = load_config(file, overrides)
         typer.echo(settled.to_yaml() if yaml else
                    "\n".join(describe(settled, shutil.get_terminal_size((100, 24)).columns)), nl=False)
+
+
+@app.command(no_args_is_help=True, context_settings=TAKES_OVERRIDES)
+def data(
+    config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/quickstart.yaml.")],
+    destination: Annotated[Path, typer.Argument(help="What the names of the files begin with, e.g. tokens/mine.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. data.files=[texts/*.md].")
+    ] = None,
+) -> None:
+    """Write the tokens of a run's text as Megatron's indexed datasets.
+
+    moescale data configs/quickstart.yaml tokens/mine 'data.files=[texts/**/*.md]'
+
+    DESTINATION_train.bin and DESTINATION_held_out.bin hold the tokens of the documents that the run would train on and
+    hold out, each with an .idx beside it; with data.weights, DESTINATION_train_0.bin and others hold those of each
+    entry of data.files. MoEScale reads such files in data.files, and Megatron in its data paths.
+    """
+    with _one_line_errors(config, destination, stopped="stopped"):
+        settled = load_config(config, overrides or [])
+        from moescale.data.export import export
+
+        for line in export(settled.data, destination):
+            typer.echo(line)
 
 
 @app.command(no_args_is_help=True)

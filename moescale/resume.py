@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ def first_batches(config: Config, corpus: TokenCorpus, start: Position) -> Batch
 def order_text(config: Config, corpus: TokenCorpus, start: Position) -> Batches:
     """Order the training text from a position on."""
     data = config.data
-    return Batches(corpus.train, seq_len=data.seq_len, global_batch=data.global_batch, seed=config.run.seed,
-                   start=start, batch_schedule=data.batch_schedule)
+    return Batches(corpus.blend or corpus.train, seq_len=data.seq_len, global_batch=data.global_batch,
+                   seed=config.run.seed, start=start, batch_schedule=data.batch_schedule)
 
 
 def locate(config: Config, path: Path, overrides: Sequence[str]) -> Config:
@@ -231,10 +231,13 @@ def _peak(checkpoint: Path, state: Mapping[str, Any], old: Config) -> Peak:
 def _translated(before: Position, old: Config, config: Config, corpus: TokenCorpus) -> Position:
     """Say where the run stands in the same text, with sequences that may be of another length.
 
-    They go on where as many tokens of the epoch were seen, which is exact between two epochs.
+    They go on where as many tokens of the epoch were seen, which is exact between two epochs; of a blend, whose parts
+    have epochs of their own, where as many tokens were seen.
     """
     if old.data.seq_len == config.data.seq_len:
         return before
+    if corpus.blend is not None:
+        return replace(before, sequences=-(-before.sequences * old.data.seq_len // config.data.seq_len))
     windows, old_windows = (num_windows(corpus.train, some.data.seq_len) for some in (config, old))
     epoch, sequence = divmod(before.sequences, max(1, old_windows))
     within = min(windows, -(-sequence * old.data.seq_len // config.data.seq_len))
@@ -246,6 +249,10 @@ def _told_position(
 ) -> list[str]:
     ways = [("data.seq_len", old.data.seq_len, config.data.seq_len), ("run.seed", old.run.seed, config.run.seed)]
     other = [name for name, was, now in ways if was != now]
+    if other and corpus.blend is not None:
+        return [f"{' and '.join(other)} changed: {before.tokens:,} tokens were seen, and sequence {start.sequences:,} "
+                "comes next; as the order is another one, some text of this epoch comes again and some is left out "
+                "until the next"]
     if other:
         windows = num_windows(corpus.train, config.data.seq_len)
         epoch, sequence = divmod(start.sequences, max(1, windows))

@@ -68,6 +68,8 @@ def evaluate_checkpoint(
         if not key.startswith(EVALUATION_KEYS):
             raise ConfigError(f"{key} cannot change in an evaluation: write data.files=[...], another key of data, "
                               f"{' or '.join(EVALUATION_KEYS[1:])}")
+    if "data.files" in keys and "data.weights" not in keys:
+        overrides = [*overrides, "data.weights=[]"]  # they were of other files
     return read_last(path, lambda folder: _evaluate(folder, overrides, keys, whole))
 
 
@@ -84,7 +86,8 @@ def _evaluate(
     if "data.files" in keys and "data.held_out_files" not in keys:
         data = data.model_copy(update={"held_out_files": data.files})
     corpus = prepare_tokens(data)
-    notes = [note for note in dict.fromkeys(corpus.notes) if "data.held_out_files" not in note]
+    of_training = ("data.held_out_files", "data.weights")
+    notes = [note for note in dict.fromkeys(corpus.notes) if not any(key in note for key in of_training)]
     if held_out and state.get("corpus") not in (None, corpus.fingerprint):
         notes.append("the texts are not those that the run was trained with, so that some may have been trained on")
     split, seq_len = corpus.held_out, data.seq_len

@@ -57,6 +57,8 @@ class RunConfig(Group):
 class DataConfig(Group):
     files: tuple[LocalPath, ...] = ()
     """Paths and globs of the training text; none is the source of the running Python's own standard library."""
+    weights: tuple[float, ...] = ()
+    """Shares of the sequences that the entries of data.files get, e.g. [0.7, 0.3]; none is by the length of each."""
     tokenizer: LocalPath | None = "bytes"
     """`bytes`, or the path of a Hugging Face tokenizer.json; null is not known, of a model that came without one."""
     begin_token: str | None = None
@@ -90,6 +92,9 @@ class DataConfig(Group):
             refuse(self.tokenizer == "bytes" and getattr(self, key) is not None,
                    f"data.{key}={getattr(self, key)} means nothing to data.tokenizer=bytes: write data.{key}=null, or "
                    "data.tokenizer=PATH of a tokenizer.json that has this token")
+        refuse(bool(self.weights) and (len(self.weights) != len(self.files) or min(self.weights) <= 0),
+            f"data.weights={list(self.weights)} must be a number above 0 for each of the {len(self.files)} entries of "
+            "data.files, e.g. [0.7, 0.3] for two, or [] for none")
         steps = [0, *(step for step, _ in self.batch_schedule)]
         refuse(steps != sorted(set(steps)) or min(self.batches) < 1,
                f"data.batch_schedule={[list(each) for each in self.batch_schedule]}: write pairs of a step and a "

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from moescale.config import ConfigError
+from moescale.data.blend import Blend
 from moescale.data.split import TokenSplit
+from moescale.errors import refuse
 
 IGNORED = -100  # a target that no loss counts
 
@@ -60,24 +62,26 @@ class Batches:
     """The training sequences of every step, shared out over the batch ranks.
 
     The stream of tokens is cut into windows that overlap by the one token that is the last target. An epoch visits
-    every window once, in an order drawn from the seed and the epoch; sequence numbers run on from epoch to epoch.
+    every window once, in an order drawn from the seed and the epoch; sequence numbers run on from epoch to epoch. Of a
+    blend, each stream has its own epochs.
     Nothing is kept from step to step, so any step from the start on can be asked for, on any number of ranks.
     """
 
     def __init__(
-        self, tokens: TokenSplit, *, seq_len: int, global_batch: int, seed: int, start: Position = START,
+        self, tokens: TokenSplit | Blend, *, seq_len: int, global_batch: int, seed: int, start: Position = START,
         batch_schedule: Sequence[tuple[int, int]] = (),
     ) -> None:
         """start: where a run stood when it went on with these settings. batch_schedule: steps, and sequences then."""
-        self.tokens, self.seq_len, self.seed, self.start = tokens, seq_len, seed, start
+        self.blend = tokens if isinstance(tokens, Blend) else Blend((tokens,), ("",), (1.0,))
+        self.seq_len, self.seed, self.start = seq_len, seed, start
         self.stretches = [(0, global_batch), *batch_schedule]
-        self.num_windows = num_windows(tokens, seq_len)
-        if self.num_windows < 1:
-            advice = (f"use data.seq_len={tokens.num_tokens - 1} or less, or more text" if tokens.num_tokens > 1
+        self.num_windows = [num_windows(part, seq_len) for part in self.blend.parts]
+        for part, name, windows in zip(self.blend.parts, self.blend.names, self.num_windows, strict=True):
+            advice = (f"use data.seq_len={part.num_tokens - 1} or less, or more text" if part.num_tokens > 1
                       else "name more text in data.files")
-            raise ConfigError(f"data.seq_len={seq_len} needs {seq_len + 1} tokens, but the training documents hold "
-                              f"{tokens.num_tokens}: {advice}")
-        self._orders: dict[int, np.ndarray] = {}  # of the last epochs asked for
+            refuse(windows < 1, f"data.seq_len={seq_len} needs {seq_len + 1} tokens, but the training documents "
+                   f"{f'of {name} ' if name else ''}hold {part.num_tokens}: {advice}")
+        self._orders: dict[tuple[int, int], np.ndarray] = {}  # of the last epochs asked for, by part and epoch
 
     def position(self, step: int) -> Position:
         """Return where the run is after so many steps, none before the start."""
@@ -87,8 +91,9 @@ class Batches:
         return Position(step, self.start.sequences + sequences, self.start.tokens + sequences * self.seq_len)
 
     def epochs(self, step: int) -> float:
-        """Return how often the text has been seen after so many steps."""
-        return self.position(step).sequences / self.num_windows
+        """Return how often the text has been seen after so many steps, of a blend the one that was seen most often."""
+        counts = self.blend.counts(self.position(step).sequences)
+        return max(count / windows for count, windows in zip(counts, self.num_windows, strict=True))
 
     def micro_batches(self, step: int, rank: int, num_ranks: int, micro_batch: int) -> list[Batch]:
         """Give one batch rank its sequences of one optimizer step, in order.
@@ -106,18 +111,21 @@ class Batches:
                 for place in range(first, first + share, micro_batch)]
 
     def _sequence(self, number: int) -> np.ndarray:
-        epoch, within = divmod(number, self.num_windows)
-        sequence = _read(self.tokens, int(self._order(epoch)[within]) * self.seq_len, self.seq_len, number)
+        part, place = self.blend.place(number)
+        epoch, within = divmod(place, self.num_windows[part])
+        window = int(self._order(part, epoch)[within])
+        sequence = _read(self.blend.parts[part], window * self.seq_len, self.seq_len, number)
         sequence[-1] += self.start.tokens - self.start.sequences * self.seq_len  # no number twice in a run
         return sequence
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            while len(self._orders) > 1:  # a step may end one epoch and begin the next
-                del self._orders[min(self._orders)]
-            generator = np.random.default_rng(np.random.SeedSequence((self.seed, epoch)))
-            self._orders[epoch] = generator.permutation(self.num_windows)
-        return self._orders[epoch]
+    def _order(self, part: int, epoch: int) -> np.ndarray:
+        if (part, epoch) not in self._orders:
+            kept = sorted(key for key in self._orders if key[0] == part)
+            for key in kept[:-1]:  # a step may end one epoch and begin the next
+                del self._orders[key]
+            generator = np.random.default_rng(np.random.SeedSequence((self.seed, epoch, part)))
+            self._orders[part, epoch] = generator.permutation(self.num_windows[part])
+        return self._orders[part, epoch]
 
 
 def num_windows(tokens: TokenSplit, seq_len: int) -> int:

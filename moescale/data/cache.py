@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moescale.data.documents import BLOCK_BYTES, SourceFile
+from moescale.data.documents import BLOCK_BYTES, STAMP, SourceFile
 from moescale.data.pack import LARGEST_LIST, Pack, open_pack
 from moescale.data.progress import reading
 from moescale.files.locks import FileLock, is_locked, lock
@@ -60,7 +60,7 @@ class TokenCache:
         with reading("looking for changes", total) as shown:
             for file in files:
                 stamp, entry = list(file.stamp), known.get(file.path)
-                settled = time.time_ns() - max(file.stamp[1:3]) > SETTLED_NS
+                settled = time.time_ns() - max(file.stamp[1::STAMP] + file.stamp[2::STAMP]) > SETTLED_NS
                 if not (isinstance(entry, list) and entry[:-1] == stamp):
                     entry = [*stamp, content_hash(file)]
                 hashes[file.path] = entry[-1]
@@ -152,14 +152,16 @@ class TokenCache:
 
 
 def content_hash(file: SourceFile) -> str:
-    """Hash a file's bytes. Raises ConfigError when it cannot be read."""
-    digest, left = hashlib.sha256(), file.size_bytes
-    with file.readable_errors(), open(file.path, "rb") as source:
-        while left > 0 and (block := source.read(min(left, BLOCK_BYTES))):
-            digest.update(block)
-            left -= len(block)
-        if source.read(1):
-            digest.update(b"more")  # the file has grown since it was described, and may go on
+    """Hash a file's bytes, and those of its index. Raises ConfigError when one cannot be read."""
+    digest = hashlib.sha256()
+    for path, size in zip(file.paths, file.stamp[::STAMP], strict=True):
+        left = size
+        with file.readable_errors(), open(path, "rb") as source:
+            while left > 0 and (block := source.read(min(left, BLOCK_BYTES))):
+                digest.update(block)
+                left -= len(block)
+            if source.read(1):
+                digest.update(b"more")  # the file has grown since it was described, and may go on
     return digest.hexdigest()
 
 

@@ -7,12 +7,14 @@ import os
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moescale.config import ConfigError
 from moescale.data.documents import (
     COMPRESSED,
+    INDEX,
+    INDEXED,
     LINE_SUFFIXES,
     MAX_DOCUMENT_BYTES,
     PARQUET,
@@ -111,7 +113,10 @@ def _expand(pattern: str, key: str) -> Iterable[SourceFile]:
         kind = kind_of(match)  # of the name as given: a link may lead to a blob without an ending
         if kind is None and os.path.lexists(match):
             raise ConfigError(f"{key}: {match} is of an unknown kind: use {', '.join(TEXT_SUFFIXES + LINE_SUFFIXES)}, "
-                              f"each also with {' or '.join(COMPRESSED)}, or {PARQUET}")
+                              f"each also with {' or '.join(COMPRESSED)}, {PARQUET}, or {INDEXED} beside {INDEX}")
+        if kind in (INDEXED, INDEX):
+            yield _describe_indexed(match[: -len(INDEXED)], key)
+            continue
         file = describe(os.path.realpath(match), kind or "", key)
         check_packages(file)
         if file.suffix in TEXT_SUFFIXES and not file.compression and file.size_bytes > MAX_DOCUMENT_BYTES:
@@ -138,7 +143,8 @@ def describe(path: str, kind: str, key: str) -> SourceFile:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise ConfigError(f"{key}: no such file: {path}: check the path") from None
+        advice = f"write {path}{INDEXED}" if os.path.isfile(path + INDEXED) else "check the path"
+        raise ConfigError(f"{key}: no such file: {path}: {advice}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         raise ConfigError(f"{key}: {path!r} cannot be read ({reason}): check the path") from None
@@ -146,3 +152,13 @@ def describe(path: str, kind: str, key: str) -> SourceFile:
         raise ConfigError(f"{key}: {path} is not a regular file: save its text to one")
     stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
     return SourceFile(path, kind, key, status.st_size, stamp)
+
+
+def _describe_indexed(prefix: str, key: str) -> SourceFile:
+    """Look up a file of tokens and its index, by the name that both begin with."""
+    for here, other in ((INDEXED, INDEX), (INDEX, INDEXED)):
+        if os.path.lexists(prefix + here) and not os.path.lexists(prefix + other):
+            raise ConfigError(f"{key}: {prefix}{here} needs {os.path.basename(prefix)}{other} beside it, and there is "
+                              "none: copy both")
+    tokens, index = (describe(os.path.realpath(prefix + ending), INDEXED, key) for ending in (INDEXED, INDEX))
+    return replace(tokens, stamp=tokens.stamp + index.stamp, index=index.path)

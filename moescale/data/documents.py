@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+import numpy as np
+
 from moescale.config import ConfigError
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")  # a document per file
 LINE_SUFFIXES = (".jsonl", ".json")  # a document per line
 PARQUET = ".parquet"  # a document per row
+INDEXED, INDEX = ".bin", ".idx"  # tokens of documents, and where each of them begins and ends
 COMPRESSED = (".gz", ".zst")
 KIND_FIELDS = ("language", "lang", "source")  # of a line or row: what kind of document it is, the first that is there
 MAX_KIND_LETTERS = 40
@@ -29,6 +32,7 @@ MAX_DOCUMENT_BYTES = 2**30
 MAX_LINE_BYTES = 2**26  # JSON of many small values takes twenty times its size
 MAX_GROWTH, GROWTH_FROM_BYTES = 200, 2**26  # text shrinks tenfold; only what is made to fill a disk grows more
 BLOCK_BYTES = 2**20
+STAMP = 5  # numbers of a stamp, a path: size, times of change of content and of inode, inode, device
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class SourceFile:
     """One file of a corpus.
 
     path: with links resolved. kind: the ending of the name that the user gave, `.gz` or `.zst` included. key: of the
-    configuration, which names it. stamp: size, inode and times, which no change of the content leaves as they are.
+    configuration, which names it. stamp: size, inode and times, which no change of the content leaves as they are, of
+    each path. index: of a file of tokens, the path of what says where its documents lie.
     """
 
     path: str
@@ -44,6 +49,12 @@ class SourceFile:
     key: str
     size_bytes: int
     stamp: tuple[int, ...]
+    index: str | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """List the files on whose content the documents depend."""
+        return (self.path,) if self.index is None else (self.path, self.index)
 
     @property
     def suffix(self) -> str:
@@ -70,10 +81,14 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and what kind of file it is: the name's ending, or what its line says it is."""
+    """A text, and what kind of file it is: the name's ending, or what its line says it is.
+
+    ids: [tokens], those of the text without beginning and end, where the file holds tokens.
+    """
 
     text: str
     kind: str
+    ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ def kind_of(name: str) -> str | None:
     lower = name.lower()
     compression = next((ending for ending in COMPRESSED if lower.endswith(ending)), "")
     suffix = os.path.splitext(lower.removesuffix(compression))[1]
-    known = TEXT_SUFFIXES + LINE_SUFFIXES + (() if compression else (PARQUET,))
+    known = TEXT_SUFFIXES + LINE_SUFFIXES + (() if compression else (PARQUET, INDEXED, INDEX))
     return suffix + compression if suffix in known else None
 
 

@@ -166,8 +166,10 @@ class PackWriter:
 
     def append(self, documents: Sequence[tuple[int, Document]]) -> None:
         """Tokenize documents and write them, each with the number of its file; files in the order they began in."""
-        encoded = self.tokenizer.encode_batch([document.text for _, document in documents])
-        for (file, document), ids in zip(documents, encoded, strict=True):
+        encoded = iter(self.tokenizer.encode_batch(
+            [document.text for _, document in documents if document.ids is None]))
+        for file, document in documents:
+            ids = next(encoded) if document.ids is None else document.ids
             assert len(ids) == 0 or 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size
             content = document.text.encode()
             tokens = with_boundaries(self.tokenizer, ids, self.dtype)

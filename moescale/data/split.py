@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -92,6 +93,14 @@ class TokenSplit:
             inside = pack.starts[slice(*np.searchsorted(pack.starts, (begin, end)))] - begin + offset
             origin[inside] = inside
         return tokens, np.arange(length) - np.maximum.accumulate(origin)
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Yield the tokens of each document, with those that begin and end it."""
+        for number, begin, end in zip(self.pack, self.begin, self.begin + np.diff(self.first), strict=True):
+            pack = self.packs[number]
+            starts = pack.starts[slice(*np.searchsorted(pack.starts, (begin, end)))]
+            for first, last in pairwise([*starts.tolist(), int(end)]):
+                yield pack.read(first, last)
 
     def kinds_of(self, start: int, length: int) -> list[str]:
         """Say which kind of document each of these tokens is from."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from moescale.config import ConfigError, DataConfig
+from moescale.data.blend import Blend
 from moescale.data.cache import CHECKED_AT_START_BYTES, TokenCache, content_hash
 from moescale.data.corpus import Corpus, open_corpus
 from moescale.data.documents import (
@@ -28,6 +29,7 @@ from moescale.data.documents import (
     SourceFile,
     read_documents,
 )
+from moescale.data.indexed import read_indexed
 from moescale.data.pack import FORMAT, Pack, PackWriter
 from moescale.data.progress import Reading, reading
 from moescale.data.split import TokenSplit, held_out_documents
@@ -42,12 +44,13 @@ CHUNK_CHARACTERS = 2**22  # handed to the tokenizer at a time
 class TokenCorpus:
     """A tokenized corpus.
 
-    fingerprint: a hash of the tokens and document starts of both splits, the same wherever the files lie. notes: lines
-    for the user, on documents that were left out. is_default: it is the running Python's library. cache: which holds on
-    to the packs.
+    train: all that is trained on. blend: the same, as data.weights takes from it. fingerprint: a hash of the tokens and
+    document starts of both splits, and of the blend, the same wherever the files lie. notes: lines for the user, on
+    documents that were left out. is_default: it is the running Python's library. cache: which holds on to the packs.
     """
 
     train: TokenSplit
+    blend: Blend | None
     held_out: TokenSplit
     fingerprint: str
     notes: tuple[str, ...]
@@ -73,7 +76,8 @@ def prepare_tokens(config: DataConfig) -> TokenCorpus:
     not work.
     """
     tokenizer = configured_tokenizer(config)
-    corpora = [open_corpus(config.files, config.text_field, config.bad_documents)]
+    entries = [(entry,) for entry in config.files] if config.weights else [config.files]
+    corpora = [open_corpus(entry, config.text_field, config.bad_documents) for entry in entries]
     if config.held_out_files:
         corpora.append(open_corpus(config.held_out_files, config.text_field, config.bad_documents,
                                    "data.held_out_files"))
@@ -95,7 +99,7 @@ def prepare_tokens(config: DataConfig) -> TokenCorpus:
     except OSError as error:  # the corpus turns its own into ConfigError
         raise ConfigError(f"data.cache_dir={config.cache_dir}: cannot write tokens to {cache.directory} "
                           f"({error.strerror or error}): make room there or name another directory") from None
-    return _corpus(cache, packs, recipes, config.held_out)
+    return _corpus(cache, packs, recipes, config)
 
 
 def _refuse_binary(corpora: Sequence[Corpus]) -> None:
@@ -215,7 +219,9 @@ class _Chunk:
 def _read_file(
     recipe: _Recipe, file: SourceFile, number: int, chunk: _Chunk, position: Callable[[int], None]
 ) -> None:
-    for each in read_documents(file, recipe.corpus.text_field, position):
+    documents = (read_documents(file, recipe.corpus.text_field, position) if file.index is None
+                 else read_indexed(file, chunk.writer.tokenizer, position))
+    for each in documents:
         if isinstance(each, BadDocument):
             recipe.corpus.refuse(file, each)
             chunk.writer.skip(number, each)
@@ -225,42 +231,61 @@ def _read_file(
 
 
 def _halves(document: Document, cut: float | None) -> Iterable[Document]:
-    """Cut a document in two, the second part being the share `cut`; None leaves it whole."""
+    """Cut a document's text in two, the second part being the share `cut`; None leaves it whole."""
     text = document.text
     if cut is None:
         return (document,)
     end = max(1, min(len(text) - 1, len(text) - round(len(text) * cut)))
-    return replace(document, text=text[:end]), replace(document, text=text[end:])
+    return replace(document, text=text[:end], ids=None), replace(document, text=text[end:], ids=None)
 
 
 # ---- splitting
 
 
 def _corpus(
-    cache: TokenCache, packs: Sequence[Sequence[Pack]], recipes: Sequence[Sequence[_Recipe]], share: float
+    cache: TokenCache, packs: Sequence[Sequence[Pack]], recipes: Sequence[Sequence[_Recipe]], config: DataConfig
 ) -> TokenCorpus:
-    """Part the documents into those to train on and those held out."""
+    """Part the documents into those to train on and those held out.
+
+    packs, recipes: of each entry of a blend, or of all files; then those of data.held_out_files, if there are some.
+    """
     notes = []
     for some, written in zip(packs, recipes, strict=True):
         notes += _find_bad(some, written)
         if not any(len(pack.starts) for pack in some):
             raise ConfigError("; ".join([str(written[0].corpus.empty()), *notes]))
-    texts = [pack.texts for pack in packs[0]]
-    if len(packs) == 2:
-        held_out = TokenSplit.of(packs[1], [np.ones(len(pack.texts), dtype=bool) for pack in packs[1]])
-        left_out = [np.isin(part, np.concatenate([pack.texts for pack in packs[1]])) for part in texts]
-        train = TokenSplit.of(packs[0], [~part for part in left_out])
+    entries = packs[: max(1, len(config.weights))]
+    files = [pack for entry in entries for pack in entry]
+    texts = [pack.texts for pack in files]
+    if config.held_out_files:
+        held_out = TokenSplit.of(packs[-1], [np.ones(len(pack.texts), dtype=bool) for pack in packs[-1]])
+        left_out = [np.isin(part, np.concatenate([pack.texts for pack in packs[-1]])) for part in texts]
         count = sum(int(part.sum()) for part in left_out)
         if count:
             notes.append(f"{count:,} documents of data.files are not trained on: data.held_out_files has their texts")
     else:
         if recipes[0][0].cut is None:
-            chosen = held_out_documents(texts, share)
+            left_out = held_out_documents(texts, config.held_out)
         else:
-            chosen = [np.arange(len(part)) % 2 == 1 for part in texts]
-        train, held_out = TokenSplit.of(packs[0], [~part for part in chosen]), TokenSplit.of(packs[0], chosen)
-    return TokenCorpus(train, held_out, _hash(train.fingerprint(), held_out.fingerprint()), tuple(notes),
-                       recipes[0][0].corpus.is_default, cache)
+            left_out = [np.arange(len(part)) % 2 == 1 for part in texts]
+        held_out = TokenSplit.of(files, left_out)
+    trained = [~part for part in left_out]
+    train = TokenSplit.of(files, trained)
+    fingerprint, blend = _hash(train.fingerprint(), held_out.fingerprint()), None
+    if config.weights:
+        blend = _blend(config, entries, trained)
+        notes += [f"data.weights takes {share:.3%} of the sequences from {name}: {part.num_tokens:,} tokens of "
+                  f"{part.num_documents:,} documents"
+                  for share, name, part in zip(blend.shares, blend.names, blend.parts, strict=True)]
+        fingerprint = _hash(fingerprint, [part.fingerprint() for part in blend.parts], blend.shares)
+    return TokenCorpus(train, blend, held_out, fingerprint, tuple(notes), recipes[0][0].corpus.is_default, cache)
+
+
+def _blend(config: DataConfig, entries: Sequence[Sequence[Pack]], trained: Sequence[np.ndarray]) -> Blend:
+    """Make a stream of each entry's documents to train on. trained: of each pack of all entries, [documents] bool"""
+    masks = iter(trained)
+    parts = tuple(TokenSplit.of(entry, [next(masks) for _ in entry]) for entry in entries)
+    return Blend(parts, config.files, config.weights)
 
 
 def _find_bad(packs: Sequence[Pack], recipes: Sequence[_Recipe]) -> list[str]:

@@ -84,7 +84,7 @@ def test_tokens_targets_and_positions_against_a_loop() -> None:
 def test_each_epoch_visits_each_window_once_in_another_order() -> None:
     tokens = make_split(1000)
     batches = Batches(tokens, seq_len=9, global_batch=16, seed=1)
-    count = batches.num_windows
+    (count,) = batches.num_windows
     rows = [str(row) for step in range(25) for row in batches.micro_batches(step, 0, 1, 16)[0].tokens.tolist()]
     epochs = [rows[first : first + count] for first in range(0, len(rows) - count + 1, count)]
     assert count == 111
