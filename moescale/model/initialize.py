@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ def initialize(model: nn.Module, spec: ModelSpec, seed: int) -> None:
         for index, matrix in enumerate(matrices):
             whole = torch.empty(shape, dtype=local.dtype, device=local.device)
             _fill(whole, weight.init, _generator(seed, f"{name}/{first + index}", local.device))
+            if weight.init.by_depth:
+                whole /= math.sqrt(len(spec.layers))
             matrix.copy_(whole[tuple(cut)])
 
 

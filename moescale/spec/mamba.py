@@ -9,7 +9,7 @@ from pydantic import Field
 
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.small import Small
-from moescale.spec.weights import Init, Weight, below, matrix, norm
+from moescale.spec.weights import Init, Weight, below, by_depth, matrix, norm
 
 STEPS = Init("uniform", low=math.log(1e-3), high=math.log(1e-1), of="log_softplus")
 
@@ -35,7 +35,10 @@ class MambaConfig(MixerConfig):
         return self.dt_rank or -(-d_model // 16)
 
     def weights(self, d_model: int, init: str) -> tuple[Weight, ...]:
-        """Describe the matrices of channels, gates and outputs, and the small weights, which no rank cuts."""
+        """Describe the matrices of channels, gates and outputs, and the small weights, which no rank cuts.
+
+        The outputs' start smaller, the more layers there are (mamba-ssm's `_init_weights`).
+        """
         d_inner, rank, width = self.d_inner(d_model), self.rank(d_model), self.d_conv**-0.5
         selected = matrix("select", (rank + 2 * self.d_state, d_inner), ("selected", "d_inner"), None, init, "shared")
         return (
@@ -48,7 +51,7 @@ class MambaConfig(MixerConfig):
             selected,
             *(self._inner_norms(rank) if self.inner_norms else ()),
             *below("scan", self._of_scan(d_inner, rank)),
-            matrix("out", (d_model, d_inner), ("d_model", "d_inner"), "d_inner", init),
+            by_depth(matrix("out", (d_model, d_inner), ("d_model", "d_inner"), "d_inner", init)),
         )
 
     def _inner_norms(self, rank: int) -> tuple[Weight, ...]:

@@ -10,7 +10,7 @@ from moescale.errors import divisors, refuse
 from moescale.spec.mamba import STEPS
 from moescale.spec.mixer import MixerConfig
 from moescale.spec.small import Small, smallest_divisor
-from moescale.spec.weights import Init, Weight, below, matrix
+from moescale.spec.weights import Init, Weight, below, by_depth, matrix
 
 
 class Mamba2Config(MixerConfig):
@@ -40,7 +40,10 @@ class Mamba2Config(MixerConfig):
         return heads
 
     def weights(self, d_model: int, init: str) -> tuple[Weight, ...]:
-        """Describe the matrices of channels, gates and outputs, and the small weights, which no rank cuts."""
+        """Describe the matrices of channels, gates and outputs, and the small weights, which no rank cuts.
+
+        The outputs' start smaller, the more layers there are (mamba-ssm's `_init_weights`).
+        """
         channels, heads, states = self.d_inner(d_model), self.num_heads(d_model), 2 * self.num_groups * self.d_state
         return (
             matrix("x", (channels, d_model), ("d_inner", "d_model"), "d_inner", init, unit=self.head_dim),
@@ -55,7 +58,7 @@ class Mamba2Config(MixerConfig):
                        decays=False),
                 Weight(("d",), (heads,), ("heads",), None, "shared", Init("ones"), decays=False))),
             Weight(("norm", "weight"), (channels,), ("d_inner",), None, "shared", Init("ones"), decays=False),
-            matrix("out", (d_model, channels), ("d_model", "d_inner"), "d_inner", init, unit=self.head_dim),
+            by_depth(matrix("out", (d_model, channels), ("d_model", "d_inner"), "d_inner", init, unit=self.head_dim)),
         )
 
     def _of_convolution(self, channels: int, word: str) -> tuple[Weight, ...]:

@@ -16,7 +16,8 @@ class Init:
 
     normal: of deviation `std`; a truncated one is cut at two of them. uniform: the weight is, from `low` to `high`, or
     a function `of` it: its exponential, or the logarithm of its softplus. table: each channel has those of one of the
-    tables of linear systems (`ops.s4.first_values`).
+    tables of linear systems (`ops.s4.first_values`). by_depth: the values are divided by the square root of the number
+    of layers, so that what all layers add to the residual stream does not grow with it.
     """
 
     kind: Literal["zeros", "ones", "normal", "truncated_normal", "uniform", "table"]
@@ -25,6 +26,7 @@ class Init:
     high: float = 0.0
     of: Literal["weight", "exp", "log_softplus"] = "weight"
     table: str = ""
+    by_depth: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def matrix(
 ) -> Weight:
     """Describe the matrix of a linear layer. shape: outputs, inputs."""
     return Weight((name, "weight"), shape, dims, cut, view, initial(init, shape[1]), unit=unit)
+
+
+def by_depth(weight: Weight) -> Weight:
+    """Let the first values be divided by the square root of the number of layers."""
+    return replace(weight, init=replace(weight.init, by_depth=True))
 
 
 def norm(name: str, d_model: int) -> Weight:

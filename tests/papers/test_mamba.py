@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moescale.config import parse_config
 from moescale.mixers.mamba import Mamba
 from moescale.mixers.mamba2 import Mamba2
-from moescale.model.build import MIXERS
+from moescale.model.build import MIXERS, build_model
 from moescale.model.initialize import initialize
 from moescale.ops import ssd
 from moescale.spec.mamba import MambaConfig
@@ -190,6 +190,22 @@ def test_first_values_are_the_papers() -> None:
     assert 0.2 < float(scan.step.max()) < 0.5 + 1e-6  # dt_rank = 64 / 16
     kept = {weight.name[-1] for weight in describe(config).weights() if not weight.decays and "mixer" in weight.name}
     assert kept == {"a_log", "d", "step_bias", "bias"}
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_outputs_start_smaller_the_more_layers_there_are(kind: str) -> None:
+    """Divided by the square root of their number, so that what all of them add does not grow with it."""
+    weights = {}
+    for layers in (1, 9):
+        config = parse_config({"model": {"d_model": 64, "num_layers": layers, "pattern": [{"mixer": kind}]}}, "test")
+        model = build_model(config, "cpu")
+        initialize(model, describe(config), 3)
+        weights[layers] = dict(model.named_parameters())
+    for name, deep in weights[9].items():
+        if name in weights[1]:
+            expected = weights[1][name] / 3 if name.endswith("mixer.out.weight") else weights[1][name]
+            torch.testing.assert_close(deep, expected)
+    assert float(weights[1]["blocks.0.mixer.out.weight"].std()) == pytest.approx(0.02, rel=0.05)
 
 
 def test_first_decays_of_heads_are_the_papers() -> None:
