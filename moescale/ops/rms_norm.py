@@ -46,8 +46,8 @@ class _RMSNorm(torch.autograd.Function):
         d_model = x.shape[-1]
         grad = grad.to(upcast_x.dtype)
         # The weight's gradient: normalised features times gradient, summed over rows.
-        product = (grad * upcast_x).view(-1, d_model)  # [rows, d_model]
-        grad_weight = inverse.view(-1) @ product
+        product = (grad * upcast_x).reshape(-1, d_model)  # [rows, d_model]
+        grad_weight = inverse.flatten() @ product
         # The features': through the scale, and through the row's root mean square.
         slope = (product @ upcast_weight).view_as(inverse).mul_(inverse.pow(3)).div_(-d_model)
         grad_x = (grad * upcast_weight).mul_(inverse).addcmul_(upcast_x, slope)
