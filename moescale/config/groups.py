@@ -163,7 +163,7 @@ class OptimConfig(Group):
     name: Literal["adamw", "adafactor"] = "adamw"
     """The optimizer: AdamW, or Adafactor, whose learning rate is relative to the size of each matrix (PaLM: 1e-2)."""
     lr: float = Field(1e-3, gt=0)
-    """The learning rate after warmup, the highest of the run."""
+    """The learning rate after warmup, the highest of the run; A, B and steps of S4 have at most 0.001."""
     betas: tuple[float, float] = (0.9, 0.95)
     """How slowly AdamW's means of gradients and of their squares move."""
     eps: float = Field(1e-8, gt=0)

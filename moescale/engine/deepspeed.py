@@ -48,6 +48,7 @@ from moescale.layers.exact import Exact
 from moescale.model.language_model import LossSums
 from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import clip_gradients
+from moescale.optim.optimizer import set_rate
 from moescale.optim.schedule import Peak
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
@@ -124,8 +125,7 @@ class ZeroEngine(OwnLayers):
             shown = [_Shown.make(self._of_rank(name, parameter.data), self._of_rank(name, parameter.grad))
                      for name, parameter in self.weights.items() if parameter.grad is not None]
             norm = clip_gradients(shown, self.config.optim.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        set_rate(self.optimizer, self.learning_rate)
         self.ds.step()
         self.accumulated = False
         if norm is None:
@@ -253,15 +253,17 @@ class ZeroEngine(OwnLayers):
         return list(self.weights.values())
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Group parameters by weight decay, by dtype, and by the ranks that hold them."""
-        made: dict[tuple[bool, bool, torch.dtype], list[nn.Parameter]] = defaultdict(list)
+        """Group parameters by weight decay, by the highest learning rate, by dtype, and by the ranks that hold them."""
+        made: dict[tuple[bool, float, bool, torch.dtype], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
             expert = isinstance(parameter, ExpertParameter)
-            made[self.described[name].decays, expert, parameter.dtype].append(parameter)
+            weight = self.described[name]
+            made[weight.decays, weight.max_rate, expert, parameter.dtype].append(parameter)
         return [
             {"params": parameters, "weight_decay": self.config.optim.weight_decay * decays, "moe": expert,
-             "name": vars(parameters[0])["group_name"] if expert else f"dense {decays} {dtype}"}
-            for (decays, expert, dtype), parameters in made.items()]
+             "max_rate": max_rate,
+             "name": vars(parameters[0])["group_name"] if expert else f"dense {decays} {max_rate} {dtype}"}
+            for (decays, max_rate, expert, dtype), parameters in made.items()]
 
     def _set_experts_apart(self, ranks: int) -> None:
         """Make plain parameters of this rank's part of the experts, marked as DeepSpeed looks for them.

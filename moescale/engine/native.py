@@ -26,7 +26,7 @@ from moescale.engine.own_layers import OwnLayers
 from moescale.model.language_model import LanguageModel, LossSums
 from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import SpoiltGradients, clip_gradients
-from moescale.optim.optimizer import build_optimizer, count_from
+from moescale.optim.optimizer import build_optimizer, count_from, set_rate
 from moescale.optim.schedule import Peak
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
@@ -90,8 +90,7 @@ class NativeEngine(OwnLayers):
         )
         updates = guard is None or self._are_finite(guard, norm)
         if updates:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate
+            set_rate(self.optimizer, self.learning_rate)
             self.optimizer.step()
         self.optimizer.zero_grad()
         if updates:

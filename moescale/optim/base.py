@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Moments = Callable[[Weight, OptimConfig], tuple[Weight, ...]]
 Groups = list[dict[str, Any]]
-"""Parameters in `params`, and what they share: `weight_decay`, and whether their first dim is of `experts`."""
+"""Parameters in `params`, and what they share: `weight_decay`, `max_rate`, whether their first dim is of `experts`."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +13,7 @@ from moescale.spec.mixer import MixerConfig
 from moescale.spec.small import Small
 from moescale.spec.weights import Init, Weight, below, matrix
 
+MAX_RATE = 1e-3  # of A, B and steps, as S4's authors train them
 C = Init("normal", 0.5**0.5)  # real and imaginary parts of complex numbers of deviation 1
 
 
@@ -51,22 +53,25 @@ class S4Config(MixerConfig):
         )
 
     def _systems(self, channels: int) -> tuple[Weight, ...]:
-        """Describe what is never rounded. Eigenvalues are -exp(log_decay) + i frequency; pairs hold complex numbers."""
+        """Describe what is never rounded. Eigenvalues are -exp(log_decay) + i frequency; pairs hold complex numbers.
+
+        What the systems are made of neither decays nor learns faster than MAX_RATE; C, which reads them, does.
+        """
         pairs = self.d_state // 2
 
-        def states(name: str, init: Init, *, parts: bool, decays: bool = False) -> Weight:
+        def states(name: str, init: Init, *, parts: bool) -> Weight:
             last = ((2,), ("parts",)) if parts else ((), ())
             return Weight((name,), (channels, pairs, *last[0]), ("channels", "d_state", *last[1]), None, "shared", init,
-                          decays=decays)
+                          decays=False, max_rate=MAX_RATE)
 
         low_rank = (states("p", Init("table", table="p"), parts=True),) if self.form == "dplr" else ()
         b = Init("table", table="b") if self.form == "dplr" else Init("table", table="one")
         return (
             states("log_decay", Init("table", table=f"{self.initialization}_log_decay"), parts=False),
             states("frequency", Init("table", table=f"{self.initialization}_frequency"), parts=False),
-            *low_rank, states("b", b, parts=True), states("c", C, parts=True, decays=True),
+            *low_rank, states("b", b, parts=True), replace(states("c", C, parts=True), decays=True, max_rate=math.inf),
             Weight(("d",), (channels,), ("channels",), None, "shared", Init("normal", 1.0), decays=False),
-            log_step(channels, self.step_min, self.step_max),
+            replace(log_step(channels, self.step_min, self.step_max), max_rate=MAX_RATE),
         )
 
     def flops_per_token(self, d_model: int, context: int) -> int:

@@ -38,8 +38,8 @@ class Weight:
     or by expert-tensor parallelism where it belongs to experts; None where each has all of it. view: which ranks meet
     other tokens with it, and so add up its gradient: those of the mesh's dense, shared or sparse view. What is shared
     stays whole in a run; only files of other programs cut it. unit: elements of the cut dim that stay together, as
-    those of a head do. decays: whether weight decay pulls at it. learns: whether it has a gradient; a buffer, such as
-    an expert's bias, has none.
+    those of a head do. decays: whether weight decay pulls at it. max_rate: the highest learning rate that moves it,
+    whatever the schedule says. learns: whether it has a gradient; a buffer, such as an expert's bias, has none.
     """
 
     name: tuple[str, ...]
@@ -49,6 +49,7 @@ class Weight:
     view: View
     init: Init
     decays: bool = True
+    max_rate: float = math.inf
     learns: bool = True
     unit: int = 1
 
