@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import accumulate, pairwise
@@ -41,12 +41,6 @@ class RowBlock(NamedTuple):
     def rounded_rows(self) -> slice:
         """The same, with those behind up to `length`."""
         return slice(self.start, self.start + self.length)
-
-    def slices(self, features: int) -> Iterator[tuple[slice, slice]]:
-        """Walk the rows a few at a time. -> where they lie within the block, and within the share"""
-        for begin in range(0, self.size, slice_rows(features)):
-            end = min(begin + slice_rows(features), self.size)
-            yield slice(begin, end), slice(self.start + begin, self.start + end)
 
 
 class Share(NamedTuple):

@@ -1,0 +1,73 @@
+"""Functions of native.cpp, compiled by this machine's C++ compiler at their first use and kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC",
+         "-shared")
+COMPILER = "c++"
+COMPILE_SECONDS = 60.0
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def runs(x: Tensor) -> bool:
+    """Say whether `call` takes tensors like this one: on a processor, in float32 or bfloat16, with a compiler there."""
+    return x.device.type == "cpu" and x.dtype in TYPES and _library() is not None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int) -> None:
+    """Call a function of native.cpp with the addresses of tensors, and with integers; other threads of Python go on.
+
+    name: without the type. What the tensors must be like stands there; nothing is checked.
+    """
+    _function(f"{name}_{TYPES[dtype]}", len(arguments))(
+        *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments))
+
+
+@cache
+def _function(name: str, arguments: int) -> Callable[..., None]:
+    library = _library()
+    assert library is not None, "ask `runs` first"
+    prototype = ctypes.CFUNCTYPE(None, *(ctypes.c_int64,) * arguments)  # an address is an integer too
+    return prototype((name, library))
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Load the functions, and compile them before where that was not done. None where it cannot be done."""
+    try:
+        version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS)
+        made_of = (SOURCE.read_bytes(), version.stdout, " ".join(FLAGS).encode(), _processor())
+        folder = Path.home() / ".cache/moescale/native"
+        target = folder / f"{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:20]}.so"
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as own:  # several ranks may be at it
+                made = Path(own) / "native.so"
+                subprocess.run([COMPILER, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True,
+                               timeout=COMPILE_SECONDS)
+                made.replace(target)
+        return ctypes.CDLL(str(target))
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: a user without a home directory
+        return None
+
+
+def _processor() -> bytes:
+    """Describe what this processor can run: machines of different kinds may share a home directory."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})).encode()
