@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
     "monitor": {"config", "engine", "files", "moe", "planner", "record", "report"},
     "verify": {"checkpoint", "comm", "config", "convert", "data", "engine", "files", "model", "moe", "monitor",
                "optim", "parallel", "record", "spec"},
-    "engine": {"checkpoint", "comm", "config", "data", "files", "layers", "model", "moe", "optim", "parallel", "spec"},
+    "engine": {"checkpoint", "comm", "config", "convert", "data", "files", "layers", "model", "moe", "optim",
+               "parallel", "spec"},
 }
 FREE = {"audit", "cli", "doctor", "trainer", "evaluate", "generate", "scoring", "resume", "rollback", "saving",
         "spikes", "start", "warm", "__init__", "__main__"}

@@ -32,8 +32,8 @@ def _check_storage(url: str | None) -> str | None:
 
 
 class RunConfig(Group):
-    engine: Literal["native", "deepspeed"] = "native"
-    """What runs the steps: torch's own FSDP2, pipelines and distributed checkpoints, or DeepSpeed's ZeRO."""
+    engine: Literal["native", "deepspeed", "megatron"] = "native"
+    """What runs the steps: torch's own FSDP2, pipelines and checkpoints; DeepSpeed's ZeRO; or Megatron-Core."""
     zero_stage: int | None = Field(None, ge=0, le=3)
     """What DeepSpeed shares out: 1 optimizer state, 2 gradients too, 3 weights too; null is run.deepspeed's, or 3."""
     deepspeed: LocalPath | None = None

@@ -111,22 +111,20 @@ def _open(module: Format, path: Path) -> Opened | None:
         raise ConfigError(f"{path} cannot be read as a checkpoint of {module.NAME}: {kind}{explain(error)}") from None
 
 
-def _refuse_differences(config: Config, to: str) -> None:
-    """Refuse what no foreign format can say: layers of one kind with keys of their own, patterns other than windows."""
+def differences(config: Config, to: str) -> Iterator[str]:
+    """Name what no foreign format can say: layers of one kind with keys of their own, patterns other than windows."""
     for key in ("dilation", "block_size", "stride", "global_tokens", "memory"):
         value = getattr(config.attention, key)
         if value != type(config.attention).model_fields[key].default:
-            raise ConfigError(f"attention.{key}={value}, which --to {to} cannot say: convert --to moescale")
+            yield f"attention.{key}={value}"
     for number, entry in enumerate(config.model.pattern):
         if to != hf.NAME and (entry.mixer != "attention" or entry.channel_mixer == "none"):
-            raise ConfigError(f"model.pattern.{number} with mixer={entry.mixer} and channel_mixer="
-                              f"{entry.channel_mixer}, which --to {to} cannot say: convert --to moescale")
+            yield f"model.pattern.{number} with mixer={entry.mixer} and channel_mixer={entry.channel_mixer}"
         for kind in KINDS:
             for key, value in getattr(entry, kind).items():
                 if value != getattr(getattr(config, kind), key):
-                    raise ConfigError(f"model.pattern.{number}.{kind}.{key}={value} differs from {kind}.{key}="
-                                      f"{getattr(getattr(config, kind), key)}, which --to {to} cannot say: convert "
-                                      "--to moescale")
+                    yield (f"model.pattern.{number}.{kind}.{key}={value}, other than {kind}.{key}="
+                           f"{getattr(getattr(config, kind), key)}")
 
 
 def convert(
@@ -147,7 +145,8 @@ def convert(
     config, recipes = (source.config, unchanged) if change is None else (change.config, change.recipes)
     if to != native.NAME:  # no other format takes the optimizer's state
         recipes = {name: recipe for name, recipe in recipes.items() if name.moment is None}
-        _refuse_differences(config, to)
+        for named in differences(config, to):
+            raise ConfigError(f"{named}, which --to {to} cannot say: convert --to moescale")
     target.refuse(config, layout, dtype)
     config = native.settled(config, destination, source.files)
     weights = native.native_weights(config)

@@ -202,9 +202,22 @@ def _check_deepspeed(config: Config) -> None:
     check(config)
 
 
+def _megatron(config: Config, mesh: Mesh) -> Engine:
+    from moescale.engine.megatron import MegatronEngine
+
+    return MegatronEngine(config, mesh)
+
+
+def _check_megatron(config: Config) -> None:
+    from moescale.engine.megatron_settings import check
+
+    check(config)
+
+
 ENGINES: dict[str, EngineKind] = {
     "native": EngineKind(_native),
     "deepspeed": EngineKind(_deepspeed, _check_deepspeed),
+    "megatron": EngineKind(_megatron, _check_megatron),
 }
 
 

@@ -44,6 +44,7 @@ from moescale.engine.accounting import (
 from moescale.engine.base import StepLosses
 from moescale.engine.deepspeed_settings import settings
 from moescale.engine.own_layers import OwnLayers
+from moescale.engine.recording import Shown
 from moescale.layers.exact import Exact
 from moescale.model.language_model import LossSums
 from moescale.optim.base import OPTIMIZERS
@@ -91,7 +92,7 @@ class ZeroEngine(OwnLayers):
         shown = {}
         for name, parameter in self.weights.items():
             grad = self._of_rank(name, self._gradient(parameter)) if self.accumulated else None
-            shown[name] = _Shown.make(self._of_rank(name, self._get(parameter, None)), grad)
+            shown[name] = Shown.make(self._of_rank(name, self._get(parameter, None)), grad)
         return shown
 
     def forward_backward(self, batches: Sequence[Batch], *, watch: bool = True) -> StepLosses:
@@ -122,7 +123,7 @@ class ZeroEngine(OwnLayers):
         """Clip, update every weight and expert bias, clear the gradients; return the gradient norm before clipping."""
         norm = None
         if self.stage == 0:  # whose own norm is a mean over ranks, and so of experts
-            shown = [_Shown.make(self._of_rank(name, parameter.data), self._of_rank(name, parameter.grad))
+            shown = [Shown.make(self._of_rank(name, parameter.data), self._of_rank(name, parameter.grad))
                      for name, parameter in self.weights.items() if parameter.grad is not None]
             norm = clip_gradients(shown, self.config.optim.clip_norm)
         set_rate(self.optimizer, self.learning_rate)
@@ -294,16 +295,6 @@ class ExpertParameter(nn.Parameter):
         parameter = cls(part)
         parameter.group_name = parameter.ds_zero_partition_group_name = group_name
         parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)
-        return parameter
-
-
-class _Shown(nn.Parameter):
-    """A weight with its gradient, for others to look at."""
-
-    @classmethod
-    def make(cls, data: Tensor, grad: Tensor | None) -> _Shown:
-        parameter = cls(data)
-        parameter.grad = grad
         return parameter
 
 

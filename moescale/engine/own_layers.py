@@ -1,4 +1,4 @@
-"""What engines share that run this project's layers, however they spread weights and steps over ranks."""
+"""What engines share, and what those share that run this project's layers, however they spread them over ranks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from moescale.engine.accounting import mixtures, routing_counts
 from moescale.engine.base import Choices, Features, RoutingCounts
 from moescale.engine.recording import recording
 from moescale.model.language_model import LanguageModel, LossSums
+from moescale.moe.layer import MoELayer
 from moescale.optim.optimizer import count_from
 from moescale.optim.schedule import Peak, first_peak, learning_rate
 from moescale.parallel.balance import choices_counted, count_as_it_goes
@@ -24,23 +25,49 @@ from moescale.parallel.lost_ranks import where_in
 from moescale.parallel.mesh import Mesh
 
 
-class OwnLayers(ABC):
-    """The part of an engine that looks at layers, schedule and step alone; see `engine.base.Engine`."""
+class Standing:
+    """The part of an engine that looks at schedule, step and counts alone; see `engine.base.Engine`."""
+
+    def __init__(self, config: Config, mesh: Mesh, mixtures: Mapping[int, MoELayer]) -> None:
+        """mixtures: by their index in the model, those whose statistics are counted on this rank."""
+        self.config, self.mesh, self.mixtures = config, mesh, mixtures
+        self.step_count = 0
+        self.peak = first_peak(config.optim)
+
+    def routing(self) -> RoutingCounts:
+        return routing_counts(self.mixtures, self.config, self.mesh)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the step to come."""
+        return learning_rate(self.step_count, self.config.run.steps, self.config.optim, self.peak)
+
+    def _captured(
+        self, tensors: Mapping[str, Tensor], files: Mapping[str, str | bytes], state: Mapping[str, Any],
+        host: HostCopy | None,
+    ) -> Capture:
+        """Add step, seed and where the learning rate falls from: all random draws follow from seed and tokens."""
+        return Capture(self.step_count, tensors if host is None else host.fill(tensors), {
+            **state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files)
+
+    def _stand_at(self, step: int, peak: Peak | None) -> None:
+        """Go on from a step whose weights and moments were loaded. peak: None is after the warm-up"""
+        self.step_count = step
+        self.peak = peak or first_peak(self.config.optim)
+
+
+class OwnLayers(Standing, ABC):
+    """The part of an engine that looks at this project's layers."""
 
     optimizer: torch.optim.Optimizer
 
     def __init__(self, config: Config, mesh: Mesh, model: LanguageModel) -> None:
-        self.config, self.mesh, self.model = config, mesh, model
-        self.mixtures = mixtures(model)
-        self.step_count = 0
-        self.peak = first_peak(config.optim)
+        super().__init__(config, mesh, mixtures(model))
+        self.model = model
 
     @abstractmethod
     def _forward(self, batch: Batch) -> LossSums | None:
         """Run one micro-batch forward and return its sums, in a pipeline where the last stage is."""
-
-    def routing(self) -> RoutingCounts:
-        return routing_counts(self.mixtures, self.config, self.mesh)
 
     def record(
         self, *, training: bool, choices: Callable[[Choices], None] | None = None,
@@ -51,11 +78,6 @@ class OwnLayers(ABC):
 
     def where(self, error: BaseException) -> str:
         return where_in(error, self.model)
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the step to come."""
-        return learning_rate(self.step_count, self.config.run.steps, self.config.optim, self.peak)
 
     @torch.no_grad()
     def _balance_over_global_batch(self, batches: Sequence[Batch], *, in_concert: bool = False) -> None:
@@ -71,16 +93,6 @@ class OwnLayers(ABC):
             for batch in batches:
                 self._forward(batch)
 
-    def _captured(
-        self, tensors: Mapping[str, Tensor], files: Mapping[str, str | bytes], state: Mapping[str, Any],
-        host: HostCopy | None,
-    ) -> Capture:
-        """Add step, seed and where the learning rate falls from: all random draws follow from seed and tokens."""
-        return Capture(self.step_count, tensors if host is None else host.fill(tensors), {
-            **state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files)
-
     def _stand_at(self, step: int, peak: Peak | None) -> None:
-        """Go on from a step whose weights and moments were loaded. peak: None is after the warm-up"""
-        self.step_count = step
-        self.peak = peak or first_peak(self.config.optim)
+        super()._stand_at(step, peak)
         count_from(self.optimizer, step)

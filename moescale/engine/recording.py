@@ -16,6 +16,16 @@ from moescale.model.language_model import LanguageModel
 from moescale.moe.layer import MoELayer
 
 
+class Shown(nn.Parameter):
+    """A weight with its gradient, for others to look at, where an engine keeps both in another form."""
+
+    @classmethod
+    def make(cls, data: Tensor, grad: Tensor | None) -> Shown:
+        parameter = cls(data)
+        parameter.grad = grad
+        return parameter
+
+
 @contextmanager
 def recording(
     model: LanguageModel, *, training: bool, choices: Callable[[Choices], None] | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,19 @@ from moescale.spec.model import ModelSpec
 from moescale.spec.weights import Init
 
 
-@torch.no_grad()
 def initialize(model: nn.Module, spec: ModelSpec, seed: int) -> None:
     """Fill this rank's part of every parameter, never holding more than one whole matrix beside the model.
 
     spec: says how each starts. Experts are drawn one by one, so that a rank draws those that it holds and no others.
     """
+    initialize_each(model.named_parameters(), spec, seed)
+
+
+@torch.no_grad()
+def initialize_each(named: Iterable[tuple[str, nn.Parameter]], spec: ModelSpec, seed: int) -> None:
+    """Do so with parameters that lie in no module of ours, by their names in the whole model."""
     described = {".".join(weight.name): weight for weight in spec.weights()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         weight = described[name]
         local, cut = _local_part(parameter)
         shape, first = weight.shape, 0

@@ -2,71 +2,85 @@
 
 from __future__ import annotations
 
-import importlib.util
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import moescale
+from moescale.comm.collectives import local_tensor
+from moescale.config import Config
 from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import convert, open_source
+from moescale.engine.megatron_settings import layout_of
+from moescale.engine.megatron_weights import NativeWeights
+from moescale.model.build import build_model as build_own_model
 from moescale.parallel.ranks import run_ranks
-from tests.support.models import make_config, write_run
+from tests.support.models import make_config, make_tensors, write_run
 
-pytestmark = [pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core"),
-              pytest.mark.slow]
+pytest.importorskip("megatron.core", reason="needs megatron-core")
+from megatron.core import dist_checkpointing, parallel_state
+
+from moescale.engine.megatron import build_model, hidden_keys
+from tests.support.megatron import SHAPES, on_processor
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TOKENS = torch.arange(40).view(2, 20) * 7 % 264
 
 
-def megatron_logits(folder: Path, ep: int) -> Tensor:
-    """Build Megatron's model on each rank's processor, let its loader fill it, and run it where one rank has it all."""
+def named_as_with_transformer_engine(sharded: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Give the second norms of mixtures the names that they have in most checkpoints, beside local layers' own."""
+    for name, tensor in sharded.items():
+        layer = name.removeprefix("decoder.layers.").partition(".")[0]
+        if name.endswith("pre_mlp_layernorm.weight") and config.model.layers[int(layer)].channel_mixer == "moe":
+            tensor.key = tensor.key.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    return sharded
+
+
+def load(folder: Path, config: Config) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Let its loader fill its model. Returns its logits, where one rank has it all, and this rank's part of ours."""
+    on_processor()
     dist.init_process_group("gloo")
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.moe import moe_utils
-
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
-    CudaRNGStatesTracker.fork = lambda self, name=None: nullcontext()
-    moe_utils.te_general_gemm = None  # its name is missing without Transformer Engine
-    parallel_state.initialize_model_parallel(1, 1, expert_model_parallel_size=ep)
-    config = TransformerConfig(
-        num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, kv_channels=8, ffn_hidden_size=32,
-        num_moe_experts=12, moe_router_topk=2, moe_ffn_hidden_size=24, gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu, add_bias_linear=False, normalization="RMSNorm",
-        use_cpu_initialization=True, perform_initialization=False, moe_token_dispatcher_type="allgather",
-        moe_router_load_balancing_type="none", bias_activation_fusion=False, masked_softmax_fusion=False,
-        attention_softmax_in_fp32=True, gradient_accumulation_fusion=False, hidden_dropout=0.0, attention_dropout=0.0,
-        expert_model_parallel_size=ep,
-    )
-    spec = get_gpt_layer_local_spec(num_experts=12, moe_grouped_gemm=False, normalization="RMSNorm")
-    del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]  # named as with Transformer Engine
-    model = GPTModel(config, spec, 264, 64, position_embedding_type="rope", rotary_base=10**6,
-                     share_embeddings_and_output_weights=False).eval()
-    loaded = dist_checkpointing.load(model.sharded_state_dict(), str(folder), strict="log_all")
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        parallel.tp, expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=1)
+    model = build_model(config).eval()
+    sharded = named_as_with_transformer_engine(model.sharded_state_dict(), config)
+    loaded = dist_checkpointing.load(sharded, str(folder), strict="log_all")
     assert not model.load_state_dict(loaded, strict=False).missing_keys
-    if ep > 1:
-        return torch.cat([expert.linear_fc1.weight.detach().flatten()
-                          for expert in model.decoder.layers[1].mlp.experts.local_experts])
-    hidden = torch.ones(20, 20, dtype=torch.bool).triu(1)[None, None]
+    rank = dist.get_rank()
+    weights = NativeWeights(config, layout_of(config), (rank % parallel.tp, 0, rank % parallel.ep))
+    shown = {name: local_tensor(tensor).detach() for name, tensor in weights.show(model.state_dict())}
+    if dist.get_world_size() > 1:
+        return None, shown
     with torch.no_grad():
-        return model(TOKENS, torch.arange(20).expand(2, 20), hidden)
+        positions = torch.arange(20).expand(2, 20)
+        return model(TOKENS, positions, hidden_keys(positions, config.attention.window)), shown
 
 
-def test_its_own_model_has_our_logits(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", make_config({"window": None}))
+def part_of(whole: Tensor, part: Tensor, rank: int) -> Tensor:
+    """Take the half of a weight that a rank of two has, or all of it."""
+    cut = [dim for dim in range(whole.ndim) if whole.shape[dim] != part.shape[dim]]
+    return whole.chunk(2, cut[0])[rank] if cut else whole
+
+
+@pytest.mark.parametrize("shape", [
+    pytest.param(shape, marks=pytest.mark.slow if shape in ("gelu", "mixed") else ()) for shape in SHAPES])
+def test_its_own_loader_and_model(tmp_path: Path, shape: str) -> None:
+    config = make_config(*SHAPES[shape])
+    run = write_run(tmp_path / "run", config)
     convert(open_source(run), tmp_path / "megatron", "megatron", FileLayout())
     folder = tmp_path / "megatron/iter_0000000"
-    theirs = run_ranks(1, megatron_logits, folder, 1)[0]
-    model = moescale.load(run)
-    ours = model.logits(TOKENS)
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-    experts = model.blocks["1"].channel_mixer.experts
-    cut = run_ranks(2, megatron_logits, folder, 2)
-    assert torch.equal(torch.cat(cut), torch.cat((experts.gate, experts.up), 1).detach().flatten())
+    tensors = {name.removeprefix("model."): tensor for name, tensor in make_tensors(config).items()}
+    model = build_own_model(config, "cpu")
+    model.load_state_dict(tensors)
+    (logits, shown), = run_ranks(1, load, folder, config)
+    torch.testing.assert_close(logits, model.logits(TOKENS), rtol=0, atol=1e-5)
+    assert shown.keys() == tensors.keys()
+    degree = {"ep": 2} if config.num_moe_layers else {"tp": 2}
+    cut = config.model_copy(update={"parallel": config.parallel.model_copy(update=degree)})
+    for rank, (_, shown) in enumerate(run_ranks(2, load, folder, cut)):
+        for name, part in shown.items():
+            assert torch.equal(part, part_of(tensors[name], part, rank)), name

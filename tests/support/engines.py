@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "bias": {"num_experts": 8, "top_k": 2, "d_ff": 16, "router": "sigmoid_bias", "bias_update_rate": 0.01,
              "num_shared_experts": 1},
     "global": {"num_experts": 8, "top_k": 2, "d_ff": 16, "balance_over": "global_batch"},
+    "pass": {"num_experts": 8, "top_k": 3, "d_ff": 16, "balance_over": "micro_batch", "normalize_weights": False},
+    "none": {},
 }
+DENSE = {"model": {"pattern": [{"channel_mixer": "feed_forward"}], "tied_embeddings": True}}
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,41 @@ class Course:
     weights: dict[str, Tensor]
 
 
-def make_config(mixture: str, parallel: Mapping[str, Any], compute: str = "float32", **run: Any) -> Config:
-    """Settle a run of 20 steps on the ranks that there are, each with two micro-batches where the batch allows it."""
-    ranks = world_size() // parallel.get("cp", 1)
+def make_config(
+    mixture: str, parallel: Mapping[str, Any], compute: str = "float32", eps: float = 1e-8, **run: Any
+) -> Config:
+    """Settle a run of 20 steps on the ranks that there are, each with two micro-batches where the batch allows it.
+
+    mixture: of MIXTURES; "none" is a dense model. eps: of AdamW
+    """
+    ranks = world_size() // parallel.get("cp", 1) // parallel.get("tp", 1) // parallel.get("pp", 1)
+    model = {**MODEL, "model": {**MODEL["model"], **DENSE["model"]}} if mixture == "none" else MODEL
     return parse_config({
-        **MODEL, "moe": MIXTURES[mixture], "parallel": dict(parallel), "precision": {"compute": compute},
+        **model, "moe": MIXTURES[mixture], "parallel": dict(parallel), "precision": {"compute": compute},
         "data": {"seq_len": SEQ, "global_batch": GLOBAL_BATCH, "micro_batch": max(1, GLOBAL_BATCH // ranks // 2)},
-        "optim": {"lr": 3e-3, "warmup_steps": 3, "clip_norm": 0.5}, "run": {"steps": 20, "seed": 5, **run},
+        "optim": {"lr": 3e-3, "warmup_steps": 3, "clip_norm": 0.5, "eps": eps}, "run": {"steps": 20, "seed": 5, **run},
     }, "test").for_world(world_size())
 
 
-def batches_of(step: int, config: Config, mesh: Mesh) -> Sequence[Batch]:
-    """Draw this rank's micro-batches of one step, in every other step fewer of them."""
+def batches_of(step: int, config: Config, mesh: Mesh, padding: bool = True) -> Sequence[Batch]:
+    """Draw this rank's micro-batches of one step, in every other step fewer of them.
+
+    padding: whether some tokens are, as in no training run
+    """
     batch = make_batches(config, step)
+    if not padding:
+        batch = replace(batch, token_id=torch.arange(batch.tokens.numel()).view_as(batch.tokens))
     parts = [part.chunk(mesh.batch_size)[mesh.batch_rank].split(config.data.micro_batch or 1)
              for part in vars(batch).values()]
     batches = [Batch(*part) for part in zip(*parts, strict=True)]
     return batches[: max(1, len(batches) - step % 2)]
 
 
-def take_steps(engine: Engine, config: Config, mesh: Mesh, steps: range) -> Course:
+def take_steps(engine: Engine, config: Config, mesh: Mesh, steps: range, padding: bool = True) -> Course:
     """Train, and bring the weights of all ranks together."""
     losses, norms = [], []
     for step in steps:
-        found = engine.forward_backward(batches_of(step, config, mesh))
+        found = engine.forward_backward(batches_of(step, config, mesh, padding))
         losses.append([float(each) for each in (found.cross_entropy, found.load_balance, found.router_z)])
         norms.append(float(engine.step()))
     return Course(losses, norms, whole(engine.parameters()))

@@ -6,6 +6,7 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,12 @@ def _rank_pieces(
             at = At(config, layer, expert % experts, experts)
             found.append(piece(entry, native, weights[native], f"{file}:{key}", at, cut))
     return with_copies(found)
+
+
+def pieces_of_rank(config: Config, layout: FileLayout, tp: int, pp: int, ep: int) -> list[Piece]:
+    """Say what the model of one rank holds, by the names of its tensors there. tp, pp, ep: the rank in each of these"""
+    found = _rank_pieces(config, native_weights(config), layout, {"": (tp, pp, ep)})
+    return [replace(piece, key=piece.key.removeprefix(":")) for piece in found]
 
 
 def _held(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -266,11 +266,12 @@ def write_arguments(config: Config, layout: FileLayout) -> Namespace:
     if config.num_moe_layers:
         sigmoid, switch = moe.router == "sigmoid_bias", moe.router == "switch"
         kind = next(theirs for theirs, ours in BALANCE.items() if ours == moe.balance_over)
+        places = [int(layer.channel_mixer == "moe") for layer in model.layers]
         if config.data.micro_batch is not None:
             values |= {"micro_batch_size": config.data.micro_batch, "global_batch_size": config.data.global_batch}
         values |= {
             "num_experts": moe.num_experts, "moe_router_topk": moe.top_k, "moe_ffn_hidden_size": moe.d_ff,
-            "moe_layer_freq": [int(layer.channel_mixer == "moe") for layer in model.layers],
+            "moe_layer_freq": 1 if all(places) else places,  # with a list, its loader looks for layers by number
             "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
             "moe_router_pre_softmax": switch or not moe.normalize_weights or (
                 not sigmoid and moe.num_experts == 1),
@@ -293,8 +294,8 @@ def _activation(config: Config) -> str:
     return config.moe.activation if config.num_moe_layers else config.feed_forward.activation
 
 
-def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None:
-    """Refuse by name what MoEScale can express and Megatron-Core cannot."""
+def inexpressible(config: Config) -> Iterator[str]:
+    """Name what MoEScale can express and Megatron-Core cannot, each with its value."""
     model, moe, mixtures = config.model, config.moe, config.num_moe_layers
     attention, dense = config.attention, config.feed_forward
     groups = mixtures and moe.num_expert_groups > 1 and moe.top_k < moe.top_k_groups
@@ -316,8 +317,14 @@ def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> Non
         if bad:
             group, name = key.split(".")
             beside = f" with moe.router={moe.router}" if key in ("moe.top_k", "moe.top_k_groups") else ""
-            raise ConfigError(f"{key}={getattr(getattr(config, group), name)}{beside} cannot be expressed by "
-                              "Megatron-Core: convert --to moescale or deepspeed")
+            yield f"{key}={getattr(getattr(config, group), name)}{beside}"
+
+
+def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None:
+    """Refuse by name what Megatron-Core cannot express, and files that cannot be cut so."""
+    for named in inexpressible(config):
+        raise ConfigError(f"{named} cannot be expressed by Megatron-Core: convert --to moescale or deepspeed")
+    model, attention, moe, mixtures = config.model, config.attention, config.moe, config.num_moe_layers
     if layout.style not in (None, *STYLES):
         raise ConfigError(f"--style {layout.style}: a Megatron checkpoint is {', '.join(STYLES)}")
     if layout.style == "torch_dist" and layout != FileLayout(style="torch_dist"):
@@ -328,7 +335,7 @@ def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> Non
     if mixtures:
         sizes |= {"moe.num_experts": (moe.num_experts, "ep"), "moe.d_ff": (moe.d_ff, "etp"), "--tp": (layout.tp, "etp")}
     if mixtures < model.num_layers:
-        sizes["feed_forward.d_ff"] = (dense.d_ff, "tp")
+        sizes["feed_forward.d_ff"] = (config.feed_forward.d_ff, "tp")
     for name, (size, key) in sizes.items():
         degree = getattr(layout, key)
         if size % degree:
