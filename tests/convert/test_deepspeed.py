@@ -32,26 +32,32 @@ def start() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
 
 
-def engine_of(model: nn.Module, stage: int = 0) -> Any:
+def engine_of(model: nn.Module, stage: int = 0, *, parameters: Any = None, half: bool = False) -> Any:
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
-    settings: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    settings: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
+                                "bf16": {"enabled": half}}
     if stage:
         settings["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
+    return deepspeed.initialize(model=model, model_parameters=parameters or model.parameters(), config=settings)[0]
 
 
-def load_experts(folder: Path, ep: int) -> dict[str, Tensor]:
-    """Let DeepSpeed load our model with its mixtures of experts. -> what this rank then holds"""
-    start()
+def model_with_its_experts(ep: int) -> nn.Module:
+    """Make our model with its mixtures of experts."""
     from deepspeed.moe.layer import MoE
 
     model = build_model(make_config(), "cpu")
     for block in model.blocks.values():
         expert = FeedForward(16, 24, "swiglu")
         block.channel_mixer = MoE(16, expert, num_experts=12, ep_size=ep, k=2)
-    engine = engine_of(model)
+    return model
+
+
+def load_experts(folder: Path, ep: int) -> dict[str, Tensor]:
+    """Let DeepSpeed load our model with its mixtures of experts. -> what this rank then holds"""
+    start()
+    engine = engine_of(model_with_its_experts(ep))
     assert engine.load_checkpoint(str(folder), load_module_only=True)[0] is not None
     return {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
 
@@ -70,6 +76,47 @@ def test_its_loader_takes_what_was_written(tmp_path: Path, ep: int) -> None:
             else:
                 ours = native[f"model.{head}.router.weight" if middle else f"model.{name}"]
             assert torch.equal(tensor, ours), name
+
+
+def save_experts(folder: Path, ep: int, stage: int, half: bool) -> dict[str, Tensor]:
+    """Take a step of our model with its mixtures of experts, and save. -> the float32 weights of this rank"""
+    start()
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    model = model_with_its_experts(ep)
+    torch.manual_seed(dist.get_rank() % ep)  # companions hold the same
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
+    engine = engine_of(model, stage, parameters=groups, half=half)
+    engine.backward(torch.stack([parameter.float().square().sum() for parameter in engine.module.parameters()]).sum())
+    engine.step()
+    engine.save_checkpoint(str(folder))
+    if dist.get_rank() == 0:
+        (folder / "config.yaml").write_text(make_config().to_yaml())
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("ranks", "ep", "stage"), [(2, 1, 1), (2, 2, 2), (4, 2, 1), (4, 2, 2)])
+def test_partitions_of_its_experts_are_gathered(tmp_path: Path, ranks: int, ep: int, stage: int, half: bool) -> None:
+    folder = tmp_path / "zero"
+    folder.mkdir()
+    held = run_ranks(ranks, save_experts, folder, ep, stage, half)
+    moments = set()
+    for native, tensor in weights_of(open_checkpoint(folder), moments=True):
+        *head, part = native.weight
+        if native.moment is not None:
+            moments.add(native.moment)
+        elif native.expert is not None:
+            local, mixture = 12 // ep, ".".join(head[:-1])
+            name = f"{mixture}.deepspeed_moe.experts.deepspeed_experts.{native.expert % local}.{part}.weight"
+            assert torch.equal(tensor, held[native.expert // local][name]), native
+        else:
+            name = ".".join(native.weight).replace("router.weight", "deepspeed_moe.gate.wg.weight")
+            assert torch.equal(tensor, held[0][name]), native
+    assert moments == {"exp_avg", "exp_avg_sq"}
 
 
 def save_zero(folder: Path, stage: int) -> None:

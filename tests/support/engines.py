@@ -102,11 +102,11 @@ def train_each(
 
 
 def difference(ours: Course, theirs: Course) -> dict[str, float]:
-    """Compare two courses: the largest relative difference of losses, norms and any weight."""
-    losses = max(abs(a - b) / abs(b) for mine, other in zip(ours.losses, theirs.losses, strict=True)
-                 for a, b in zip(mine, other, strict=True) if b != 0)
-    norms = max(abs(a - b) / b for a, b in zip(ours.norms, theirs.norms, strict=True))
+    """Compare two courses: the largest relative difference of losses, norms and any weight; NaN if any is."""
+    losses = [abs(a - b) / abs(b) for mine, other in zip(ours.losses, theirs.losses, strict=True)
+              for a, b in zip(mine, other, strict=True) if b != 0]
+    norms = [abs(a - b) / b for a, b in zip(ours.norms, theirs.norms, strict=True)]
     assert ours.weights.keys() == theirs.weights.keys()
-    weights = max(float((ours.weights[name] - weight).norm() / weight.norm())
-                  for name, weight in theirs.weights.items())
-    return {"losses": losses, "norms": norms, "weights": weights}
+    weights = [float((ours.weights[name] - weight).norm() / weight.norm()) for name, weight in theirs.weights.items()]
+    return {name: float(torch.tensor(found, dtype=torch.float64).max())
+            for name, found in (("losses", losses), ("norms", norms), ("weights", weights))}

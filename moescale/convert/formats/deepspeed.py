@@ -1,14 +1,15 @@
 """DeepSpeed checkpoints: a file a rank of model parallelism, a file an expert, and ZeRO's partitions gathered.
 
 DeepSpeed names weights as the user's own module does. Here these are MoEScale's names, with its mixture of experts
-where MoEScale's lies. It stores no sizes of the model: `config.yaml` beside `latest` says what it is.
+where MoEScale's lies, or MoEScale's own, as the engine on DeepSpeed has it. It stores no sizes of the model:
+`config.yaml` beside `latest` says what it is.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import torch
 
 from moescale.checkpoint.archive import read_archive
 from moescale.checkpoint.plain_pickle import Record
-from moescale.checkpoint.strided_view import Chunk, Region, Shape, Stored
+from moescale.checkpoint.strided_view import Shape, Stored
 from moescale.config import Config, ConfigError, load_config
 from moescale.convert.containers import Sizes, create_pickle, inside, sizes_by_file
 from moescale.convert.formats.megatron.arguments import refuse_changes, words
-from moescale.convert.formats.native import native_weights
+from moescale.convert.formats.native import native_weights, with_moments
+from moescale.convert.formats.zero_partitions import gather
 from moescale.convert.mapping.mapped import FileLayout, Opened
-from moescale.convert.mapping.table import At, Cut, Piece, Weights, matches, piece, row, with_copies
+from moescale.convert.mapping.table import At, Cut, Piece, Weights, matches, piece, row, stacked_experts, with_copies
 from moescale.files.reading import read_text
 
 NAME = "deepspeed"
@@ -32,6 +34,10 @@ TAG, LATEST, CONFIG = "global_step0", "latest", "config.yaml"
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+OTHER_ORDER = "use_data_before_expert_parallelism"
+MODEL = "mp_rank_00_model_states.pt"
+ITS_EXPERT = re.compile(r"\.deepspeed_experts\.(\d+)\.")
+OWN_EXPERTS = re.compile(r"\.channel_mixer\.experts\.(?:gate|up|down)$")
 MIXER = "blocks.{layer}.channel_mixer."
 MOE = MIXER + "deepspeed_moe."
 TABLE = (
@@ -82,29 +88,122 @@ def open_checkpoint(path: Path) -> Opened:
     config = load_config(beside, whole=True)
     names = sorted(file.name for file in folder.iterdir())
     ranks = sorted({int(found[2]) for name in names if (found := MODEL_FILE.fullmatch(name))})
-    zero = {int(found[1]): name for name in names if (found := OPTIMIZER_FILE.fullmatch(name))}
-    tensors: dict[str, Stored] = {}
-    left_out: dict[str, str] = {}
+    partitions = {int(found[1]): name for name in names if (found := OPTIMIZER_FILE.fullmatch(name))}
+    if partitions and len(ranks) > 1:
+        raise ConfigError(f"{folder}: ZeRO's partitions beside model parallelism are not gathered")
+
+    # what the files hold: of each rank of model parallelism its own names, of ZeRO all that the optimizer updates
+    models, tensors = {}, dict[str, Stored]()
     for name in names:
         if MODEL_FILE.fullmatch(name):
             values = read_archive(inside(folder, name))
             _refuse_settings(values, config, str(folder / name))
-            if zero and not config.num_moe_layers:
-                tensors |= _gather(folder, values, zero, len(ranks))
-                break
-            module = values.get("module") if isinstance(values, Mapping) else None
-            if not isinstance(module, Mapping):
+            if not isinstance(values, Mapping) or not isinstance(values.get("module"), Mapping):
                 raise ConfigError(f"{folder / name} has no `module`")
-            tensors |= {f"{name}:{key}": value for key, value in module.items() if isinstance(value, Stored)}
-        elif EXPERT_FILE.fullmatch(name):
-            values = read_archive(inside(folder, name))
-            tensors |= {f"{name}:{key}": value for key, value in values.items() if isinstance(value, Stored)}
-    if zero and config.num_moe_layers:
-        left_out |= dict.fromkeys(zero.values(), "float32 copies of a mixture of experts are not gathered")
+            models[name] = values
+            if partitions:  # of stage 3 there are more, with the same names
+                break
+    first = next(iter(models.values()))
+    has_its_layers = any(".deepspeed_moe." in key for key in first["module"])
     weights = native_weights(config)
-    layout = FileLayout(tp=len(ranks), etp=_expert_tensor(config, tensors, len(ranks)))
-    pieces = plan(config, layout, weights)
-    return Opened(NAME, folder, config, layout, weights, tensors, pieces, left_out)
+    if partitions:
+        settings = first.get("ds_config")
+        if isinstance(settings, Mapping) and settings.get(OTHER_ORDER):
+            raise ConfigError(f"{folder}: ds_config {OTHER_ORDER}=true gives ranks an order in which ZeRO's partitions "
+                              "are not gathered: save the checkpoint without it")
+        apart = _Spread(config, first["param_shapes"])
+        gathered = gather(folder, first, partitions, apart)
+        tensors = {apart.key(*found): stored for found, stored in gathered[None].items()}
+        tensors |= {f"{MODEL}:{key}": first["module"][key] for key in first["buffer_names"]}
+    else:
+        read = [(name, values["module"]) for name, values in models.items()]
+        read += [(name, read_archive(inside(folder, name))) for name in names if EXPERT_FILE.fullmatch(name)]
+        for name, held in read:
+            tensors |= {f"{name}:{key}": value for key, value in held.items() if isinstance(value, Stored)}
+
+    # where each native tensor lies in them
+    if has_its_layers or len(ranks) > 1:
+        layout = FileLayout(tp=len(ranks), etp=_expert_tensor(config, tensors, len(ranks)))
+        pieces = plan(config, layout, weights)
+    else:
+        layout = FileLayout()
+        pieces = _plan_own(config, weights, {key: stored.shape for key, stored in tensors.items()}, folder)
+    if not partitions or not _has_moments(gathered, config):
+        return Opened(NAME, folder, config, layout, weights, tensors, pieces)
+    moments = [moment for moment in gathered if moment is not None]
+    tensors |= {f"{apart.key(*found)}.{moment}": stored for moment in moments
+                for found, stored in gathered[moment].items()}
+    pieces += [replace(each, native=each.native._replace(moment=moment), key=f"{each.key}.{moment}")
+               for each in pieces if weights[each.native].learns for moment in moments]
+    state = {"step": first["global_steps"], "seed": config.run.seed}
+    return Opened(NAME, folder, config, layout, with_moments(weights, config), tensors, pieces, state=state)
+
+
+def _has_moments(gathered: Mapping[str | None, Any], config: Config) -> bool:
+    """Say whether the partitions hold what the run's optimizer keeps."""
+    return config.optim.name == "adamw" and {"exp_avg", "exp_avg_sq"} == gathered.keys() - {None}
+
+
+class _Spread:
+    """Which ranks hold other experts than others do, by the names and shapes of a rank's weights."""
+
+    def __init__(self, config: Config, groups: Sequence[Mapping[str, Any]]) -> None:
+        self.config = config
+        found = [int(match[1]) for group in groups for name in group if (match := ITS_EXPERT.search(name))]
+        self.local_experts = max(found, default=-1) + 1
+        self.mixtures = _mixtures(config)
+
+    def __call__(self, name: str, shape: Shape) -> int:
+        """Count the ranks that together hold all of a weight of which a rank holds this."""
+        moe = self.config.moe
+        if ITS_EXPERT.search(name):
+            return moe.num_experts // self.local_experts
+        if OWN_EXPERTS.search(name) and prod(shape):
+            return moe.num_experts * moe.d_ff * self.config.model.d_model // prod(shape)
+        return 1
+
+    def key(self, name: str, position: int) -> str:
+        """Name the tensor that a rank in this position has, as the files would that hold it whole."""
+        found = ITS_EXPERT.search(name)
+        if found is None:
+            return f"{MODEL}:{name}" if not OWN_EXPERTS.search(name) else f"{_expert_rank(position)}:{name}"
+        expert = position * self.local_experts + int(found[1])
+        layer = self.mixtures.index(int(name.split(".")[1]))
+        return (f"layer_{layer}_expert_{expert}_{MODEL}:{name[: found.start(1)]}{expert}{name[found.end(1) :]}")
+
+
+def _expert_rank(position: int) -> str:
+    return f"expp_rank_{position}"
+
+
+def _mixtures(config: Config) -> list[int]:
+    return [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
+
+
+def _plan_own(config: Config, weights: Weights, shapes: Mapping[str, Shape], folder: Path) -> list[Piece]:
+    """Plan a checkpoint of MoEScale's own layers, whose experts are stacked, on each rank its part of them."""
+    found = []
+    for native, weight in weights.items():
+        name = ".".join(native.weight)
+        at = At(config, native.layer or 0)
+        if native.expert is None:
+            found.append(piece(row(name, name), native, weight, f"{MODEL}:{name}", at))
+            continue
+        if f"{MODEL}:{name}" in shapes:  # without ZeRO, of the first rank alone
+            local, slices, key = shapes[f"{MODEL}:{name}"][0], 1, f"{MODEL}:{name}"
+            if local != config.moe.num_experts:
+                raise ConfigError(f"{folder} holds the experts of its first rank alone, {local} of "
+                                  f"{config.moe.num_experts}, as DeepSpeed saves them without ZeRO: save with "
+                                  "moescale's own checkpoint, or with stage 1, 2 or 3")
+        else:
+            parts = [shape for key, shape in shapes.items() if key.endswith(f":{name}")]
+            local, key = (parts[0][0] if parts else config.moe.num_experts), ""
+            slices = max(1, len(parts) * local // config.moe.num_experts)
+        at = replace(at, expert=native.expert % local, num_experts=local)
+        for part in range(slices):
+            place = key or f"{_expert_rank(native.expert // local * slices + part)}:{name}"
+            found.append(piece(row(name, name, stacked_experts()), native, weight, place, at, Cut(part, slices)))
+    return found
 
 
 def _refuse_settings(values: Any, config: Config, source: str) -> None:
@@ -138,66 +237,6 @@ def _expert_tensor(config: Config, tensors: Mapping[str, Stored], tp: int) -> in
     return tp if rows and rows[0] < config.moe.d_ff else 1
 
 
-def _gather(folder: Path, values: Mapping[str, Any], zero: Mapping[int, str], ranks: int) -> dict[str, Stored]:
-    """Find each weight in ZeRO's flat float32 partitions, as if the model's file held them."""
-    if ranks > 1:
-        raise ConfigError(f"{folder}: ZeRO's partitions beside model parallelism are not gathered")
-    states = [read_archive(inside(folder, zero[rank]))["optimizer_state_dict"] for rank in sorted(zero)]
-    shapes = [{name: tuple(size) for name, size in group.items()} for group in values["param_shapes"]]
-    if "fp32_flat_groups" in states[0]:
-        flat = [state["fp32_flat_groups"] for state in states]
-        merged = {name: size for group in shapes for name, size in group.items()}
-        found = _split_each(merged, flat)
-    else:
-        flat = [state["single_partition_of_fp32_groups"] for state in states]
-        found = {}
-        for index, group in enumerate(shapes):
-            found |= _split_once(group, [part[index] for part in flat])
-    return {f"mp_rank_00_model_states.pt:{name}": stored for name, stored in found.items()}
-
-
-def _split_once(shapes: Mapping[str, Shape], parts: Sequence[Stored]) -> dict[str, Stored]:
-    """Stages 1 and 2: a group's weights one after another, the whole cut into equal parts."""
-    ends = list(accumulate(prod(part.shape) for part in parts))
-    found, start = {}, 0
-    for name, shape in shapes.items():
-        stop = start + prod(shape)
-        chunks = []
-        for part, end in zip(parts, ends, strict=True):
-            begin, first, last = end - prod(part.shape), max(start, end - prod(part.shape)), min(stop, end)
-            if first < last:
-                chunks.append(_chunk(part, first - begin, first - start, last - first))
-        found[name] = Stored(parts[0].dtype, shape, tuple(chunks))
-        start = stop
-    return found
-
-
-def _split_each(shapes: Mapping[str, Shape], groups: Sequence[Sequence[Stored]]) -> dict[str, Stored]:
-    """Stage 3: each weight is cut into equal parts, one a rank; a rank's parts lie one after another in its groups."""
-    found, start = {}, 0
-    for name, shape in shapes.items():
-        size = prod(shape)
-        share = -(-size // len(groups))
-        chunks = []
-        for rank, parts in enumerate(groups):
-            count = min(share, size - rank * share)
-            begin = 0
-            for part in parts:
-                first, last = max(start, begin), min(start + count, begin + prod(part.shape))
-                if first < last:
-                    chunks.append(_chunk(part, first - begin, rank * share + first - start, last - first))
-                begin += prod(part.shape)
-        found[name] = Stored(groups[0][0].dtype, shape, tuple(chunks))
-        start += share
-    return found
-
-
-def _chunk(part: Stored, begin: int, goal: int, count: int) -> Chunk:
-    """Elements of a flat partition, from `begin` on, as those of a weight from `goal` on."""
-    chunk = part.chunks[0]
-    return Chunk(chunk.path, chunk.offset + begin * part.dtype.itemsize, Region(goal, (count,), (1,)))
-
-
 def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> None:
     """Refuse what DeepSpeed's gate cannot do, what `--verify` could not follow, and layouts that files cannot have."""
     for key, left_out in (("norm", "none"), ("residual", "rezero"), ("embedding_positions", "sinusoidal")):
@@ -229,8 +268,7 @@ def refuse(config: Config, layout: FileLayout, dtype: torch.dtype | None) -> Non
 
 
 def plan(config: Config, layout: FileLayout, weights: Weights) -> list[Piece]:
-    mixtures = [index for index, layer in enumerate(config.model.layers) if layer.channel_mixer == "moe"]
-    found = []
+    mixtures, found = _mixtures(config), []
     for rank in range(layout.tp):
         for entry, native in matches((*TABLE, *EXPERTS), weights, config):
             layer, expert = native.layer or 0, native.expert
