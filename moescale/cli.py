@@ -56,6 +56,8 @@ def _options(
     version: Annotated[bool, typer.Option(
         "--version", callback=_print_version, is_eager=True, help="Print the versions of moescale, torch and Python."
     )] = False,
+    local_rank: Annotated[int | None, typer.Option(
+        "--local_rank", hidden=True, help="What DeepSpeed's launcher adds; LOCAL_RANK says the same.")] = None,
 ) -> None:
     pass
 

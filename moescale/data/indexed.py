@@ -96,7 +96,6 @@ def read_indexed(
     if file.size_bytes == 0:
         return
     indexed = open_indexed(file)
-    advice = "name the tokenizer that made these tokens in data.tokenizer"
     for number in range(len(indexed.bounds) - 1):
         begin, end = map(int, indexed.bounds[number : number + 2])
         position(end * indexed.tokens.itemsize)
@@ -107,12 +106,20 @@ def read_indexed(
             continue
         worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
         if not 0 <= worst < tokenizer.vocab_size:
-            yield BadDocument(f"document {number + 1}", f"holds the token {worst}, and data.tokenizer={tokenizer.name} "
-                              f"has {tokenizer.vocab_size} ids", advice)
+            yield _bad(number, worst, tokenizer)
             continue
         text = tokenizer.decode(ids.tolist())
         if text and not text.isspace():
             yield Document(text, file.kind, ids)
+
+
+def _bad(number: int, token: int, tokenizer: Tokenizer) -> BadDocument:
+    """Say of a document that it holds a token that no text has. number: of the document, from 0 on"""
+    where = f"document {number + 1}"
+    if tokenizer.vocab_size <= token < tokenizer.num_ids:
+        return BadDocument(where, f"holds the special token {tokenizer.token_name(token)}", "leave it out")
+    return BadDocument(where, f"holds the token {token}, and data.tokenizer={tokenizer.name} has "
+                       f"{tokenizer.vocab_size} ids", "name the tokenizer that made these tokens")
 
 
 # ---- writing

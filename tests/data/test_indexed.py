@@ -165,6 +165,16 @@ def test_damage_is_said_in_one_line(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_special_token_is_named(tmp_path: Path, write_metaspace: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(str(write_metaspace("llama", {"<|turn|>": True})))
+    documents = [np.array([tokenizer.begin, 260, index, tokenizer.end]) for index in (261, tokenizer.num_ids - 1)]
+    write_indexed(tmp_path / "a", documents, tokenizer)
+    config = config_of(tmp_path, f"{tmp_path}/a.bin", tokenizer=tokenizer.name)
+    with pytest.raises(ConfigError, match=r"document 2 holds the special token <\|turn\|>: leave it out, or write"):
+        prepare_tokens(config)
+    assert sum(map(len, streams(prepare_tokens(config.model_copy(update={"bad_documents": "skip"}))))) == 2
+
+
 def write_three(prefix: Path) -> None:
     """Write three documents of four tokens by the format's description alone."""
     tokens = np.array([*b"one", 256, *b"two", 256, *b"six", 256], dtype="<u2")

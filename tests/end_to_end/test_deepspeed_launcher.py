@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed")
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2", "-m"]
-DEEPSPEED = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--no_local_rank", "--module"]
+DEEPSPEED = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--module"]
 
 
 def train(launcher: list[str], *words: str) -> tuple[int, str]:
