@@ -139,6 +139,6 @@ def slice_rows(features: int) -> int:
 
 
 def _rounded(size: int) -> int:
-    """Round up to one of sixteen sizes an octave, and to 32 at least."""
-    unit = max(32, 1 << max(0, size.bit_length() - 5))
+    """Round up to one of thirty-two sizes an octave, and to 16 at least."""
+    unit = max(16, 1 << max(0, size.bit_length() - 6))
     return -(-size // unit) * unit
