@@ -61,7 +61,7 @@ class MegatronEngine(Standing):
         parallel, stage = config.parallel, mesh.stages[0]
         start_groups(config)
         self.model = build_model(config, first=stage == 0, last=stage == parallel.pp - 1,
-                                 finalize_model_grads_func=finalize_model_grads)
+                                 finalize_model_grads_func=finalize_model_grads).to(mesh.device)
         self.weights = NativeWeights(
             config, layout_of(config), (mesh.rank % parallel.tp, stage, mesh.rank % parallel.ep),
             tp=None if mesh.dense is None else mesh.dense["tp"], ep=None if mesh.sparse is None else mesh.sparse["ep"])
@@ -72,6 +72,8 @@ class MegatronEngine(Standing):
         self.ddp = DistributedDataParallel(
             self.model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
             Float16Module(self.model.config, self.model) if self.model.config.bf16 else self.model)
+        for router in theirs.values():
+            router._maintain_float32_expert_bias()  # which was rounded with the weights
         decaying = {id(parameter) for name, parameter in self.model.named_parameters() if name in self.weights.decaying}
         apart = ParamKey(predicate=ParamPredicate("no decay", lambda parameter: id(parameter) not in decaying))
         self.optimizer = get_megatron_optimizer(
@@ -179,7 +181,7 @@ class MegatronEngine(Standing):
         """Make of the losses of all positions, [batch, seq], what Megatron takes the mean of, and their sum."""
         cross_entropy = (losses * (batch.targets != -100)).double().sum()
         if self.account is None:
-            return cross_entropy, cross_entropy
+            return cross_entropy, cross_entropy.clone()  # the first is divided in place
         none = torch.zeros_like(cross_entropy)
         loss = self.account.loss(LossSums(cross_entropy, none, none, none))
         return loss * self.num_means, cross_entropy.detach()

@@ -53,7 +53,7 @@ class WatchedRouter:
     def _see(self, theirs: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
         weight, chosen = (output.unflatten(0, inputs[0].shape[:2]).transpose(0, 1) for output in outputs)
         matrix = theirs.get_parameter("weight").float()
-        logits = F.linear(inputs[0].float(), matrix).transpose(0, 1)  # [batch, seq, experts]
+        logits = F.linear(inputs[0].float(), matrix).transpose(0, 1).contiguous()  # [batch, seq, experts]
         router, statistics = self.layer.router, self.layer.statistics
         probs, valid = router.probabilities(logits), self.token_id >= 0
         if theirs.training and self.losses is not None:
