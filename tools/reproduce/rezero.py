@@ -55,12 +55,11 @@ class Net(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Read scikit-learn's 1,797 digits. Returns pixels [digits, 64] with mean 0, and classes [digits]."""
+    """Read scikit-learn's 1,797 digits. Returns pixels [digits, 64] from 0 to 1, and classes [digits]."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    pixels = torch.tensor(data.data, dtype=torch.float32) / 16
-    return pixels - pixels.mean(), torch.tensor(data.target)
+    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
 
 
 def fully_connected(kind: str, seed: int) -> list[float]:
@@ -80,11 +79,16 @@ def fully_connected(kind: str, seed: int) -> list[float]:
 
 
 def transformer(kind: str, seed: int) -> Trainer:
-    return Trainer({
+    """Make a Transformer whose matrices behind the embedding start as Glorot's and Bengio's (Xavier), normal."""
+    trainer = Trainer({
         "model": {"d_model": 64, "num_layers": DEPTH, "pattern": [{"channel_mixer": "feed_forward"}],
                   "embedding_positions": "sinusoidal", **TRANSFORMERS[kind]},
         "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "positions": "none"},
         "feed_forward": {"d_ff": 256, "activation": "gelu"}, "optim": {"lr": 1e-3}}, seed)
+    for name, parameter in trainer.engine.parameters().items():
+        if parameter.ndim == 2 and name != "embedding.weight":
+            nn.init.xavier_normal_(parameter)
+    return trainer
 
 
 def run(seed: int) -> Figures:
@@ -134,9 +138,10 @@ REPRODUCTION = Reproduction(
     paper="Bachlechner et al., 2020",
     claim="a 12-layer Transformer reaches 1.2 bits per byte on enwiki8 56 % faster; nets of any depth train without "
           "norms and without warm-up",
-    miniature="64 fully connected layers on digits, with Adagrad: with ReZero, with norms before layers, after them, "
-              "and without either; a 64-layer Transformer on bytes of source code, with Adam and no warm-up: with "
-              "ReZero, and with norms before layers",
+    miniature="64 fully connected layers of 128 on digits, He's first weights, Adagrad 0.01, 600 steps of 100: with "
+              "ReZero, with norms before layers, after them, and without either; a Transformer of 64 layers and 64 "
+              "features on bytes of source code, Xavier's first weights, Adam 1e-3 without warm-up, 150 steps of "
+              "16 x 32: with ReZero, and with norms before layers",
     run=run,
     plot=plot,
     criteria=(
@@ -151,6 +156,10 @@ REPRODUCTION = Reproduction(
         Criterion("Transformer: largest alpha after 150 steps", lambda figures: figures["largest alpha"],
                   at_least=1e-3),
     ),
+    note="A first try was short: with pixels about 0 and weights of deviation 1/sqrt(fan in), ReZero's Transformer "
+         "took 0.753 of the steps, and the net with norms after layers came down to 0.492 (medians of seeds 0, 1 and "
+         "2). Xavier's first weights, which the paper names, and pixels from 0 to 1 were then tried on seeds 100 and "
+         "101: 0.682 and 0.663 of the steps, and 1.668 and 2.302.",
 )
 
 if __name__ == "__main__":
