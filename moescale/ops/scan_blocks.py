@@ -9,6 +9,7 @@ Tensors of a block are [positions, batch, d_state, channels]: sums over states t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,27 +57,28 @@ class _Scan(torch.autograd.Function):
         block = _Block(u, delta, a, b, restarts)
         grad_u, grad_delta, grad_b, grad_c = grad * d, *(torch.empty_like(x) for x in (delta, b, c))
         grad_a, grad_states = torch.zeros_like(block.a), torch.empty_like(block.decays)
+        grad_by_position = grad_states.unbind()
         carry = grad_last.mT  # the gradient of the state behind the block, times its decay
         for number in reversed(range(len(block.starts))):
             start = block.starts[number]
             states, decays = block.run(start, before[number])
             at, size = slice(start, start + len(decays)), len(decays)
             grad_y, delta_at, u_at = (x[:, at].transpose(0, 1) for x in (grad, delta, u))
+            grads = grad_states[:size]
+            grad_c[:, at] = torch.mul(states[1:], grad_y.unsqueeze(-2), out=grads).sum(-1).transpose(0, 1)
             # grad_h_t = c_t grad_t + decay_(t+1) grad_h_(t+1), from the end
-            grads = torch.mul(c[:, at].transpose(0, 1).unsqueeze(-1), grad_y.unsqueeze(-2), out=grad_states[:size])
+            torch.mul(c[:, at].transpose(0, 1).unsqueeze(-1), grad_y.unsqueeze(-2), out=grads)
             grads[-1] += carry
-            by_position, by_decay = grads.unbind(), decays.unbind()
             for t in range(size - 2, -1, -1):
-                by_position[t].addcmul_(by_decay[t + 1], by_position[t + 1])
-            carry = by_decay[0] * by_position[0]
-            # From the states to what each position reads and takes in.
-            grad_c[:, at] = (states[1:] @ grad_y.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
-            grad_b[:, at] = (grads @ (delta_at * u_at).unsqueeze(-1)).squeeze(-1).transpose(0, 1)
+                grad_by_position[t].addcmul_(block.decay_by_position[t + 1], grad_by_position[t + 1])
+            carry = decays[0] * grads[0]
+            # From the states to what each position takes in.
             grad_input = (b[:, at].transpose(0, 1).unsqueeze(-2) @ grads).squeeze(-2)  # the gradient of delta u
-            # And to the decays, exp(delta a).
-            grads.mul_(decays).mul_(states[:-1])  # the gradient of delta a
-            grad_a += torch.mul(grads, delta_at.unsqueeze(-2), out=decays).sum((0, 1))
-            grad_of_delta = torch.mul(grads, block.a, out=decays).sum(-2)
+            # And to the decays, exp(delta a); the buffers of decays and states are used up on the way.
+            grad_exponents, scratch = decays.mul_(grads).mul_(states[:-1]), states[1:]  # the gradient of delta a
+            grad_b[:, at] = torch.mul(grads, (delta_at * u_at).unsqueeze(-2), out=scratch).sum(-1).transpose(0, 1)
+            grad_a += torch.mul(grad_exponents, delta_at.unsqueeze(-2), out=scratch).sum((0, 1))
+            grad_of_delta = torch.mul(grad_exponents, block.a, out=scratch).sum(-2)
             grad_delta[:, at] = grad_of_delta.addcmul_(grad_input, u_at).transpose(0, 1)
             grad_u[:, at] += (grad_input * delta_at).transpose(0, 1)
         return grad_u, grad_delta, grad_a.mT, grad_b, grad_c, (grad * u).sum((0, 1)), None, carry.mT
@@ -90,8 +92,10 @@ class _Block:
         (batch, seq, channels), d_state = u.shape, a.shape[1]
         size = min(MOST, max(FEWEST, d_state, ELEMENTS // max(1, batch * channels * d_state)))
         self.starts = range(0, seq, size)
+        self.log_2 = self.a * math.log2(math.e)  # of decays over steps; exp2 takes less than half the time of exp
         self.decays = u.new_empty(min(size, seq), batch, d_state, channels)
         self.states = u.new_empty(min(size, seq) + 1, batch, d_state, channels)
+        self.decay_by_position, self.state_by_position = self.decays.unbind(), self.states.unbind()
         self.restarts = None if restarts is None else restarts.T.nonzero()  # [any, 2]: position, row
 
     def run(self, start: int, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,13 +106,13 @@ class _Block:
         delta, u, b = (x[:, start : start + len(self.decays)].transpose(0, 1) for x in (self.delta, self.u, self.b))
         size = len(delta)
         decays, states = self.decays[:size], self.states[: size + 1]
-        torch.mul(delta.unsqueeze(-2), self.a, out=decays).exp_()
+        torch.mul(delta.unsqueeze(-2), self.log_2, out=decays).exp2_()
         if self.restarts is not None:
             position, row = self.restarts[(self.restarts[:, 0] >= start) & (self.restarts[:, 0] < start + size)].T
             decays[position - start, row] = 0
         states[0] = before
         torch.mul((delta * u).unsqueeze(-2), b.unsqueeze(-1), out=states[1:])
-        by_position = states.unbind()
-        for t, decay in enumerate(decays.unbind()):
-            by_position[t + 1].addcmul_(decay, by_position[t])
+        state = self.state_by_position
+        for t, decay in enumerate(self.decay_by_position[:size]):
+            state[t + 1].addcmul_(decay, state[t])
         return states, decays
