@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moescale.ops import native
-from moescale.ops.shares import slice_rows
+from moescale.ops.shares import run_on_rows, slice_rows
 
 aten = torch.ops.aten
 
@@ -17,15 +17,24 @@ aten = torch.ops.aten
 def gather_rows(x: Tensor, token: Tensor, out: Tensor) -> None:
     """Copy the rows of these tokens. x: [tokens, width]. token: [rows]. out: [rows, width]."""
     if native.runs(x):
-        native.call("gather", x.dtype, x, token, *out.shape, out)
+        def run(part: slice) -> None:
+            native.call("gather", x.dtype, x, token[part], *out[part].shape, out[part])
+
+        run_on_rows(run, *out.shape)
     else:
         torch.index_select(x, 0, token, out=out)
 
 
 def add_rows(total: Tensor, token: Tensor, rows: Tensor) -> None:
-    """Add each row to its token's sum. total: [tokens, width], float32 at least. token: [rows]. rows: [rows, width]."""
+    """Add each row to its token's sum.
+
+    total: [tokens, width], float32 at least. token: [rows], none twice. rows: [rows, width].
+    """
     if native.runs(rows):
-        native.call("add", rows.dtype, rows, token, *rows.shape, total)
+        def run(part: slice) -> None:
+            native.call("add", rows.dtype, rows[part], token[part], *rows[part].shape, total)
+
+        run_on_rows(run, *rows.shape)
     else:
         total.index_add_(0, token, rows.to(total.dtype))
 
@@ -37,7 +46,11 @@ def activate(name: str, gate: Tensor | None, up: Tensor, factor: Tensor, hidden:
     hidden: [rows, d_ff].
     """
     if gate is not None and name == "silu" and native.runs(up):
-        native.call("forward", up.dtype, gate, up, up.stride(0), factor, *up.shape, hidden)
+        def run(part: slice) -> None:
+            native.call("forward", up.dtype, gate[part], up[part], up.stride(0), factor[part], *up[part].shape,
+                        hidden[part])
+
+        run_on_rows(run, *up.shape)
     elif gate is None:
         _activate(name, up, hidden).mul_(factor.unsqueeze(1).to(up.dtype))
     else:
@@ -53,8 +66,12 @@ def activate_backward(
     The rest is as there; the gradients of gate and up may have other strides than these, but one of them both.
     """
     if gate is not None and grad_gate is not None and name == "silu" and native.runs(up):
-        native.call("backward", up.dtype, gate, up, up.stride(0), factor, grad_hidden, *up.shape, hidden, grad_gate,
-                    grad_up, grad_up.stride(0), grad_factor)
+        def run(part: slice) -> None:
+            native.call("backward", up.dtype, gate[part], up[part], up.stride(0), factor[part], grad_hidden[part],
+                        *up[part].shape, hidden[part], grad_gate[part], grad_up[part], grad_up.stride(0),
+                        grad_factor[part])
+
+        run_on_rows(run, *up.shape)
         return
     rows = slice_rows(up.shape[1])  # a few at a time, for the cache
     buffer = up.new_empty(2, min(rows, len(up)), up.shape[1])
