@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def load(folder: Path, config: Config) -> tuple[Tensor | None, dict[str, Tensor]
         parallel.tp, expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=1)
     model = build_model(config).eval()
     sharded = named_as_with_transformer_engine(model.sharded_state_dict(), config)
-    loaded = dist_checkpointing.load(sharded, str(folder), strict="log_all")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # of common.pt
+        loaded = dist_checkpointing.load(sharded, str(folder), strict="log_all")
     assert not model.load_state_dict(loaded, strict=False).missing_keys
     rank = dist.get_rank()
     weights = NativeWeights(config, layout_of(config), (rank % parallel.tp, 0, rank % parallel.ep))
