@@ -261,8 +261,9 @@ class Agreement:
         victim = is_of_lost_ranks(error)
         status = next((status for kind, status in EXIT_STATUS if isinstance(error, kind)), 1)
         status = error.status if isinstance(error, Stopped) else status
-        said: int | None = None
-        with suppress(dist.DistError, RuntimeError):  # rank 0, and the store with it, may be gone
+        # Rank 0, and the store with it, may be gone: then it has said that the run was asked to stop.
+        said: int | None = status if launch.rank > 0 and isinstance(error, Stopped) else None
+        with suppress(dist.DistError, RuntimeError):
             if launch.rank > 0 or victim:
                 deadline = time.monotonic() + (3.0 if victim else HESITATE_SECONDS)
                 while not store.check(["cause"]) and time.monotonic() < deadline:

@@ -133,6 +133,26 @@ def test_one_that_is_started_again_leaves_in_silence_when_torchrun_ends_it(resta
     assert ended.value.status == 75
 
 
+class Gone:
+    """A store whose keeper has left."""
+
+    def check(self, *words: object) -> bool:
+        raise RuntimeError("Connection reset by peer")
+
+    compare_set = check
+
+
+@pytest.mark.parametrize(("rank", "kind"), [(0, Stopped), (1, Silenced)])
+def test_a_stop_is_told_by_rank_0_where_another_comes_after_it_has_left(
+    rank: int, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Agreement(Launch(rank=rank, size=2))
+    monkeypatch.setattr(ranks, "store", Gone())
+    with pytest.raises(kind) as ended, ranks.one_voice():
+        raise Stopped("stopped by SIGUSR1 after step 2 of 9", 75)
+    assert ended.value.status == 75
+
+
 def alone_of_two(rank: int) -> tuple[str, Any]:
     if rank != read_launch().rank:
         return "absent", 0
