@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+T = TypeVar("T")
 BLOCK_NUMBERS = 1 << 20  # numbers that the blocks of all threads have together, at their widest
 SLICE_NUMBERS = 1 << 17  # numbers of the rows of a block that are activated together
 PART_NUMBERS = 1 << 17  # numbers of the rows for which a thread pays
@@ -115,14 +116,10 @@ def run_on_threads(run: Callable[..., None], *arguments: Iterable[Any]) -> None:
         with torch.no_grad():
             run(*call)
 
-    others = [_pool().submit(run_one, call) for call in calls[1:]]
     try:
-        run_one(calls[0])
+        _call_each(_pool(), run_one, calls)
     finally:
-        wait(others)
         torch.set_num_threads(threads)
-    for other in others:
-        other.result()
 
 
 @cache
@@ -150,9 +147,14 @@ def run_on_rows(run: Callable[[slice], None], rows: int, width: int) -> None:
         run(slice(rows))
         return
     cuts = [rows * number // parts for number in range(parts + 1)]
-    others = [_helpers().submit(run, slice(*each)) for each in pairwise(cuts[1:])]
+    _call_each(_helpers(), run, [slice(*each) for each in pairwise(cuts)])
+
+
+def _call_each(pool: ThreadPoolExecutor, run: Callable[[T], None], arguments: Sequence[T]) -> None:
+    """Call `run` with each of the arguments, with the first on this thread; wait for all, whatever one raises."""
+    others = [pool.submit(run, argument) for argument in arguments[1:]]
     try:
-        run(slice(cuts[1]))
+        run(arguments[0])
     finally:
         wait(others)
     for other in others:
