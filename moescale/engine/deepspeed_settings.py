@@ -7,18 +7,15 @@ offload; where it says something else than our keys do, or what was never shown 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from moescale.config import Config, ConfigError, any_of
+from moescale.engine.packages import OTHERWISE, check_package
 from moescale.errors import refuse
 from moescale.files.reading import explain, read_json
 
 OLDEST, NEXT = (0, 19, 8), (0, 20)  # versions of DeepSpeed: the one that this was tested with, and where it ends
-INSTALL = "pip install 'deepspeed>=0.19.8,<0.20'"
-OTHERWISE = "or write run.engine=native"
 DEFAULT_STAGE = 3  # as the native engine shards: weights, gradients and optimizer state
 AUTO = "auto"  # in files for Hugging Face's trainer: as the run says
 
@@ -41,7 +38,7 @@ def check(config: Config) -> None:
 
     config: settled. Raises ConfigError, one line with the cure.
     """
-    _check_package()
+    check_package("deepspeed", "deepspeed", OLDEST, NEXT)
     parallel = config.parallel
     ranks = parallel.dp_replicate * parallel.dp_shard * parallel.tp * parallel.cp * parallel.pp
     for key in ("tp", "pp", "dp_replicate"):
@@ -161,13 +158,3 @@ def _same(said: Any, ours: Any) -> bool:
 
 def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _check_package() -> None:
-    try:
-        found = version("deepspeed")
-    except PackageNotFoundError:
-        raise ConfigError(f"run.engine=deepspeed needs the package deepspeed: {INSTALL}, {OTHERWISE}") from None
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
-    refuse(not OLDEST <= numbers < NEXT, f"run.engine=deepspeed was tested with deepspeed 0.19.8, and {found} is "
-           f"installed: {INSTALL}, {OTHERWISE}")

@@ -6,8 +6,6 @@ classes. Nothing of the package is imported, so that a run is refused without it
 
 from __future__ import annotations
 
-import re
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -17,11 +15,10 @@ from moescale.convert.formats.megatron.files import NAME
 from moescale.convert.formats.megatron.names import inexpressible, write_arguments
 from moescale.convert.mapping.mapped import FileLayout
 from moescale.convert.run import differences
+from moescale.engine.packages import OTHERWISE, check_package
 from moescale.errors import refuse
 
 OLDEST, NEXT = (0, 16, 1), (0, 17)  # versions of Megatron-Core: the one that this was tested with, and where it ends
-INSTALL = "pip install 'megatron-core>=0.16.1,<0.17'"
-OTHERWISE = "or write run.engine=native"
 SAME_NAME = (  # in the arguments of Megatron-LM's script and in Megatron-Core's TransformerConfig
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "normalization", "add_bias_linear", "add_qkv_bias", "tensor_model_parallel_size",
@@ -40,7 +37,7 @@ def check(config: Config) -> None:
 
     config: settled. Raises ConfigError, one line with the cure.
     """
-    check_package()
+    check_package("megatron", "megatron-core", OLDEST, NEXT)
     check_device()
     for named in (*differences(config, NAME), *inexpressible(config)):
         raise ConfigError(f"{named} has no counterpart under run.engine=megatron: write run.engine=native")
@@ -124,16 +121,6 @@ def layout_of(config: Config) -> FileLayout:
     parallel = config.parallel
     return FileLayout(parallel.ep, parallel.tp, parallel.pp, parallel.etp, "sequential")
 
-
-def check_package() -> None:
-    """Refuse a package that is missing or of another version. Raises ConfigError."""
-    try:
-        found = version("megatron-core")
-    except PackageNotFoundError:
-        raise ConfigError(f"run.engine=megatron needs the package megatron-core: {INSTALL}, {OTHERWISE}") from None
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
-    refuse(not OLDEST <= numbers < NEXT, f"run.engine=megatron was tested with megatron-core 0.16.1, and {found} is "
-           f"installed: {INSTALL}, {OTHERWISE}")
 
 
 def check_device() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from moescale.config import Config, ConfigError, parse_config
-from moescale.engine import deepspeed_settings
+from moescale.engine import packages
 from moescale.engine.base import check_engine
 from moescale.engine.deepspeed_settings import settings
 
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_settings, "version", lambda name: "0.19.8")
+    monkeypatch.setattr(packages, "version", lambda name: "0.19.8")
 
 
 def make_config(ranks: int = 4, file: Path | None = None, **groups: dict[str, Any]) -> Config:
@@ -102,13 +102,13 @@ def test_what_it_cannot_do_is_refused(ranks: int, groups: dict[str, Any], words:
 
 
 def test_the_package_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_settings, "version", lambda name: "0.14.2")
+    monkeypatch.setattr(packages, "version", lambda name: "0.14.2")
     with pytest.raises(ConfigError, match=r"tested with deepspeed 0\.19\.8, and 0\.14\.2 is installed: pip install"):
         check_engine(make_config())
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(deepspeed_settings, "version", missing)
+    monkeypatch.setattr(packages, "version", missing)
     with pytest.raises(ConfigError, match=r"needs the package deepspeed: pip install .*, or write run\.engine=native"):
         check_engine(make_config())

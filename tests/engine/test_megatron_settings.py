@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from moescale.config import Config, ConfigError, parse_config
-from moescale.engine import megatron_settings
+from moescale.engine import packages
 from moescale.engine.base import check_engine
 from moescale.engine.megatron_settings import model_settings, transformer_settings
 
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron_settings, "version", lambda name: "0.16.1")
+    monkeypatch.setattr(packages, "version", lambda name: "0.16.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
@@ -83,13 +83,13 @@ def test_packages_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PackageNotFoundError(name)
 
     config = make_config()
-    monkeypatch.setattr(megatron_settings, "version", missing)
+    monkeypatch.setattr(packages, "version", missing)
     with pytest.raises(ConfigError, match=r"needs the package megatron-core: pip install 'megatron-core>=0.16"):
         check_engine(config)
-    monkeypatch.setattr(megatron_settings, "version", lambda name: "0.15.3")
+    monkeypatch.setattr(packages, "version", lambda name: "0.15.3")
     with pytest.raises(ConfigError, match=r"tested with megatron-core 0.16.1, and 0.15.3 is installed: pip install"):
         check_engine(config)
-    monkeypatch.setattr(megatron_settings, "version", lambda name: "0.16.1")
+    monkeypatch.setattr(packages, "version", lambda name: "0.16.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"GPUs alone, and torch sees none here: .* or write run.engine=native"):
         check_engine(config)
