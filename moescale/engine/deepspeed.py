@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -29,8 +28,6 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from moescale.checkpoint.capture import Capture, HostCopy
-from moescale.checkpoint.store import load_checkpoint, read_state
 from moescale.checkpoint.together import Ranks
 from moescale.comm.collectives import local_tensor
 from moescale.config import Config, ConfigError
@@ -50,7 +47,6 @@ from moescale.model.language_model import LossSums
 from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import clip_gradients
 from moescale.optim.optimizer import set_rate
-from moescale.optim.schedule import Peak
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
 from moescale.spec.model import describe
@@ -151,41 +147,25 @@ class ZeroEngine(OwnLayers):
 
     # ---- checkpoints: the native engine's keys, each rank with a share of every tensor
 
-    def capture(
-        self, files: Mapping[str, str | bytes], state: Mapping[str, Any], host: HostCopy | None = None
-    ) -> Capture:
-        """Collect weights, optimizer state, step and where the learning rate falls from; all ranks must call."""
-        tensors = {name: tensor for name, tensor, _ in self._tensors()}
-        return self._captured(tensors, files, state, host)
+    def _tensors(self) -> dict[str, Tensor]:
+        """Make everything that a checkpoint holds, by name, in copies but for buffers."""
+        tensors = {f"model.{name}": buffer for name, buffer in self.model.named_buffers() if name in self.described}
+        return tensors | {name: self._share(weight, self._get(parameter, moment))
+                          for name, weight, parameter, moment in self._places()}
 
-    def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
-        """Go on from a checkpoint, whatever engine and layout wrote it; a converted one may lack the optimizer's state.
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, _, parameter, moment in self._places():
+            if name in tensors:
+                self._set(parameter, _whole(tensors[name]), moment)
 
-        peak: where the learning rate falls from; None is after the warm-up.
-        """
-        prefix = "" if read_state(checkpoint).get("optimizer", True) else "model."
-        tensors = [(name, tensor, place) for name, tensor, place in self._tensors() if name.startswith(prefix)]
-        state = load_checkpoint(checkpoint, {name: tensor for name, tensor, _ in tensors}, prefix=prefix,
-                                group=self.mesh.checkpoint_group)
-        for _, tensor, place in tensors:
-            if place is not None:
-                parameter, moment = place
-                self._set(parameter, _whole(tensor), moment)
-        self._stand_at(state["step"], peak)
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor, tuple[nn.Parameter, str | None] | None]]:
-        """Make everything that a checkpoint holds: name, tensor, and whose value it is; none of a buffer."""
-        for name, buffer in self.model.named_buffers():
-            if name in self.described:
-                yield f"model.{name}", buffer, None
+    def _places(self) -> Iterator[tuple[str, Weight, nn.Parameter, str | None]]:
+        """Name each weight in a checkpoint, then its moments: with what is said of it, and which moment it is."""
         moments = OPTIMIZERS[self.config.optim.name].moments
         for name, parameter in self.weights.items():
             weight = self.described[name]
-            yield f"model.{name}", self._share(weight, self._get(parameter, None)), (parameter, None)
+            yield f"model.{name}", weight, parameter, None
             for moment in moments(weight, self.config.optim):
-                word = moment.name[0]
-                yield ("optim." + ".".join(moment.name), self._share(weight, self._get(parameter, word)),
-                       (parameter, word))
+                yield "optim." + ".".join(moment.name), weight, parameter, moment.name[0]
 
     def _share(self, weight: Weight, value: Tensor) -> Tensor:
         """Keep a share of what is whole on this rank, or whole of this rank's experts."""

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from moescale.checkpoint.capture import Capture, HostCopy
-from moescale.checkpoint.store import load_checkpoint, read_state
 from moescale.config import Config, ConfigError, TrainingError
 from moescale.data.batches import Batch
 from moescale.engine.accounting import StepAccount, begin_statistics, mean_cross_entropy, mixtures
@@ -186,27 +183,14 @@ class MegatronEngine(Standing):
         loss = self.account.loss(LossSums(cross_entropy, none, none, none))
         return loss * self.num_means, cross_entropy.detach()
 
-    # ---- checkpoints: the native engine's keys
-
-    def capture(
-        self, files: Mapping[str, str | bytes], state: Mapping[str, Any], host: HostCopy | None = None
-    ) -> Capture:
-        """Collect weights, optimizer state, step and where the learning rate falls from; all ranks must call."""
-        return self._captured(self._tensors(), files, state, host)
-
-    def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
-        """Go on from a checkpoint, whatever engine and layout wrote it; a converted one may lack the optimizer's state.
-
-        peak: where the learning rate falls from; None is after the warm-up.
-        """
-        prefix = "" if read_state(checkpoint).get("optimizer", True) else "model."
-        tensors = {name: tensor for name, tensor in self._tensors().items() if name.startswith(prefix)}
-        state = load_checkpoint(checkpoint, tensors, prefix=prefix, group=self.mesh.checkpoint_group)
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
         for begin, what in {"model.": "param", **{f"optim.{word}.": word for word in MOMENTS}}.items():
             self._put({name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)},
                       what)
-        self._stand_at(state["step"], peak)
-        self.shards.stand_at(self.step_count)
+
+    def _stand_at(self, step: int, peak: Peak | None) -> None:
+        super()._stand_at(step, peak)
+        self.shards.stand_at(step)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Make everything that a checkpoint holds, by name, in copies."""

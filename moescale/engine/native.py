@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from moescale.checkpoint.capture import Capture, HostCopy
-from moescale.checkpoint.store import load_checkpoint, read_state
 from moescale.config import Config
 from moescale.data.batches import Batch
 from moescale.engine.accounting import (
@@ -27,7 +23,6 @@ from moescale.model.language_model import LanguageModel, LossSums
 from moescale.optim.base import OPTIMIZERS
 from moescale.optim.gradient_norm import SpoiltGradients, clip_gradients
 from moescale.optim.optimizer import build_optimizer, count_from, set_rate
-from moescale.optim.schedule import Peak
 from moescale.parallel.mesh import Mesh
 from moescale.parallel.parallelize import build_parallel_model
 from moescale.spec.model import describe
@@ -134,24 +129,8 @@ class NativeEngine(OwnLayers):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def capture(
-        self, files: Mapping[str, str | bytes], state: Mapping[str, Any], host: HostCopy | None = None
-    ) -> Capture:
-        """Collect weights, optimizer state, step and where the learning rate falls from.
-
-        files, state: what else belongs to it.
-        """
-        return self._captured(self._tensors(), files, state, host)
-
-    def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
-        """Go on from a checkpoint, whatever layout wrote it; a converted one may lack the optimizer's state.
-
-        peak: where the learning rate falls from; None is after the warm-up.
-        """
-        prefix = "" if read_state(checkpoint).get("optimizer", True) else "model."
-        tensors = {name: tensor for name, tensor in self._tensors().items() if name.startswith(prefix)}
-        state = load_checkpoint(checkpoint, tensors, prefix=prefix, group=self.mesh.checkpoint_group)
-        self._stand_at(state["step"], peak)
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Do nothing: they are the engine's own."""
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by name; sharded tensors as DTensors."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moescale.checkpoint.capture import Capture, HostCopy
+from moescale.checkpoint.store import load_checkpoint, read_state
 from moescale.config import Config
 from moescale.data.batches import Batch
 from moescale.engine.accounting import mixtures, routing_counts
@@ -25,7 +27,7 @@ from moescale.parallel.lost_ranks import where_in
 from moescale.parallel.mesh import Mesh
 
 
-class Standing:
+class Standing(ABC):
     """The part of an engine that looks at schedule, step and counts alone; see `engine.base.Engine`."""
 
     def __init__(self, config: Config, mesh: Mesh, mixtures: Mapping[int, MoELayer]) -> None:
@@ -42,13 +44,37 @@ class Standing:
         """The rate of the step to come."""
         return learning_rate(self.step_count, self.config.run.steps, self.config.optim, self.peak)
 
-    def _captured(
-        self, tensors: Mapping[str, Tensor], files: Mapping[str, str | bytes], state: Mapping[str, Any],
-        host: HostCopy | None,
+    # ---- checkpoints: the same keys under each engine
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """Make all that a checkpoint holds, by name: the engine's own tensors, or copies; all ranks must call."""
+
+    @abstractmethod
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set what was read, where `_tensors` are copies. tensors: some of these, or all"""
+
+    def capture(
+        self, files: Mapping[str, str | bytes], state: Mapping[str, Any], host: HostCopy | None = None
     ) -> Capture:
-        """Add step, seed and where the learning rate falls from: all random draws follow from seed and tokens."""
-        return Capture(self.step_count, tensors if host is None else host.fill(tensors), {
+        """Collect weights, optimizer state, step and where the learning rate falls from; all ranks must call.
+
+        files, state: what else belongs to it.
+        """
+        tensors = self._tensors()
+        return Capture(self.step_count, tensors if host is None else host.fill(tensors), {  # draws follow from the seed
             **state, "seed": self.config.run.seed, "peak": [self.peak.step, self.peak.share]}, files)
+
+    def load(self, checkpoint: Path, peak: Peak | None = None) -> None:
+        """Go on from a checkpoint, whatever engine and layout wrote it; a converted one may lack the optimizer's state.
+
+        peak: where the learning rate falls from; None is after the warm-up.
+        """
+        prefix = "" if read_state(checkpoint).get("optimizer", True) else "model."
+        tensors = {name: tensor for name, tensor in self._tensors().items() if name.startswith(prefix)}
+        state = load_checkpoint(checkpoint, tensors, prefix=prefix, group=self.mesh.checkpoint_group)
+        self._take(tensors)
+        self._stand_at(state["step"], peak)
 
     def _stand_at(self, step: int, peak: Peak | None) -> None:
         """Go on from a step whose weights and moments were loaded. peak: None is after the warm-up"""
@@ -56,7 +82,7 @@ class Standing:
         self.peak = peak or first_peak(self.config.optim)
 
 
-class OwnLayers(Standing, ABC):
+class OwnLayers(Standing):
     """The part of an engine that looks at this project's layers."""
 
     optimizer: torch.optim.Optimizer
