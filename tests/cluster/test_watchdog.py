@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
-from moescale.cluster.launch import Launch
-from moescale.cluster.watchdog import Watchdog
 from moescale.cluster.watcher import Limits, Pace, where
-
-LIMITS = Limits(times=10, floor_seconds=1.0, timeout_seconds=1.5, grace_seconds=0.5)
+from tests.support.hangs import python
 
 
 def test_what_counts_as_a_hang() -> None:
@@ -54,37 +46,6 @@ def test_the_main_thread_is_found_in_stacks() -> None:
               '  File "/a/moescale/comm/exchange.py", line 42 in finish\n')
     assert where(stacks) == "comm/exchange.py:42 in finish"
     assert where("") == ""
-
-
-def wait_with_the_lock() -> None:
-    ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
-
-
-def wait_without_the_lock() -> None:
-    ctypes.CDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
-
-
-def wait_for_ever() -> None:
-    threading.Event().wait()
-
-
-def be_stopped() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def hang(run_dir: str, how: str, pause: bool) -> None:
-    with Watchdog(Path(run_dir), Launch(host="here"), 1.5, LIMITS) as watchdog:
-        for step in range(1, 9):
-            watchdog.step(step)
-            time.sleep(0.02)
-        if pause:
-            watchdog.pause("evaluation")
-        globals()[how]()
-
-
-def python(code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", f"from tests.cluster.test_watchdog import *\n{code}"], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_a_rank_that_hangs_is_shown_and_killed(tmp_path: Path) -> None:
