@@ -112,7 +112,7 @@ class Watcher:
     def watch(self) -> None:
         """Listen until the rank has ended, or must."""
         heard, looked = b"", time.monotonic()
-        while os.getppid() == self.pid:
+        while self._lives:
             if select.select([0], [], [], LOOK_SECONDS)[0]:
                 received = os.read(0, 1 << 16)
                 if not received:
@@ -133,8 +133,7 @@ class Watcher:
 
     def _tell(self, now: float) -> None:
         """Write this rank's stacks, and as rank 0 say where all ranks stand."""
-        self._write_stacks(now)
-        if self.rank == 0:
+        if self._write_stacks(now) and self.rank == 0:
             time.sleep(GATHER_SECONDS)
             usual = "" if self.pace.usual is None else f", and usual are {self.pace.usual:.3g} s"
             said = "; ".join(f"{', '.join(ranks)}: {where}" for where, ranks in self._gather().items())
@@ -143,19 +142,35 @@ class Watcher:
 
     def _end(self, now: float) -> None:
         """Kill the rank, which then leaves as killed by SIGKILL, and say so."""
-        self._write_stacks(now)
+        if not self._write_stacks(now):
+            return
         _say(f"rank {self.rank} on {self.host}: {self.pace.what} did not end within run.timeout_seconds="
              f"{self.pace.limits.timeout_seconds:g} ({self._state()}), and the rank is killed; its stacks are in "
              f"{self._place()}; if it only needs longer, raise run.timeout_seconds")
-        if os.getppid() == self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
+
+    @property
+    def _lives(self) -> bool:
+        """Whether the rank lives; when it has ended, its process id may be that of another process."""
+        return os.getppid() == self.pid
+
+    def _signal(self, number: signal.Signals) -> bool:
+        """Send the rank a signal; return whether it lives."""
+        if not self._lives:
+            return False
+        os.kill(self.pid, number)
+        return True
 
     def _place(self) -> Path:
         return self.folder / self.pace.what.replace(" ", "_")
 
-    def _write_stacks(self, now: float) -> None:
-        """Put the rank's stacks into the run directory, or on the terminal where that takes nothing."""
-        os.kill(self.pid, signal.SIGUSR2)
+    def _write_stacks(self, now: float) -> bool:
+        """Put the rank's stacks into the run directory, or on the terminal where that takes nothing.
+
+        Returns whether the rank lives; of one that has ended nothing is written.
+        """
+        if not self._signal(signal.SIGUSR2):
+            return False
         deadline, stacks = time.monotonic() + STACK_SECONDS, b""
         while (left := deadline - time.monotonic()) > 0 and select.select([self.stacks], [], [], left)[0]:
             stacks += os.read(self.stacks, 1 << 16)
@@ -168,6 +183,7 @@ class Watcher:
             (self._place() / f"rank_{self.rank}.txt").write_text(report)
         except OSError:
             _say(report)
+        return True
 
     def _gather(self) -> dict[str, list[str]]:
         """Read where the ranks stand. -> the ranks by place in the code, those that share one together"""

@@ -34,6 +34,16 @@ def be_stopped() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def fork_with_its_pipes() -> int:
+    """Fork a child that keeps what this process has open, its streams apart. -> its process id"""
+    child = os.fork()
+    if child == 0:
+        os.closerange(0, 3)
+        time.sleep(60)
+        os._exit(0)
+    return child
+
+
 def hang(run_dir: str, how: str, pause: bool) -> None:
     with Watchdog(Path(run_dir), Launch(host="here"), 1.5, LIMITS) as watchdog:
         for step in range(1, 9):
