@@ -61,4 +61,6 @@ def needs_of(config: Config, num_ranks: int) -> Needs:
     checkpoint = 4 * (weights + moments)
     state = checkpoint + 4 * weights  # the gradients
     # each copy of the model is cut among its ranks
-    return Needs(state * config.parallel.dp_replicate // num_ranks, checkpoint, config.checkpoint.keep + 1)
+    kept = config.checkpoint
+    return Needs(state * config.parallel.dp_replicate // num_ranks, checkpoint, kept.keep + 1,
+                 None if kept.in_memory is None else kept.memory_dir)

@@ -48,6 +48,18 @@ def open_memory(ranks: Agreement, run_dir: Path, memory_dir: str) -> MemoryPlace
     return MemoryPlace(folder, partners([str(node) for node in nodes]), first)
 
 
+def taken_by_copies(run_dir: Path, memory_dir: str) -> int:
+    """Add up the bytes of this run's copies on this machine."""
+    token = _read_token(run_dir)
+    if token is None:
+        return 0
+    total = 0
+    for file in _home(run_dir, memory_dir, token).rglob("*"):
+        with suppress(OSError):  # another rank may be making room
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
 def partners(nodes: Sequence[str]) -> list[int | None]:
     """Choose for each rank one on the next host, in a ring; None where there is one host alone. nodes: of each rank"""
     ring = list(dict.fromkeys(nodes))

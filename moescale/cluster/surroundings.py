@@ -17,6 +17,7 @@ import torch
 
 from moescale.cluster.agreement import Agreement, ranks_text
 from moescale.cluster.launch import Launch
+from moescale.cluster.recovery import taken_by_copies
 
 SKEW_SECONDS = 1.0  # between two clocks; ranks are compared to within about 0.1 s
 SHOWN_DEVICES = 3
@@ -31,23 +32,29 @@ class Needs:
     """What a run takes, at least.
 
     rank_bytes: of memory, on each rank, for weights, gradients and optimizer state. checkpoint_bytes: of disk, for one.
-    checkpoints: how many lie on the disk at a time.
+    checkpoints: how many lie on the disk at a time. memory_dir: where hosts keep copies in memory; None keeps none.
     """
 
     rank_bytes: int
     checkpoint_bytes: int
     checkpoints: int
+    memory_dir: str | None = None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank sees of its machine. clock: seconds, by time.time, taken by all ranks at about the same moment."""
+    """What one rank sees of its machine.
+
+    clock: seconds, by time.time, taken by all ranks at about the same moment. copies_bytes: what copies in memory may
+    take, those included that lie there already; None where it cannot be told.
+    """
 
     device: str
     own_memory: bool  # of this rank alone, as a GPU's is
     free_bytes: int | None
     disk_free_bytes: int | None
     clock: float
+    copies_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,26 +69,31 @@ class Finding:
 def look_around(ranks: Agreement, run_dir: Path, needs: Needs) -> list[Finding]:
     """Compare what all machines offer with what the run needs. All ranks call it, and get the same findings."""
     ranks.settle(None, len)  # which all ranks leave within a moment, so that their clocks can be compared
-    machine = describe_machine(ranks.launch, run_dir, time.time())
+    machine = describe_machine(ranks.launch, run_dir, needs.memory_dir, time.time())
     said = ranks.settle(asdict(machine), lambda said: [
         asdict(finding) for finding in compare_machines([Machine(**each) for each in said], ranks.hosts, needs)])
     return [Finding(**finding) for finding in said]
 
 
-def describe_machine(launch: Launch, run_dir: Path, clock: float) -> Machine:
-    """Ask this machine what it has. run_dir: an existing directory"""
+def describe_machine(launch: Launch, run_dir: Path, memory_dir: str | None, clock: float) -> Machine:
+    """Ask this machine what it has. run_dir: an existing directory. memory_dir: for copies, if any are kept"""
     disk: int | None = None
+    copies: int | None = None
     with suppress(OSError):
         disk = shutil.disk_usage(run_dir).free
+    if memory_dir is not None:
+        with suppress(OSError):
+            copies = shutil.disk_usage(Path(memory_dir).expanduser()).free + taken_by_copies(run_dir, memory_dir)
     if torch.cuda.is_available() and launch.device < torch.cuda.device_count():
         free, _ = torch.cuda.mem_get_info(launch.device)
-        return Machine(torch.cuda.get_device_name(launch.device), True, free, disk, clock)
-    return Machine(_processor(), False, _free_memory(), disk, clock)
+        return Machine(torch.cuda.get_device_name(launch.device), True, free, disk, clock, copies)
+    return Machine(_processor(), False, _free_memory(), disk, clock, copies)
 
 
 def compare_machines(machines: Sequence[Machine], hosts: Sequence[str], needs: Needs) -> list[Finding]:
     """Judge what the ranks said, a finding for each check. hosts: of each rank"""
     return [_devices(machines, hosts), _memory(machines, hosts, needs), _disk(machines, hosts, needs),
+            *([] if needs.memory_dir is None else [_copies(machines, hosts, needs)]),
             *([_clocks(machines, hosts)] if len(machines) > 1 else [])]
 
 
@@ -131,6 +143,26 @@ def _disk(machines: Sequence[Machine], hosts: Sequence[str], needs: Needs) -> Fi
     if free >= wanted:
         return Finding("disk", "ok", text)
     return Finding("disk", "warn", f"{text}: make room, or write a lower checkpoint.keep or another run.dir")
+
+
+def _copies(machines: Sequence[Machine], hosts: Sequence[str], needs: Needs) -> Finding:
+    """Hold the memory file system of each host to the copies of its own part and its neighbour's, old and new."""
+    parts = 2 if len(set(hosts)) == 1 else 4
+    worst: tuple[float, str] | None = None
+    for host, machine in zip(hosts, machines, strict=True):
+        if machine.copies_bytes is None:
+            return Finding("copies", "warn", f"how much is free in checkpoint.memory_dir={needs.memory_dir} cannot be "
+                           f"told on {host}")
+        needed = parts * needs.checkpoint_bytes * hosts.count(host) / len(hosts)
+        share = needed / max(1, machine.copies_bytes)
+        if worst is None or share > worst[0]:
+            worst = share, (f"{_size(machine.copies_bytes)} are free for copies in checkpoint.memory_dir="
+                            f"{needs.memory_dir} ({host}), those of weights and moments take up to {_size(needed)}")
+    assert worst is not None
+    share, text = worst
+    return Finding("copies", "ok", text) if share <= 1 else Finding(
+        "copies", "warn", f"{text}: make that file system larger, or write another one in memory or "
+        "checkpoint.in_memory=null")
 
 
 def _clocks(machines: Sequence[Machine], hosts: Sequence[str]) -> Finding:

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from moescale.checkpoint import memory, store
 from moescale.cli import app
-from moescale.cluster import directory
+from moescale.cluster import directory, surroundings
 from moescale.cluster.agreement import Agreement
 from moescale.cluster.identity import refuse_differences
 from moescale.cluster.launch import Launch, read_launch
@@ -137,6 +138,14 @@ def test_a_run_directory_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     other = FileLock(folder / "used")
     check("The ranks do not agree", *train(folder, "used", status=2))
     other.close()
+
+
+def test_a_memory_file_system_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
+    words = ["checkpoint.in_memory=1", f"checkpoint.memory_dir={folder}"]
+    output = CliRunner().invoke(app, ["train", str(folder / "tiny.yaml"), f"run.dir={folder}/small", *words]).output
+    said = [line for line in output.splitlines() if "are free" in line]
+    assert len(check("The ranks do not agree", *said)) == 2, "the disk's, and the memory's"
 
 
 def test_ranks_that_are_killed_and_started_again(tmp_path: Path) -> None:
