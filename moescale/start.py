@@ -11,7 +11,7 @@ from moescale.config import Config, ConfigError
 from moescale.data.token_file import TokenCorpus, prepare_tokens
 from moescale.data.tokenizer import Tokenizer, check_vocabulary, configured_tokenizer
 from moescale.engine.base import check_engine
-from moescale.optim.base import count_moments
+from moescale.optim.base import bytes_of_moments
 from moescale.planner.count import count_parameters
 
 MISTAKE_SECONDS = 10.0  # that a rank waits for the others before it says alone what is wrong
@@ -57,8 +57,8 @@ def check_packages(config: Config) -> None:
 
 def needs_of(config: Config, num_ranks: int) -> Needs:
     """Compute what a run takes of memory and disk, at least. config: settled"""
-    weights, moments = count_parameters(config).total, count_moments(config)
-    checkpoint = 4 * (weights + moments)
+    weights = count_parameters(config).total
+    checkpoint = 4 * weights + bytes_of_moments(config)
     state = checkpoint + 4 * weights  # the gradients
     # each copy of the model is cut among its ranks
     kept = config.checkpoint

@@ -38,7 +38,7 @@ from moescale.evaluate import Evaluation
 from moescale.monitor.output import Output
 from moescale.monitor.routing_metrics import routing_metrics
 from moescale.monitor.tracer import Tracer
-from moescale.optim.base import count_moments
+from moescale.optim.base import bytes_of_moments
 from moescale.parallel.lost_ranks import name_lost_ranks
 from moescale.parallel.mesh import Mesh, start_mesh, stop_mesh
 from moescale.planner.cluster import peak_flops
@@ -124,7 +124,7 @@ def _named_memory(config: Config) -> Iterator[None]:
         smaller = max((n for n in range(1, micro_batch) if micro_batch % n == 0), default=None)
         advice = [f"data.micro_batch={smaller}"] if smaller else []
         advice += ["parallel.recompute=full"] if parallel.recompute != "full" else []
-        state_bytes = 4 * (2 * count.total + count_moments(config))
+        state_bytes = 8 * count.total + bytes_of_moments(config)
         advice += [f"a data.seq_len below {data.seq_len}", "more ranks for parallel.dp_shard", "a smaller model"]
         raise TrainingError(f"out of memory: {asked} could not be had, with data.micro_batch={micro_batch}, "
                             f"data.seq_len={data.seq_len} and parallel.recompute={parallel.recompute}; weights, "

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -42,6 +43,7 @@ LARGEST_STEP = 10**15
 LEFTOVER = re.compile(r"step_[0-9]{8,15}(\.old)?\.partial")
 UNMARKED = re.compile(r"__\d+_\d+\.distcp|\.metadata|config\.yaml|tokenizer\.json")  # what older versions left
 SAVED_SECONDS = 60.0  # until a node sees on a network disk what another one has saved
+MOMENT_DTYPES = {torch.float32, torch.bfloat16}  # each is read as the other: who goes on was asked about that
 T = TypeVar("T")
 
 
@@ -392,13 +394,14 @@ def _compare(
     """Refuse another model's tensors by the first name that differs. names: of all ranks' tensors"""
     there = {name: entry for name, entry in index.items() if name.startswith(prefix)}
     for name in sorted(there.keys() | names):
-        problem = "is not in this model" if name not in names else _difference(there.get(name), tensors.get(name))
+        problem = "is not in this model" if name not in names else _difference(
+            name, there.get(name), tensors.get(name))
         if problem is not None:
             raise ConfigError(f"{folder} is a checkpoint of another model: {name} {problem}; "
                               "write another run.dir, or the configuration that it was written with")
 
 
-def _difference(entry: TensorStorageMetadata | None, tensor: Tensor | None) -> str | None:
+def _difference(name: str, entry: TensorStorageMetadata | None, tensor: Tensor | None) -> str | None:
     """Say how a stored tensor differs from this rank's, if it does. tensor: None on a rank that has no part of it"""
     if entry is None:
         return "is not in it"
@@ -406,7 +409,8 @@ def _difference(entry: TensorStorageMetadata | None, tensor: Tensor | None) -> s
         return None
     if entry.size != tensor.shape:
         return f"has shape {list(entry.size)} there and {list(tensor.shape)} here"
-    if entry.properties.dtype != tensor.dtype:
+    dtypes = {entry.properties.dtype, tensor.dtype}
+    if len(dtypes) > 1 and not (name.startswith("optim.") and dtypes <= MOMENT_DTYPES):
         return f"has dtype {entry.properties.dtype} there and {tensor.dtype} here"
     return None
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 Group = dist.ProcessGroup | None
 
@@ -51,6 +51,21 @@ def sum_over(x: Tensor, group: Group) -> Tensor:
 def local_tensor(tensor: Tensor) -> Tensor:
     """Take this rank's part of a sharded tensor, with its gradient; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, list[slice]]:
+    """Find the values that lie here, and which part of each dim of the whole they are."""
+    cut = [(0, size) for size in tensor.shape]
+    if not isinstance(tensor, DTensor):
+        return tensor, [slice(*bounds) for bounds in cut]
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            start, stop = cut[placement.dim]
+            rank, chunk = tensor.device_mesh.get_local_rank(axis), -(-(stop - start) // tensor.device_mesh.size(axis))
+            cut[placement.dim] = (min(start + rank * chunk, stop), min(start + (rank + 1) * chunk, stop))
+    local = tensor.to_local()
+    assert [stop - start for start, stop in cut] == list(local.shape), "a dim is cut in a way not known here"
+    return local, [slice(*bounds) for bounds in cut]
 
 
 # torch 2.13 gave both a new name, and warns of the old one

@@ -154,7 +154,7 @@ class ParallelConfig(Group):
         return self
 
 
-OPTIMIZER_KEYS = {"adamw": ("betas", "eps"), "adafactor": ("factored", "momentum", "clip_update")}
+OPTIMIZER_KEYS = {"adamw": ("betas", "eps", "moments"), "adafactor": ("factored", "momentum", "clip_update")}
 """The keys of `optim` that one optimizer alone has."""
 SCHEDULE_KEYS = {"inverse_sqrt": ("stable_steps",), "wsd": ("decay_steps",)}
 
@@ -168,6 +168,8 @@ class OptimConfig(Group):
     """How slowly AdamW's means of gradients and of their squares move."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of AdamW's second moment."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """What AdamW's moments are kept in; in bfloat16, half the bytes, each is rounded stochastically."""
     factored: bool = True
     """Whether Adafactor keeps second moments of a matrix as means of rows and columns; PaLM keeps all."""
     momentum: float = Field(0.0, ge=0, lt=1)
@@ -206,7 +208,7 @@ class OptimConfig(Group):
 
 class PrecisionConfig(Group):
     compute: Literal["float32", "bfloat16", "float64"] = "float32"
-    """What matrices multiply in; weights and optimizer state stay float32; float64 is for proofs."""
+    """What matrices multiply in; weights and gradients stay float32; float64 is for proofs."""
 
 
 class CheckpointConfig(Group):

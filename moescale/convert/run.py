@@ -212,10 +212,14 @@ def _dtypes(
 ) -> dict[NativeName, torch.dtype]:
     """Choose what each native tensor is written as."""
     exact = torch.float64 if config.precision.compute == "float64" else torch.float32
+    moments = torch.bfloat16 if config.optim.moments == "bfloat16" else exact
     stored = {piece.native: source.tensors[piece.key].dtype for piece in source.pieces}
     chosen = {}
     for name, recipe in recipes.items():
         kept = [stored[part] for part in recipe.sources]
+        if to == native.NAME and name.moment is not None:
+            chosen[name] = moments
+            continue
         chosen[name] = exact if to == native.NAME or not weights[name].learns or not kept else dtype or kept[0]
     return chosen
 

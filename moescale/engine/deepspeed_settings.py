@@ -49,6 +49,8 @@ def check(config: Config) -> None:
            f"torchrun or deepspeed, {OTHERWISE}")
     refuse(config.optim.name != "adamw", f"optim.name={config.optim.name} was not shown to train alike under "
            f"run.engine=deepspeed: write optim.name=adamw, {OTHERWISE}")
+    refuse(config.optim.moments != "float32", f"optim.moments={config.optim.moments} has no counterpart under "
+           f"run.engine=deepspeed, which keeps float32: write optim.moments=float32, {OTHERWISE}")
     refuse(config.precision.compute == "float64", "precision.compute=float64 has no counterpart under "
            f"run.engine=deepspeed, which keeps float32: write float32 or bfloat16, {OTHERWISE}")
     refuse(parallel.compile, "parallel.compile=true was not shown to train alike under run.engine=deepspeed: write "

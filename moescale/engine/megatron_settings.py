@@ -62,6 +62,7 @@ def _unlike(config: Config) -> list[tuple[str, Any, bool, str]]:
     pipeline = parallel.pp > 1 and parallel.pp_schedule != "1f1b"
     return [
         ("optim.name", config.optim.name, config.optim.name != "adamw", "adamw"),
+        ("optim.moments", config.optim.moments, config.optim.moments != "float32", "float32"),
         ("precision.compute", config.precision.compute, config.precision.compute == "float64",
          "float32 or bfloat16"),
         ("parallel.dp_replicate", parallel.dp_replicate, parallel.dp_replicate > 1, "1"),

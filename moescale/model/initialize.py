@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
+from moescale.comm.collectives import local_part
 from moescale.spec.model import ModelSpec
 from moescale.spec.weights import Init
 
@@ -28,7 +28,7 @@ def initialize_each(named: Iterable[tuple[str, nn.Parameter]], spec: ModelSpec, 
     described = {".".join(weight.name): weight for weight in spec.weights()}
     for name, parameter in named:
         weight = described[name]
-        local, cut = _local_part(parameter)
+        local, cut = local_part(parameter.data)
         shape, first = weight.shape, 0
         matrices: tuple[Tensor, ...] = (local,)
         if weight.view == "sparse":
@@ -60,22 +60,6 @@ def _fill(tensor: Tensor, init: Init, generator: torch.Generator) -> None:
         tensor.copy_(first_values(init.table, 2 * tensor.shape[1]))
     else:
         tensor.fill_({"zeros": 0, "ones": 1}[init.kind])
-
-
-def _local_part(parameter: nn.Parameter) -> tuple[Tensor, list[slice]]:
-    """Find the values that lie here, and which part of each dim of the whole they are."""
-    data = parameter.data
-    cut = [(0, size) for size in data.shape]
-    if not isinstance(data, DTensor):
-        return data, [slice(*bounds) for bounds in cut]
-    for axis, placement in enumerate(data.placements):
-        if isinstance(placement, Shard):
-            start, stop = cut[placement.dim]
-            rank, chunk = data.device_mesh.get_local_rank(axis), -(-(stop - start) // data.device_mesh.size(axis))
-            cut[placement.dim] = (min(start + rank * chunk, stop), min(start + (rank + 1) * chunk, stop))
-    local = data.to_local()
-    assert [stop - start for start, stop in cut] == list(local.shape), "a dim is cut in a way not known here"
-    return local, [slice(*bounds) for bounds in cut]
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Moments = Callable[[Weight, OptimConfig], tuple[Weight, ...]]
 Groups = list[dict[str, Any]]
-"""Parameters in `params`, and what they share: `weight_decay`, `max_rate`, whether their first dim is of `experts`."""
+"""Pairs of name and parameter in `params`, and what they share: `weight_decay`, `max_rate`, whether their first dim is
+of `experts`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Optimizer:
     proof: Mapping[str, float]
 
 
+MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
 def shaped_as_weight(*words: str) -> Moments:
     """Describe moments that have an element for each element of the weight."""
     return lambda weight, config: tuple(_moment(weight, word) for word in words)
@@ -54,9 +58,9 @@ def _moment(weight: Weight, word: str, without: int | None = None) -> Weight:
 
 
 def _adamw(groups: Groups, config: OptimConfig) -> torch.optim.Optimizer:
-    from moescale.optim.adamw import LocalAdamW
+    from moescale.optim.adamw import LocalAdamW, RoundedAdamW
 
-    return LocalAdamW(groups, config)
+    return (RoundedAdamW if config.moments == "bfloat16" else LocalAdamW)(groups, config)
 
 
 def _adafactor_moments(weight: Weight, config: OptimConfig) -> tuple[Weight, ...]:
@@ -87,8 +91,9 @@ OPTIMIZERS = {
 }
 
 
-def count_moments(config: Config) -> int:
-    """Count the elements that the optimizer keeps beside the weights of the whole model."""
+def bytes_of_moments(config: Config) -> int:
+    """Count the bytes that the optimizer keeps beside the weights of the whole model."""
     moments = OPTIMIZERS[config.optim.name].moments
-    return sum(moment.size for weight in describe(config).weights() if weight.learns
-               for moment in moments(weight, config.optim))
+    return MOMENT_BYTES[config.optim.moments] * sum(
+        moment.size for weight in describe(config).weights() if weight.learns
+        for moment in moments(weight, config.optim))

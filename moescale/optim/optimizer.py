@@ -15,10 +15,10 @@ from moescale.spec.model import ModelSpec
 def build_optimizer(model: nn.Module, spec: ModelSpec, config: OptimConfig) -> torch.optim.Optimizer:
     """Make the optimizer that the run names, its moments at zero. spec: says which weights decay, and their rates."""
     described = {".".join(weight.name): weight for weight in spec.weights()}
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[bool, bool, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         weight = described[name]
-        groups[weight.decays, weight.view == "sparse", weight.max_rate].append(parameter)
+        groups[weight.decays, weight.view == "sparse", weight.max_rate].append((name, parameter))
     return OPTIMIZERS[config.name].make([
         {"params": params, "weight_decay": config.weight_decay * decays, "experts": experts, "max_rate": max_rate}
         for (decays, experts, max_rate), params in groups.items()], config)

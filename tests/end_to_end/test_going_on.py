@@ -160,6 +160,7 @@ REFUSED = {  # a change: what the keys are then said to have been
     "moe.top_k=1": ["2"], "moe.activation=geglu": ["swiglu"], "moe.load_balance_coefficient=0.5": ["0.01"],
     "data.seq_len=8": ["16"], "data.held_out=0.4": ["0.1"], "run.seed=7": ["0"],
     "precision.compute=bfloat16": ["float32"], "optim.betas=[0.5, 0.5]": ["[0.9, 0.95]"],
+    "optim.moments=bfloat16": ["float32"],
     "parallel.row_budget=1.5 parallel.over_budget=drop": ["null", "passes"],
 }
 
@@ -207,8 +208,8 @@ def test_of_each_key_outside_the_model_it_is_decided_whether_it_may_change() -> 
     keys = {f"{group}.{key}" for group, values in plain.model_dump().items() for key in values}
     assert {key for key in keys if not is_harmless(key, plain, plain) and not decides_text(key)
             and not key.startswith(("model.", "attention.", "feed_forward.", "moe."))} == {
-        "run.seed", "data.seq_len", "optim.name", "optim.betas", "optim.eps", "optim.factored", "optim.momentum",
-        "precision.compute", "parallel.over_budget"}
+        "run.seed", "data.seq_len", "optim.name", "optim.betas", "optim.eps", "optim.moments", "optim.factored",
+        "optim.momentum", "precision.compute", "parallel.over_budget"}
 
 
 def test_allowing_what_is_no_key_is_refused_and_what_did_not_change_is_said(run: Started) -> None:

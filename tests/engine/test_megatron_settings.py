@@ -52,6 +52,7 @@ def test_settings_of_a_run() -> None:
 
 @pytest.mark.parametrize(("groups", "words"), [
     ({"optim": {"name": "adafactor"}}, "optim.name=adafactor .*: write optim.name=adamw, or write run.engine=native"),
+    ({"optim": {"moments": "bfloat16"}}, "write optim.moments=float32"),
     ({"moe": {"router": "gshard", "top_k": 2}}, "moe.router=gshard has no counterpart .*: write run.engine=native"),
     ({"moe": {"router": "switch", "top_k": 1, "capacity_factor": 1.25}}, "write moe.capacity_factor=null"),
     ({"moe": {"jitter": 0.01}}, "moe.jitter=0.01 .* write moe.jitter=0"),

@@ -17,7 +17,8 @@ LAYOUTS = [
 ]
 
 
-OPTIMIZERS = ({"lr": 3e-3}, {"lr": 3e-2, "name": "adafactor", "momentum": 0.9}, {"lr": 3e-2, "name": "adafactor"})
+OPTIMIZERS = ({"lr": 3e-3}, {"lr": 3e-2, "name": "adafactor", "momentum": 0.9}, {"lr": 3e-2, "name": "adafactor"},
+              {"lr": 3e-3, "moments": "bfloat16"})
 
 
 @pytest.mark.parametrize(("before", "after", "optim"), list(zip(
