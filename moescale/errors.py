@@ -46,6 +46,17 @@ class TrainingError(RuntimeError):
     """A run that cannot go on, though its configuration is sound; the message says what to try."""
 
 
+class NotFiniteError(TrainingError):
+    """A state that was not saved, since a tensor of it holds what is no finite number.
+
+    step: of the state. name: of the tensor.
+    """
+
+    def __init__(self, message: str, step: int, name: str) -> None:
+        super().__init__(message)
+        self.step, self.name = step, name
+
+
 class LostRanksError(TrainingError):
     """Ranks that did not meet; every rank that notices says where it stood."""
 

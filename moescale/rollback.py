@@ -16,6 +16,7 @@ from moescale.checkpoint.together import Ranks
 from moescale.config import Config, TrainingError
 from moescale.data.batches import Batches, Position
 from moescale.parallel.mesh import Mesh
+from moescale.saving import Saver
 from moescale.spec.model import describe
 from moescale.spikes import Spikes, around, is_finite
 
@@ -37,14 +38,14 @@ class Rollbacks:
     """Decides after each stretch of steps how a run goes on, the same on every rank.
 
     state: as a checkpoint says it. spoilt: names the weights whose gradients on this rank were not finite first.
-    finish: waits for a checkpoint that is being written.
+    saver: writes the checkpoints, of which one under way is waited for before the run goes back.
     """
 
     def __init__(
         self, config: Config, mesh: Mesh, run_dir: Path, state: Mapping[str, Any], *, spoilt: Callable[[], list[str]],
-        finish: Callable[[], object],
+        saver: Saver,
     ) -> None:
-        self.config, self.mesh, self.run_dir, self.spoilt, self.finish = config, mesh, run_dir, spoilt, finish
+        self.config, self.mesh, self.run_dir, self.spoilt, self.saver = config, mesh, run_dir, spoilt, saver
         self.spikes = Spikes(config.spikes, state)
         self.skips = config.spikes.on_not_finite == "skip"  # whether the engine leaves updates out
         self._skipped_in_a_row = 0
@@ -69,7 +70,10 @@ class Rollbacks:
 
         Raises TrainingError where the run ends. All ranks must call.
         """
-        finite = self._finite_everywhere(steps)
+        *finite, saved = self._hold_everywhere([*map(is_finite, steps), self.saver.spoilt is None])
+        if not saved:
+            self.saver.finish()  # of which this rank may not have heard yet
+            return self.decide_save()
         if self.skips:
             notes = self._skip(first, steps, finite)
             end = len(steps)
@@ -89,6 +93,20 @@ class Rollbacks:
         if end < len(steps):
             return self._answer(first + end + 1, self._blame(*steps[end]))
         return Decision(notes=notes)
+
+    def decide_save(self) -> Decision:
+        """Look whether weights or moments were to be saved that are no finite numbers, where all ranks know the same.
+
+        Raises TrainingError where the run ends: an update that was done cannot be left out.
+        """
+        error = self.saver.spoilt
+        if error is None:
+            return Decision()
+        what = f"{error.name} holds values that are no finite numbers, and nothing was saved"
+        if self.skips:
+            self._end(error.step, f"{what}; spikes.not_finite=skip cannot leave out an update that was done: write "
+                      "spikes.not_finite=back")
+        return self._answer(error.step, what, f"not finite: {error.name}, which was to be saved, at step {error.step}")
 
     def decide_held_out(self, step: int, losses: Mapping[str, float]) -> Decision:
         """Look at the losses on held-out text, which are the same on all ranks. Raises TrainingError."""
@@ -126,12 +144,12 @@ class Rollbacks:
         """Know what was known at this checkpoint."""
         self.spikes.gone_back(read_state(checkpoint))
 
-    def _finite_everywhere(self, steps: Sequence[tuple[float, float]]) -> list[bool]:
-        """Say of each step whether it is finite on all ranks, of which one may be damaged."""
-        finite = torch.tensor([is_finite(step) for step in steps], dtype=torch.uint8, device=self.mesh.device)
+    def _hold_everywhere(self, facts: Sequence[bool]) -> list[bool]:
+        """Say of each fact whether it holds on all ranks, of which one may be damaged."""
+        hold = torch.tensor(facts, dtype=torch.uint8, device=self.mesh.device)
         if self.mesh.world_group is not None:
-            dist.all_reduce(finite, dist.ReduceOp.MIN, group=self.mesh.world_group)
-        return [bool(each) for each in finite.tolist()]
+            dist.all_reduce(hold, dist.ReduceOp.MIN, group=self.mesh.world_group)
+        return [bool(each) for each in hold.tolist()]
 
     def _skip(
         self, first: int, steps: Sequence[tuple[float, float]], finite: Sequence[bool]
@@ -157,11 +175,11 @@ class Rollbacks:
             dist.broadcast(told, 0, group=self.mesh.world_group)
         return None if int(told) < 0 else int(told)
 
-    def _answer(self, step: int, what: str) -> Decision:
-        """Go back from a step that is not finite, or end the run. Raises TrainingError."""
+    def _answer(self, step: int, what: str, cause: str | None = None) -> Decision:
+        """Go back from a step that is not finite, or end the run. cause: what is told then. Raises TrainingError."""
         if self.config.spikes.on_not_finite != "back":
             self._end(step, what)
-        cause = f"not finite: {what} at step {step}"
+        cause = cause or f"not finite: {what} at step {step}"
         back_to = self._checkpoint_before(step, cause)
         if back_to is None:
             self._end(step, f"{what}, and no checkpoint lies spikes.back={self.config.spikes.back} steps before to go "
@@ -176,7 +194,7 @@ class Rollbacks:
         most = self.config.spikes.most
         if self.count >= most:
             self._end(step, f"{what}, after the run went back spikes.most={most} times")
-        self.finish()
+        self.saver.finish()
         up_to = step - self.config.spikes.back if up_to is None else up_to
         while True:
             told = torch.tensor(-1, device=self.mesh.device)
@@ -196,10 +214,7 @@ class Rollbacks:
     def _is_whole(self, checkpoint: Path) -> bool:
         """Whether no rank finds damage in its share of the files."""
         damage = find_damage(checkpoint, self.mesh.rank, self.mesh.world_size)
-        whole = torch.tensor(damage is None, dtype=torch.uint8, device=self.mesh.device)
-        if self.mesh.world_group is not None:
-            dist.all_reduce(whole, dist.ReduceOp.MIN, group=self.mesh.world_group)
-        return bool(whole)
+        return self._hold_everywhere([damage is None])[0]
 
     def _blame(self, loss: float, grad_norm: float) -> str:
         """Say what is not finite, as a rank has it that sees it, and whose gradient of those backward came to first."""
@@ -220,7 +235,7 @@ class Rollbacks:
         return f"{said}, of the gradients that of {last}{where}{others}"
 
     def _end(self, step: int, what: str) -> NoReturn:
-        self.finish()
+        self.saver.finish()
         last = latest_checkpoint(self.run_dir)
         left = "no checkpoint was saved" if last is None else (
             f"the last checkpoint is {last}: remove it to go on from an earlier one if it diverges again")

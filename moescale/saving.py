@@ -11,7 +11,7 @@ from moescale.checkpoint.background import BackgroundWriter
 from moescale.checkpoint.capture import Capture, HostCopy
 from moescale.checkpoint.memory import MemoryCopies, MemoryPlace
 from moescale.checkpoint.remote import RemoteStorage
-from moescale.config import CheckpointConfig, ConfigError
+from moescale.config import CheckpointConfig, ConfigError, NotFiniteError
 from moescale.parallel.mesh import Mesh
 
 LONG_SECONDS = 1.0  # a wait for the save before that is worth a word
@@ -39,6 +39,7 @@ class Saver:
         self._writer = BackgroundWriter()
         self._step = 0  # of the write under way
         self.failures = 0  # writes in a row that could not be written
+        self.spoilt: NotFiniteError | None = None  # what was to be saved and may not be, since the run last went back
         self.last = last
 
     def save(self, capture: Callable[[HostCopy | None], Capture]) -> None:
@@ -66,10 +67,14 @@ class Saver:
     def finish(self, *, must: bool = False) -> Path | None:
         """Wait for the write under way, if there is one. Returns the folder that was written last, if any.
 
-        must: raise ConfigError where it could not be written, since no other save follows.
+        must: raise ConfigError where it could not be written, since no other save follows. What may not be written,
+        since it holds what is no finite number, is noted in `spoilt`.
         """
         try:
             folder = self._writer.wait()
+        except NotFiniteError as error:
+            self.spoilt = self.spoilt or error
+            return self.last
         except ConfigError as error:
             if must:
                 raise
@@ -81,6 +86,11 @@ class Saver:
             self.last = folder
             self._saved(self._step, folder)
         return self.last
+
+    def go_back(self) -> None:
+        """Wait for the write under way, and forget what may not be saved, before a run takes another course."""
+        self.finish()
+        self.spoilt = None
 
     def leave(self, seconds: float) -> None:
         """Let a write under way end within a limited time, where the run ends on an error."""
@@ -126,8 +136,9 @@ class Saving:
         for saver in self._savers:
             saver.look()
 
-    def forget_copies(self) -> None:
-        """Let go of copies in memory, before a run goes back and takes another course."""
+    def go_back(self) -> None:
+        """Let go of copies in memory and of what may not be saved, before a run goes back and takes another course."""
+        self.disk.go_back()
         if self._copies is not None and self._memory is not None:
             self._memory.finish()
             self._copies.clear()
@@ -135,10 +146,11 @@ class Saving:
     def end(self) -> Path | None:
         """Wait until the last checkpoint is on the disk, and let go of copies in memory.
 
-        Returns the checkpoint. Raises ConfigError where it could not be written.
+        Returns the checkpoint. Raises ConfigError where it could not be written. What may not be written is in
+        `disk.spoilt`: then the run does not end here.
         """
         folder = self.disk.finish(must=True)
-        if self._copies is not None and self._memory is not None:
+        if self.disk.spoilt is None and self._copies is not None and self._memory is not None:
             self._memory.finish()
             self._copies.remove()
         return folder

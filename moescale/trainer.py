@@ -164,7 +164,7 @@ class _Run:
         self.files: dict[str, str | bytes] = {"config.yaml": config.to_yaml(), **tokenizer.files}  # of a checkpoint
         self.saving = saving(saved=self.output.saved, report=self.output.tell)
         self.rollbacks = Rollbacks(config, mesh, run_dir, {} if checkpoint is None else read_state(checkpoint),
-                                   spoilt=self.engine.spoilt, finish=self.saving.disk.finish)
+                                   spoilt=self.engine.spoilt, saver=self.saving.disk)
         self.audit = Audit(self.engine, mesh, config.run.audit_every, hosts)
         self._greet(checkpoint, standing.notes)
 
@@ -241,6 +241,8 @@ class _Run:
             self.saving.disk.save(self._capture)
             orders.saved()
             checkpoint = self.saving.end() if order.stop or last else None
+            if self._goes_back(self.rollbacks.decide_save(), order):
+                return
             if order.stop and not last:
                 raise Stopped(f"stopped by {order.stop} after step {step} of {config.run.steps}; the same command goes "
                               f"on from {checkpoint}", order.status)
@@ -269,8 +271,7 @@ class _Run:
     def _go_back(self, checkpoint: Path, decision: Decision) -> None:
         """Go on from an earlier checkpoint, around the batches that the run has seen since if that was decided."""
         self.watchdog.pause("going back")
-        self.saving.disk.finish()
-        self.saving.forget_copies()
+        self.saving.go_back()
         standing = self.stands(checkpoint)
         order = partial(order_text, self.config, self.corpus)
         if decision.around:

@@ -29,7 +29,7 @@ from moescale.checkpoint.index import INDEX, SafeReader, read_metadata, tensors_
 from moescale.checkpoint.readers import ATTEMPTS, trying_again
 from moescale.checkpoint.tensor_files import check_sums, not_finite, read_tensors, unlike, write_tensors
 from moescale.checkpoint.together import Failed, Ranks, describe, limited
-from moescale.config import ConfigError, DamagedError, TrainingError
+from moescale.config import ConfigError, DamagedError, NotFiniteError
 from moescale.files.leftovers import MARK, discard, is_ours, make_marked, remove_marked, set_aside, unmark
 from moescale.files.locks import FileLock, is_locked
 from moescale.files.reading import inside, read_json
@@ -55,7 +55,7 @@ def save_checkpoint(
 
     state: small values for the manifest. files: small ones by name. group: of all ranks, through which they speak,
     whose time-out is that of the save; None = the default one. Returns its folder.
-    Raises ConfigError on every rank when it could not be written on any, and TrainingError when a tensor holds what is
+    Raises ConfigError on every rank when it could not be written on any, and NotFiniteError when a tensor holds what is
     no finite number; what existed before stays.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
@@ -64,9 +64,9 @@ def save_checkpoint(
         spoilt = not_finite(tensors, ranks)
     if spoilt is not None:
         good = latest_checkpoint(run_dir)
-        raise TrainingError(f"step {step}: {spoilt} holds values that are no finite numbers, and nothing was saved; "
-                            "try a lower optim.lr or a longer optim.warmup_steps; the last good checkpoint is "
-                            f"{good or 'none'}")
+        raise NotFiniteError(f"step {step}: {spoilt} holds values that are no finite numbers, and nothing was saved; "
+                             "try a lower optim.lr or a longer optim.warmup_steps; the last good checkpoint is "
+                             f"{good or 'none'}", step, spoilt)
     partial = folder.with_suffix(".partial")
     try:
         with limited(f"saving step {step}"):

@@ -236,7 +236,7 @@ class SpikesConfig(Group):
     window: int = Field(100, ge=2)
     """Steps that the running mean is over; before there are so many, no loss is a spike."""
     not_finite: Literal["stop", "skip", "back"] | None = None
-    """What follows a loss or gradient norm that is no finite number: the run stops, skips the update, or goes back."""
+    """What follows a loss, gradient norm or state to save that is not finite: stop, skip the update, or go back."""
     back: int = Field(100, ge=1)
     """Steps before a spike that the checkpoint must be at least, to which the run goes back (PaLM: 100)."""
     skip: int = Field(300, ge=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from moescale.checkpoint.background import BackgroundWriter
 from moescale.comm.collectives import local_tensor
 from moescale.config import ConfigError, TrainingError, parse_config
 from moescale.data.batches import Batch, Batches
@@ -36,7 +38,8 @@ def write_text(folder: Path) -> None:
         (folder / f"{number}.txt").write_text(" ".join(draw.choice(("ba", "do", "ki", "lu")) for _ in range(60)))
 
 
-def run(folder: Path, name: str, steps: int, *, layout: dict[str, int] | None = None, **spikes: Any) -> list[dict]:
+def run(folder: Path, name: str, steps: int, *, layout: dict[str, int] | None = None,
+        checkpoint: dict[str, Any] | None = None, **spikes: Any) -> list[dict]:
     """Train or go on to a step. -> the lines of metrics.jsonl"""
     if not (folder / "text").exists():
         write_text(folder / "text")
@@ -46,7 +49,7 @@ def run(folder: Path, name: str, steps: int, *, layout: dict[str, int] | None = 
                  "global_batch": BATCH, "batch_schedule": [[8, 2 * BATCH], [10, BATCH]]},
         **in_groups({"vocab_size": 264, "d_model": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1,
                      "head_dim": 8, "d_ff": 16, "pattern": [{"channel_mixer": "feed_forward"}]}),
-        "optim": {"lr": 1e-2, "schedule": "constant"}, "checkpoint": {"every": 4, "keep": 4},
+        "optim": {"lr": 1e-2, "schedule": "constant"}, "checkpoint": {"every": 4, "keep": 4, **(checkpoint or {})},
         "monitor": {"every": 2, "moved_every": None}, "parallel": layout or {},
         "spikes": {"deviations": 2.5, "window": 8, "back": 4, "skip": 6, **spikes}}, "test"))
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -192,6 +195,65 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path: Path, monkeypatch: p
     lines = run(tmp_path, "run", 30, not_finite="back", deviations=None, back=3)
     assert any("went back to step 12" in text for line in lines for text in line.get("alerts", []))
     assert (tmp_path / "run/checkpoints/step_00000016.damaged").is_dir()
+
+
+def spoil_moment(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let a second moment be infinite after this step, once: its weight stands still, and no loss shows it."""
+    real, left = NativeEngine.step, [True]
+
+    def spoilt(self: NativeEngine, *args: Any) -> torch.Tensor:
+        norm = real(self, *args)
+        if self.step_count == step and left:
+            left.clear()
+            local_tensor(self.capture({}, {}).tensors[MOMENT]).view(-1)[0] = torch.inf
+        return norm
+
+    monkeypatch.setattr(NativeEngine, "step", spoilt)
+
+
+MOMENT = f"optim.exp_avg_sq.{SPOILT}"
+
+
+@pytest.mark.parametrize(("step", "keys", "saved", "back_to"), [
+    (19, {}, 20, 16), (19, {"background": False}, 20, 16), (29, {}, 30, 24)], ids=["later", "at once", "at the end"])
+def test_a_run_goes_back_from_a_state_that_may_not_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, keys: dict[str, bool], saved: int, back_to: int
+) -> None:
+    spoil_moment(monkeypatch, step)
+    lines = run(tmp_path, "run", 30, checkpoint=keys, not_finite="back", deviations=None)
+    (alert,) = [text for line in lines for text in line.get("alerts", [])]
+    assert f"not finite: {MOMENT}, which was to be saved, at step {saved}; went back to step {back_to}," in alert
+    assert [line["step"] for line in lines] == list(range(2, 31, 2))
+    assert lines[-1]["rollbacks"] == 1
+    assert (tmp_path / "run/checkpoints/step_00000030").is_dir()
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ("stop", "; try a lower"), ("skip", "write spikes.not_finite=back; try a lower")])
+def test_a_state_that_may_not_be_saved_ends_a_run_that_does_not_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, words: str
+) -> None:
+    spoil_moment(monkeypatch, 19)
+    with pytest.raises(TrainingError, match=rf"^step 20: {MOMENT} holds values that are no finite numbers, and nothing "
+                                            rf"was saved.*{words}.*step_00000016: remove it"):
+        run(tmp_path, "run", 30, not_finite=answer, deviations=None)
+
+
+def run_saving(folder: Path) -> list[str]:
+    """Train on ranks of which only the first one hears during training that a save has ended."""
+    with pytest.MonkeyPatch.context() as patch:
+        spoil_moment(patch, 19)
+        if os.environ["RANK"] != "0":
+            patch.setattr(BackgroundWriter, "is_over", False)
+        lines = run(folder, "run", 30, not_finite="back", deviations=None, layout={"dp_replicate": 2})
+    return [text for line in lines for text in line.get("alerts", [])]
+
+
+def test_all_ranks_go_back_when_one_hears_of_a_state_that_may_not_be_saved(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    (first, _) = run_ranks(2, run_saving, tmp_path, timeout_seconds=40)
+    assert len(first) == 1
+    assert "went back to step 16" in first[0]
 
 
 def run_alone(folder: Path, layout: dict[str, int], answer: str, rank: int) -> list[str]:
