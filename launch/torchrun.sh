@@ -11,6 +11,7 @@
 #   COMMAND    train, or doctor, which checks everything without training (train)
 #   PYTHON     the Python that has MoEScale (python)
 #   MOESCALE_SECRET   a secret that all nodes of the job share; what is not signed with it is not taken in
+# With --warm after the configuration, ranks that are started again import nothing (docs/recovery.md).
 # SIGTERM, SIGINT, SIGHUP and SIGUSR1 go on to the ranks, which finish their step, save and leave; this process leaves
 # with their status, 75 where the same line goes on from there.
 set -eu

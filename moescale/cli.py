@@ -105,7 +105,7 @@ def train(
 def _leave_spare() -> None:
     if not read_launch().elastic or sys.platform != "linux":
         raise ConfigError("--warm is for ranks that torchrun starts again, on Linux: leave it out, or start with "
-                          "torchrun --max-restarts 3 -m moescale train")
+                          "torchrun --max-restarts 3 -m moescale train, or launch/torchrun.sh")
     from moescale.warm import leave_spare
 
     leave_spare(main)

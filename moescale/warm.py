@@ -1,4 +1,4 @@
-"""Ranks that torchrun starts again without importing anything.
+"""Ranks that torchrun, or our agent, starts again without importing anything.
 
 The first process of a rank leaves a spare behind: a process that imports all that training needs, and
 then waits at a socket. A process that torchrun starts in the rank's place hands its arguments,
@@ -57,7 +57,8 @@ def run_in_spare() -> None:
     except OSError:
         status = 1  # the spare is gone, and the rank with it
     if status < 0:  # as the rank ended
-        signal.signal(-status, signal.SIG_DFL)
+        with suppress(OSError):  # SIGKILL knows no handlers
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 

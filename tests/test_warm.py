@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.support.command_line import ROOT, TINY
+from tests.support.launched import forked_for
 
 
 def start(folder: Path, run: str, *words: str, **environment: str) -> subprocess.Popen:
@@ -60,8 +61,10 @@ def test_a_spare_runs_the_next_rank(tmp_path: Path) -> None:
     killed.wait()
     again = start(tmp_path, "killed", **wall)  # waits until the one before has let go of the directory
     wait_until("another rank", lambda: "M parameters" in again.stdout.readline())
-    again.kill()
-    again.communicate(timeout=30)
+    os.kill(forked_for(0, tmp_path, [again.pid]), signal.SIGKILL)
+    output = again.communicate(timeout=30)[0]
+    assert again.returncode == -signal.SIGKILL, "as its rank"
+    assert "Traceback" not in output
     assert list(tmp_path.glob("moescale-spares-*/*")), "it waits as long as its launcher lives"
     wait_until("the spare alone", lambda: len(started_in(tmp_path)) == 1, 10)
     for spare in started_in(tmp_path):  # whose launcher, this very process, lives on

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from moescale.cli import app
 from moescale.engine.native import NativeEngine
 from tests.support.command_line import TINY
-from tests.support.launched import end, launch, losses, ranks_of, wait_for_steps
+from tests.support.launched import end, forked_for, launch, losses, ranks_of, wait_for_steps
 from tests.support.ports import free_port, wait_until_open
 
 STEPS = 40
@@ -155,11 +155,14 @@ def test_a_host_that_is_lost_takes_no_step_along(folder: Path, per_host: int) ->
 
 
 @pytest.mark.slow
-def test_a_spare_takes_a_killed_ranks_place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("agent", ["torch.distributed.run", "moescale.cluster.agent"])
+def test_a_spare_takes_a_killed_ranks_place(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: str
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     words = (*(word for word in WORDS if "steps" not in word), "run.steps=100000", "checkpoint.in_memory=1", "--warm")
-    run = folder / "spared"
-    launcher = launch(folder, "spared", *words, restarts=2)
+    run = folder / f"spared_by_{agent}"
+    launcher = launch(folder, run.name, *words, restarts=2, agent=agent)
     try:
         wait_for_steps(launcher, run, 10)
         deadline = time.monotonic() + 90
@@ -168,16 +171,22 @@ def test_a_spare_takes_a_killed_ranks_place(folder: Path, tmp_path: Path, monkey
             time.sleep(0.1)
         for victim in (1, 0):
             before = len(losses(run))
-            os.kill(ranks_of(launcher)[victim], signal.SIGKILL)
+            first = ranks_of(launcher)  # what the launcher started; then the rank that was forked for one of them
+            os.kill(first[victim] if victim == 1 else forked_for(victim, tmp_path, first), signal.SIGKILL)
             killed = time.monotonic()
             wait_for_steps(launcher, run, before + 20)
             print(f"20 steps more {time.monotonic() - killed:.1f} s after rank {victim} was killed")
             for rank in ranks_of(launcher):
                 assert "libtorch" not in Path(f"/proc/{rank}/maps").read_text(), "it imported torch itself"
-        os.kill(ranks_of(launcher)[1], signal.SIGUSR1)
+        ours = agent.startswith("moescale")
+        os.kill(launcher.pid if ours else ranks_of(launcher)[1], signal.SIGUSR1)
         output = end(launcher)
     finally:
         launcher.kill()
+    if ours:
+        assert launcher.returncode == 75
+        for victim in (1, 0):
+            assert output.count(f"rank {victim} on {socket.gethostname()} was killed by SIGKILL") == 1, output
     assert output.count("was brought back from the memory") == 2, output
     assert "stopped by SIGUSR1" in output
     steps = [step for step, _ in losses(run)]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support.command_line import ROOT
@@ -41,6 +42,24 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
             if int(fields[1]) == launcher.pid and fields[0] != "Z":
                 found.append(int(entry.name))
     return sorted(found)
+
+
+def forked_for(local_rank: int, folder: Path, started: list[int]) -> int:
+    """Find the rank that a spare has forked: the child of a process that has no other as its parent.
+
+    folder: for temporary files, which all of them know. started: what the launcher started itself.
+    """
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) not in started:
+            with suppress(OSError):
+                words = (entry / "environ").read_bytes().split(b"\0")
+                if {f"TMPDIR={folder}".encode(), f"LOCAL_RANK={local_rank}".encode()} <= set(words):
+                    stat = (entry / "stat").read_text().rpartition(")")[2]
+                    parents[int(entry.name)] = int(stat.split()[1])
+    (rank,) = (process for process, parent in parents.items()
+               if parent in parents and parents[parent] not in parents)
+    return rank
 
 
 def wait_for_steps(launcher: subprocess.Popen, run: Path, steps: int) -> None:
