@@ -209,6 +209,14 @@ class OptimConfig(Group):
 class PrecisionConfig(Group):
     compute: Literal["float32", "bfloat16", "float64"] = "float32"
     """What matrices multiply in; weights and gradients stay float32; float64 is for proofs."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """What ranks of dp_shard and cp send each other of gradients; they are added up in float32 all the same."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse(self.compute == "float64" and self.reduce != "float32", f"precision.reduce={self.reduce} rounds what "
+               "precision.compute=float64 keeps: write precision.reduce=float32")
+        return self
 
 
 class CheckpointConfig(Group):

@@ -18,6 +18,10 @@ def settle(config: Config, world_size: int, node_ranks: int | None) -> Config:
     """Settle what depends on the number of ranks, of all nodes and of one, and refuse what does not fit them."""
     parallel = _settle_ranks(config, world_size)
     _check_experts(config, parallel)
+    refuse(config.precision.reduce != "float32" and parallel.dp_replicate > 1,
+           f"precision.reduce={config.precision.reduce} does not reach what copies of the model add up, "
+           f"parallel.dp_replicate={parallel.dp_replicate}: write parallel.dp_replicate=1, so that dp_shard takes "
+           "their ranks, or precision.reduce=float32")
     parallel = _settle_nodes(parallel, node_ranks or world_size)
     for mixer in {layer.mixer for layer in config.layers}:
         mixer.refuse(config.model.d_model, parallel.tp, parallel.cp)

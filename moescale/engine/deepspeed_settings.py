@@ -53,6 +53,8 @@ def check(config: Config) -> None:
            f"run.engine=deepspeed, which keeps float32: write optim.moments=float32, {OTHERWISE}")
     refuse(config.precision.compute == "float64", "precision.compute=float64 has no counterpart under "
            f"run.engine=deepspeed, which keeps float32: write float32 or bfloat16, {OTHERWISE}")
+    refuse(config.precision.reduce != "float32", f"precision.reduce={config.precision.reduce} was not shown to train "
+           f"alike under run.engine=deepspeed: write precision.reduce=float32, {OTHERWISE}")
     refuse(parallel.compile, "parallel.compile=true was not shown to train alike under run.engine=deepspeed: write "
            f"parallel.compile=false, {OTHERWISE}")
     refuse(parallel.row_budget is not None, f"parallel.row_budget={parallel.row_budget} was not shown to train alike "

@@ -65,6 +65,7 @@ def _unlike(config: Config) -> list[tuple[str, Any, bool, str]]:
         ("optim.moments", config.optim.moments, config.optim.moments != "float32", "float32"),
         ("precision.compute", config.precision.compute, config.precision.compute == "float64",
          "float32 or bfloat16"),
+        ("precision.reduce", config.precision.reduce, config.precision.reduce != "float32", "float32"),
         ("parallel.dp_replicate", parallel.dp_replicate, parallel.dp_replicate > 1, "1"),
         ("parallel.cp", parallel.cp, parallel.cp > 1, "1"),
         ("parallel.etp", parallel.etp, parallel.etp > 1, "1"),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
@@ -23,13 +24,15 @@ Weights = Mapping[nn.Parameter, Weight]
 
 
 def shard_parameters(
-    pieces: Sequence[LanguageModel], spec: ModelSpec, dense: DeviceMesh, shared: DeviceMesh, experts: DeviceMesh
+    pieces: Sequence[LanguageModel], spec: ModelSpec, dense: DeviceMesh, shared: DeviceMesh, experts: DeviceMesh, *,
+    rounded: bool = False,
 ) -> None:
     """Cut every weight over the ranks that see other tokens; gradients are added up over them, in float32.
 
     pieces: of the model, that lie on this rank. spec: describes the whole of it. dense: the data axes, (fsdp) or
     (dp_replicate, fsdp), of matrices that ranks of tp work with on the same tokens; shared: those of weights that meet
-    each token on one rank, which add the ranks of tp; experts: those that hold the same experts.
+    each token on one rank, which add the ranks of tp; experts: those that hold the same experts. rounded: whether
+    gradients, but for those of exact weights, travel in bfloat16.
     """
     # a pipeline's micro-batches take turns, and backward may come in two halves: weights stay gathered during a step
     reshard = all(piece.first and piece.norm is not None for piece in pieces)
@@ -38,6 +41,7 @@ def shard_parameters(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)  # weights as they are
     tensor_parallel = shared.size() != dense.size()
+    unrounded: set[nn.Module] = set()
     alone: set[nn.Parameter] = set()  # experts that no other rank holds: nothing to gather, nothing to add up
     described = {".".join(weight.name): weight for weight in spec.weights()}
     for piece in pieces:
@@ -46,10 +50,11 @@ def shard_parameters(
         for block in piece.blocks.values():
             assert isinstance(block, Block)
             if tensor_parallel:
-                _shard_uncut(block, weights, shared, policy, exact, reshard)
+                unrounded.update(_shard_uncut(block, weights, shared, policy, exact, reshard))
             for part in block.modules():
                 if isinstance(part, Exact) and not isinstance(part, FSDPModule):
                     _shard(part, dense, exact, other_dim, alone, reshard)
+                    unrounded.add(part)
             if isinstance(block.channel_mixer, MoELayer):
                 layer = block.channel_mixer
                 if experts.size() == 1:
@@ -60,6 +65,7 @@ def shard_parameters(
             _shard(block, dense, policy, other_dim, alone, reshard)
         if piece.norm is not None and tensor_parallel:
             fully_shard(piece.norm, mesh=shared, mp_policy=exact, reshard_after_forward=reshard)
+            unrounded.add(piece.norm)
         if piece.embedding is not None and piece.head is None and not isinstance(piece.embedding, FSDPModule):
             _shard(piece.embedding, dense, policy, other_dim, alone, False)  # met twice: as head too
             register_fsdp_forward_method(piece.embedding, "as_head")
@@ -68,15 +74,40 @@ def shard_parameters(
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # losses are divided by global counts; gradients are plain sums
                 module.set_force_sum_reduction_for_comms(True)
+                if rounded and module not in unrounded:
+                    module.set_custom_reduce_scatter(RoundedReduceScatter())  # type: ignore[arg-type]
+
+
+class RoundedReduceScatter:
+    """Adds up the ranks' gradients of which each was rounded to bfloat16 once, and its sum never.
+
+    Ranks send each other their parts and add up in float32 what came. A reduce-scatter of bfloat16 in a ring sends as
+    many bytes, and rounds the sum once a hop (Megatron-Core's reduce_scatter_with_fp32_accumulation is the same cure).
+    It takes the memory of one more float32 gradient of the unit. FSDP calls it as its own ReduceScatter.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
+    ) -> None:
+        """Add up. input_tensor: [ranks x part] of this rank, in float32; output_tensor: [part] of the sum"""
+        assert op == dist.ReduceOp.SUM
+        assert not async_op
+        sent = input_tensor.to(torch.bfloat16)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        torch.sum(received.view(group.size(), -1), 0, dtype=output_tensor.dtype, out=output_tensor)
 
 
 def _shard_uncut(
     block: Block, weights: Weights, shared: DeviceMesh, policy: MixedPrecisionPolicy, exact: MixedPrecisionPolicy,
     reshard: bool,
-) -> None:
+) -> list[nn.Module]:
     """Set apart what tensor parallelism does not cut: its gradients are added up over tp too.
 
-    What nobody ever cuts, norms and routers, is small and stays as it is.
+    What nobody ever cuts, norms and routers, is small and stays as it is: returns these modules.
     """
     units: dict[nn.Module | None, list[nn.Module]] = defaultdict(list)  # by the module above; None is as it is
     for above, part in _uncut_parts(block, weights):
@@ -84,6 +115,7 @@ def _shard_uncut(
         units[None if small else above].append(part)
     for unit, parts in units.items():
         fully_shard(parts, mesh=shared, mp_policy=exact if unit is None else policy, reshard_after_forward=reshard)
+    return units[None]
 
 
 def _uncut_parts(module: nn.Module, weights: Weights) -> Iterator[tuple[nn.Module, nn.Module]]:

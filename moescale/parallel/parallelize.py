@@ -66,7 +66,7 @@ def parallelize(
     if fsdp and mesh.dense is not None and mesh.sparse is not None:
         shared = (mesh.dense, "fsdp") if mesh.shared is None else (mesh.shared, "fsdp_tp")
         shard_parameters(pieces, spec, _data_axes(mesh.dense, "fsdp"), _data_axes(*shared),
-                         _data_axes(mesh.sparse, "efsdp"))
+                         _data_axes(mesh.sparse, "efsdp"), rounded=config.precision.reduce == "bfloat16")
 
 
 def attach(models: list[LanguageModel], placement: Placement) -> None:

@@ -44,6 +44,7 @@ def shrink(config: Config, layouts: Sequence[Layout]) -> Config:
         "optim": config.optim.model_copy(update={
             **OPTIMIZERS[config.optim.name].proof, "warmup_steps": 0, "schedule": "constant",
         }),
+        "precision": config.precision.model_copy(update={"reduce": "float32"}),  # what is rounded differs by layout
         "parallel": config.parallel.model_copy(update={"compile": False}),  # compiling takes longer than all the rest
         "run": config.run.model_copy(update={"steps": 1, "timeout_seconds": 60.0}),
     }

@@ -209,7 +209,7 @@ def test_of_each_key_outside_the_model_it_is_decided_whether_it_may_change() -> 
     assert {key for key in keys if not is_harmless(key, plain, plain) and not decides_text(key)
             and not key.startswith(("model.", "attention.", "feed_forward.", "moe."))} == {
         "run.seed", "data.seq_len", "optim.name", "optim.betas", "optim.eps", "optim.moments", "optim.factored",
-        "optim.momentum", "precision.compute", "parallel.over_budget"}
+        "optim.momentum", "precision.compute", "precision.reduce", "parallel.over_budget"}
 
 
 def test_allowing_what_is_no_key_is_refused_and_what_did_not_change_is_said(run: Started) -> None:

@@ -91,6 +91,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (1, {}, "one was started: start 2 or more"), (2, {"optim": {"name": "adafactor"}}, "write optim.name=adamw"),
     (2, {"optim": {"moments": "bfloat16"}}, "optim.moments=bfloat16 .* write optim.moments=float32"),
     (2, {"precision": {"compute": "float64"}}, "write float32 or bfloat16"),
+    (2, {"precision": {"reduce": "bfloat16"}}, "write precision.reduce=float32"),
     (2, {"parallel": {"compile": True}}, "write parallel.compile=false"),
     (2, {"parallel": {"row_budget": 1.5}}, "write parallel.row_budget=null"),
     (2, {"model": {"pattern": [{"mixer": "mamba"}]}}, "the mixer mamba was not shown .* write run.zero_stage=2"),

@@ -64,6 +64,7 @@ def test_settings_of_a_run() -> None:
     ({"parallel": {"cp": 2}}, "write parallel.cp=1"),
     ({"parallel": {"dp_replicate": 2}}, "write parallel.dp_replicate=1"),
     ({"parallel": {"recompute": "full"}}, "write parallel.recompute=none"),
+    ({"precision": {"reduce": "bfloat16"}}, "write precision.reduce=float32"),
     ({"precision": {"compute": "float64"}}, "write precision.compute=float32 or bfloat16"),
 ], ids=str)
 def test_what_has_no_counterpart_is_named(groups: dict[str, dict[str, Any]], words: str) -> None:

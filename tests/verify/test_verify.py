@@ -75,12 +75,13 @@ def double_expert_gradients(engine: NativeEngine, batches: Sequence[Batch], whol
     return losses
 
 
-def leave_routers_out(shared: Callable[..., None], block: nn.Module, *arguments: Any) -> None:
+def leave_routers_out(shared: Callable[..., Any], block: nn.Module, *arguments: Any) -> Any:
     """Set apart what tp does not cut, except the router, which then counts as something that tp cuts."""
     router = block.channel_mixer.router
     block.channel_mixer.router = None
-    shared(block, *arguments)
+    units = shared(block, *arguments)
     block.channel_mixer.router = router
+    return units
 
 
 FAULTS = {  # what is planted: where, what to replace, what with, the layout, and what the diagnosis must name

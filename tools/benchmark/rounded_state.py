@@ -1,6 +1,8 @@
-"""Loss curves of a small run whose optimizer state is rounded, beside the same run in float32.
+"""Loss curves of a small run whose optimizer state or whose gradients are rounded, beside the same run in float32.
 
-    python tools/benchmark/rounded_state.py [--steps 200]
+    python tools/benchmark/rounded_state.py [moments | sums]
+
+`moments` trains 200 steps on one rank with each optim.moments, `sums` 50 on two with each precision.reduce.
 
 Every run has the same weights, text and order. Prints the loss over the last 20 steps, and how far a curve lies from
 float32's: the mean and the largest distance, over all steps, of means over 20 steps. `nudged` is float32 with each
@@ -25,7 +27,7 @@ from moescale.data.batches import Batches
 from moescale.data.token_file import prepare_tokens
 from moescale.engine.native import NativeEngine
 from moescale.optim import adamw
-from moescale.parallel.mesh import start_mesh, stop_mesh
+from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
 
 SEQ, BATCH, WINDOW = 128, 8, 20
@@ -35,17 +37,20 @@ MODEL: dict[str, Any] = {
     "moe": {"num_experts": 8, "top_k": 2, "d_ff": 64},
 }
 NEAREST, NUDGED = "to nearest", "nudged"
-RUNS: dict[str, dict[str, Any]] = {  # keys of `optim` beside those of all runs
-    f"{kind}, beta2 {beta}": {"moments": dtype, "betas": [0.9, beta]}
-    for beta in (0.95, 0.999)
-    for kind, dtype in (("float32", "float32"), (NUDGED, "float32"), ("bfloat16", "bfloat16"),
-                        (f"bfloat16 {NEAREST}", "bfloat16"))
+OPTIM: dict[str, Any] = {"lr": 1e-3, "warmup_steps": 20}
+PLAIN = {"float32": "float32", NUDGED: "float32", "bfloat16": "bfloat16"}
+RUNS: dict[str, dict[str, dict[str, Any]]] = {  # by what is rounded: the groups of each run beside those of all
+    "moments": {f"{kind}, beta2 {beta}": {"optim": {**OPTIM, "moments": dtype, "betas": [0.9, beta]}}
+                for beta in (0.95, 0.999)
+                for kind, dtype in {**PLAIN, f"bfloat16 {NEAREST}": "bfloat16"}.items()},
+    "sums": {f"{kind}, 2 ranks": {"optim": OPTIM, "precision": {"reduce": dtype}} for kind, dtype in PLAIN.items()},
 }
+RANKS_AND_STEPS = {"moments": (1, 200), "sums": (2, 50)}
 
 
 def train(config: Config, steps: int, nudged: bool, nearest: bool) -> list[float]:
     """Train on this rank. Returns the loss of each step."""
-    config = config.for_world(1)
+    config = config.for_world(world_size())
     batches = Batches(prepare_tokens(config.data).train, seq_len=SEQ, global_batch=BATCH, seed=0)
     mesh = start_mesh(config)
     engine = NativeEngine(config, mesh)
@@ -57,7 +62,7 @@ def train(config: Config, steps: int, nudged: bool, nearest: bool) -> list[float
     losses = []
     with mock.patch.object(adamw, "store_rounded", _to_nearest if nearest else adamw.store_rounded):
         for step in range(steps):
-            part = batches.micro_batches(step, mesh.batch_rank, mesh.batch_size, BATCH)
+            part = batches.micro_batches(step, mesh.batch_rank, mesh.batch_size, BATCH // mesh.batch_size)
             losses.append(float(engine.forward_backward(part).cross_entropy))
             engine.step()
     stop_mesh()
@@ -75,16 +80,17 @@ def smooth(losses: list[float]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    arguments = parser.parse_args()
+    parser.add_argument("rounded", nargs="?", choices=RUNS, default="moments")
+    rounded = parser.parse_args().rounded
+    ranks, steps = RANKS_AND_STEPS[rounded]
     curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as cache:
-        for name, optim in RUNS.items():
+        for name, groups in RUNS[rounded].items():
             config = parse_config({
-                **MODEL, "optim": {"lr": 1e-3, "warmup_steps": 20, **optim}, "run": {"steps": arguments.steps},
+                **MODEL, **groups, "run": {"steps": steps},
                 "data": {"seq_len": SEQ, "global_batch": BATCH, "cache_dir": cache}}, "benchmark")
-            curves[name] = run_ranks(1, train, config, arguments.steps, NUDGED in name, NEAREST in name)[0]
-    print(f"{arguments.steps} steps, torch {torch.__version__}")
+            curves[name] = run_ranks(ranks, train, config, steps, NUDGED in name, NEAREST in name)[0]
+    print(f"{steps} steps, torch {torch.__version__}")
     _show(curves)
 
 

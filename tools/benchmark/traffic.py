@@ -7,7 +7,8 @@ scatter: all but its own share; all-reduce: twice that), or by itself (all-to-al
 configuration and on the routing that was drawn:
 
 fsdp    weights of the compute type gathered for forward and again for backward (once where they stay gathered: in a
-        pipeline, the outermost weights), gradients reduced once in float32; efsdp the same for experts
+        pipeline, the outermost weights), gradients reduced once in what precision.reduce says, of exact weights in
+        float32; efsdp the same for experts
 fsdp_tp the same for weights that tensor parallelism does not cut
 tp      a gather before and a scatter behind each mixer and dense feed-forward, the embedding's scatter and the head's
         gather, all of them again in backward; three numbers a token for the loss
@@ -110,6 +111,7 @@ class Least:
         """travelled: by axis, what must for the routing that was drawn, over all layers and passes."""
         self.config, self.mesh, self.engine, self.passes = config, mesh, engine, passes
         self.wide = 4
+        self.reduced = 2 if config.precision.reduce == "bfloat16" else 4
         self.size = 2 if config.precision.compute == "bfloat16" else 4
         micro_batch = config.data.micro_batch or 1
         self.part = micro_batch * config.data.seq_len // config.parallel.cp  # tokens of a part, a pass
@@ -131,7 +133,8 @@ class Least:
                 if axis in ("fsdp", "efsdp", "fsdp_tp"):
                     kept = not name.startswith("blocks.") and not (exact and name == "norm.weight")
                     gathers = 1 if pipeline or kept else 2 * self.passes
-                    self.sent[axis] += (ranks - 1) * own * (gathers * (4 if exact else self.size) + self.wide)
+                    self.sent[axis] += (ranks - 1) * own * (
+                        gathers * (4 if exact else self.size) + (self.wide if exact else self.reduced))
                 elif axis == "dp_replicate":
                     self.sent[axis] += 2 * (ranks - 1) / ranks * own * self.wide
 
