@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moescale.ops import native
 from moescale.ops.expert_rows import activate, activate_backward, add_rows, gather_rows
 from moescale.ops.product import multiply, upcasts
 from moescale.ops.shares import Share, cut, run_on_threads
@@ -46,11 +47,17 @@ class _Blocks(torch.autograd.Function):
         # Per share, so that threads write apart: the products of gate and up, and a sum over tokens.
         products = [_Features.empty(gate, up, share.length) for share in shares]
         sums = _sums(x, len(shares))
+        compiled = is_compiled(x, gate, up, down, activation)
 
         def run_share(share: Share, products: _Features, total: Tensor) -> None:
             tokens, factors, matrices = token[share.rows], weight[share.rows], _Matrices(gate, up)
             row_buffer = x.new_zeros(2, share.longest, d_model)
             hidden_buffer = x.new_empty(share.longest, d_ff)
+            if compiled:
+                native.call("forward_share", x.dtype, share.table, len(share.blocks), d_model, d_ff, gate, up, down,
+                            matrices.both, x, tokens, factors, products.gate, products.up, products.up.stride(0),
+                            *row_buffer, hidden_buffer, total)
+                return
             for block in share.blocks:
                 (rows, answers), hidden = row_buffer[:, : block.length], hidden_buffer[: block.length]
                 gather_rows(x, tokens[block.rows], rows[: block.size])
@@ -80,6 +87,7 @@ class _Blocks(torch.autograd.Function):
         grads = _ExpertGrads.like(gate, up, down)
         borrowed = [_ExpertGrads.like_one(gate, up, down) if share.blocks[0].borrowed else None for share in shares]
         sums, grad_weight = _sums(x, len(shares)), torch.empty_like(weight)
+        compiled = is_compiled(x, gate, up, down, ctx.activation)
 
         def run_share(share: Share, products: _Features, grad_x: Tensor, borrowed: _ExpertGrads | None) -> None:
             matrices = _Matrices(gate, up)
@@ -87,6 +95,13 @@ class _Blocks(torch.autograd.Function):
             hidden_buffer = x.new_empty(2, share.longest, d_ff)
             grad_products = _Features.empty(gate, up, share.longest)
             tokens, factors, grad_factors = token[share.rows], weight[share.rows], grad_weight[share.rows]
+            if compiled:
+                both = None if matrices.both is None else torch.empty_like(matrices.both)
+                native.call("backward_share", x.dtype, share.table, len(share.blocks), d_model, d_ff, gate, up, down,
+                            matrices.both, x, tokens, factors, products.gate, products.up, products.up.stride(0), grad,
+                            *row_buffer, *hidden_buffer, grad_products.gate, grad_products.up, *grads, both,
+                            *(borrowed or (None, None, None)), grad_x, grad_factors)
+                return
             for block in share.blocks:
                 own_tokens, expert = tokens[block.rows], block.expert
                 own_grads = borrowed if borrowed is not None and block.borrowed else grads.take(expert)
@@ -206,6 +221,12 @@ class _ExpertGrads(NamedTuple):
         for mine, theirs in zip(self, other, strict=True):
             if mine is not None and theirs is not None:
                 mine.add_(theirs)
+
+
+def is_compiled(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> bool:
+    """Say whether a compiled function computes a whole share: the same, without a word of Python between two steps."""
+    return (gate is not None and activation == "silu" and native.runs(x) and not upcasts(x)
+            and all(matrix.is_contiguous() for matrix in (gate, up, down)))
 
 
 def _sums(x: Tensor, shares: int) -> list[Tensor]:

@@ -1,7 +1,10 @@
-// Steps between the products of experts on a processor, each in one pass over its rows, for float and bfloat16.
+// Experts on a processor, for float and bfloat16: the steps between their products, each in one pass over its rows,
+// and a thread's whole share of rows, so that threads need not wait for each other in Python between two steps.
 //
 // Rows are contiguous; `stride` is the distance between two rows of a matrix that is a part of a wider one. Arithmetic
-// is float and is rounded once, when it is stored. Compiled at its first use by moescale/ops/native.py.
+// is float and is rounded once, when it is stored. Products are torch's, called through the stable C interface that
+// torch.export's compiled models use (torch/csrc/inductor/aoti_torch/c/shim.h). Every function returns 0, or what torch
+// returned when it failed. Compiled at its first use by moescale/ops/native.py.
 
 #include <cstdint>
 #include <cstring>
@@ -116,27 +119,243 @@ void backward(const T* gate, const T* up, int64_t stride, const float* factor, c
     }
 }
 
+// Writes the two halves of `made`, of `size` numbers each, to two places, or adds them to what is there.
+template <typename T>
+void part(const T* made, int64_t size, bool accumulate, const T* first, const T* second) {
+    const T* to[2] = {first, second};
+    for (int half = 0; half < 2; ++half) {
+        T* out = const_cast<T*>(to[half]);
+        if (accumulate) {
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i) store(out[i], load(out[i]) + load(made[half * size + i]));
+        } else {
+            std::memcpy(out, made + half * size, size * sizeof(T));
+        }
+    }
+}
+
+// ---- products
+
+using Handle = void*;
+
+struct {
+    int32_t (*addmm_out)(Handle out, Handle self, Handle a, Handle b, double beta, double alpha);
+    int32_t (*from_blob)(void* data, int64_t dimensions, const int64_t* sizes, const int64_t* strides, int64_t offset,
+                         int32_t dtype, int32_t device_type, int32_t device, Handle* made);
+    int32_t (*drop)(Handle);
+} torch;
+
+inline int32_t type_of(const float*) { return 6; }  // c10::ScalarType
+inline int32_t type_of(const bfloat16*) { return 15; }
+
+// A matrix whose numbers lie elsewhere, stride 1 along its rows.
+template <typename T>
+struct Matrix {
+    const T* data;
+    int64_t rows, columns, stride;
+};
+
+template <typename T>
+class Tensor {
+  public:
+    Tensor(Matrix<T> of, bool transposed) {
+        const int64_t sizes[2][2] = {{of.rows, of.columns}, {of.columns, of.rows}};
+        const int64_t strides[2][2] = {{of.stride, 1}, {1, of.stride}};
+        error = torch.from_blob(const_cast<T*>(of.data), 2, sizes[transposed], strides[transposed], 0, type_of(of.data), 0,
+                                0, &handle);
+    }
+    ~Tensor() {
+        if (handle) torch.drop(handle);
+    }
+    Tensor(const Tensor&) = delete;
+    Handle handle = nullptr;
+    int32_t error;
+};
+
+// Writes the product of a and b, each transposed where it says so, into `out`, or adds it to what is there.
+template <typename T>
+int32_t multiply(Matrix<T> a, bool a_transposed, Matrix<T> b, bool b_transposed, Matrix<T> out, bool accumulate) {
+    const Tensor<T> left(a, a_transposed), right(b, b_transposed), to(out, false);
+    if (left.error || right.error || to.error) return 1;
+    return torch.addmm_out(to.handle, to.handle, left.handle, right.handle, accumulate, 1.0);
+}
+
+// ---- shares
+
+// Rows of one expert within a share: as RowBlock in shares.py.
+struct Block {
+    int64_t expert, start, size, length, first, borrowed;
+};
+
+// Matrices of experts, [experts, d_ff, d_model] or down [experts, d_model, d_ff], or of gradients. `both` is
+// [2 d_ff, d_model] for gate above up where one product makes both, and null elsewhere.
+template <typename T>
+struct Experts {
+    T *gate, *up, *down, *both;
+    int64_t d_model, d_ff, made_of = -1;
+
+    int64_t size() const { return d_ff * d_model; }
+    Matrix<T> take_gate(int64_t expert) const { return {gate + expert * size(), d_ff, d_model, d_model}; }
+    Matrix<T> take_up(int64_t expert) const { return {up + expert * size(), d_ff, d_model, d_model}; }
+    Matrix<T> take_down(int64_t expert) const { return {down + expert * size(), d_model, d_ff, d_ff}; }
+    Matrix<T> take_both(int64_t expert) {
+        if (expert != made_of) {
+            std::memcpy(both, gate + expert * size(), size() * sizeof(T));
+            std::memcpy(both + size(), up + expert * size(), size() * sizeof(T));
+            made_of = expert;
+        }
+        return {both, 2 * d_ff, d_model, d_model};
+    }
+};
+
+// Features of rows on the side of gate and up: side by side where one product makes both.
+template <typename T>
+struct Features {
+    T *gate, *up;
+    int64_t d_ff, stride;
+    bool together() const { return stride == 2 * d_ff; }
+    Matrix<T> both(int64_t start, int64_t rows) const { return {gate + start * stride, rows, stride, stride}; }
+    Matrix<T> of_gate(int64_t start, int64_t rows) const { return {gate + start * stride, rows, d_ff, stride}; }
+    Matrix<T> of_up(int64_t start, int64_t rows) const { return {up + start * stride, rows, d_ff, stride}; }
+};
+
+#define RETURN_IF_FAILED(call)              \
+    do {                                    \
+        const int32_t failed = (call);      \
+        if (failed) return failed;          \
+    } while (0)
+
+template <typename T>
+int64_t forward_share(const Block* blocks, int64_t count, Experts<T> experts, const T* x, const int64_t* token,
+                      const float* factor, Features<T> first, T* row_buffer, T* answer_buffer, T* hidden_buffer,
+                      float* total) {
+    const int64_t d_model = experts.d_model, d_ff = experts.d_ff;
+    for (const Block* block = blocks; block != blocks + count; ++block) {
+        const int64_t expert = block->expert, start = block->start, size = block->size, length = block->length;
+        if (size == 0) continue;
+        const Matrix<T> rows{row_buffer, length, d_model, d_model}, answers{answer_buffer, length, d_model, d_model};
+        const Matrix<T> hidden{hidden_buffer, length, d_ff, d_ff};
+        gather(x, token + start, size, d_model, row_buffer);
+        if (first.together()) {
+            RETURN_IF_FAILED(multiply(rows, false, experts.take_both(expert), true, first.both(start, length), false));
+        } else {
+            RETURN_IF_FAILED(multiply(rows, false, experts.take_gate(expert), true, first.of_gate(start, length), false));
+            RETURN_IF_FAILED(multiply(rows, false, experts.take_up(expert), true, first.of_up(start, length), false));
+        }
+        forward(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start, size, d_ff,
+                hidden_buffer);
+        RETURN_IF_FAILED(multiply(hidden, false, experts.take_down(expert), true, answers, false));
+        add(answer_buffer, token + start, size, d_model, total);
+    }
+    return 0;
+}
+
+// grads, borrowed: of the experts' matrices, and of the one expert that begins in another share; `grads.both` holds the
+// product that is parted among gate and up.
+template <typename T>
+int64_t backward_share(const Block* blocks, int64_t count, Experts<T> experts, Experts<T> grads, Experts<T> borrowed,
+                       const T* x, const T* grad, const int64_t* token, const float* factor, Features<T> first,
+                       Features<T> grad_first, T* row_buffer, T* grad_buffer, T* hidden_buffer, T* grad_hidden_buffer,
+                       float* grad_x, float* grad_factor) {
+    const int64_t d_model = experts.d_model, d_ff = experts.d_ff;
+    for (const Block* block = blocks; block != blocks + count; ++block) {
+        const int64_t expert = block->expert, start = block->start, size = block->size, length = block->length;
+        Experts<T>& own = block->borrowed ? borrowed : grads;
+        const int64_t at = block->borrowed ? 0 : expert, behind = length - size;
+        const Matrix<T> down = own.take_down(at), gate = own.take_gate(at), up = own.take_up(at);
+        if (size == 0) {
+            std::memset(const_cast<T*>(down.data), 0, own.size() * sizeof(T));
+            std::memset(const_cast<T*>(gate.data), 0, own.size() * sizeof(T));
+            std::memset(const_cast<T*>(up.data), 0, own.size() * sizeof(T));
+            continue;
+        }
+        const Matrix<T> rows{row_buffer, length, d_model, d_model}, grad_out{grad_buffer, length, d_model, d_model};
+        const Matrix<T> hidden{hidden_buffer, length, d_ff, d_ff}, grad_hidden{grad_hidden_buffer, length, d_ff, d_ff};
+        const bool accumulate = !block->first;
+        // The rows and their gradients; zeros cancel the rows behind the block.
+        gather(x, token + start, size, d_model, row_buffer);
+        gather(grad, token + start, size, d_model, grad_buffer);
+        std::memset(grad_buffer + size * d_model, 0, behind * d_model * sizeof(T));
+        std::memset(hidden_buffer + size * d_ff, 0, behind * d_ff * sizeof(T));
+        RETURN_IF_FAILED(multiply(grad_out, false, experts.take_down(expert), false, grad_hidden, false));
+        // Hidden features again, and the gradients of weights and of the products of gate and up.
+        for (int64_t row = size; row < length; ++row) {
+            std::memset(grad_first.gate + row * grad_first.stride, 0, d_ff * sizeof(T));
+            std::memset(grad_first.up + row * grad_first.stride, 0, d_ff * sizeof(T));
+        }
+        backward(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start,
+                 grad_hidden_buffer, size, d_ff, hidden_buffer, grad_first.gate, grad_first.up, grad_first.stride,
+                 grad_factor + start);
+        // The gradients of the matrices, and of the rows in the place of the output's.
+        RETURN_IF_FAILED(multiply(grad_out, true, hidden, false, down, accumulate));
+        if (first.together()) {
+            const Matrix<T> both = grad_first.both(0, length);
+            RETURN_IF_FAILED(multiply(both, false, experts.take_both(expert), false, grad_out, false));
+            const Matrix<T> made{grads.both, 2 * d_ff, d_model, d_model};
+            RETURN_IF_FAILED(multiply(both, true, rows, false, made, false));
+            part(grads.both, own.size(), accumulate, gate.data, up.data);
+        } else {
+            const Matrix<T> of_gate = grad_first.of_gate(0, length), of_up = grad_first.of_up(0, length);
+            RETURN_IF_FAILED(multiply(of_gate, false, experts.take_gate(expert), false, grad_out, false));
+            RETURN_IF_FAILED(multiply(of_up, false, experts.take_up(expert), false, grad_out, true));
+            RETURN_IF_FAILED(multiply(of_gate, true, rows, false, gate, accumulate));
+            RETURN_IF_FAILED(multiply(of_up, true, rows, false, up, accumulate));
+        }
+        add(grad_buffer, token + start, size, d_model, grad_x);
+    }
+    return 0;
+}
+
 }  // namespace
 
 #define FOR_EACH_TYPE(T, NAME)                                                                                         \
-    void gather_##NAME(const T* x, const int64_t* token, int64_t rows, int64_t width, T* out) {                        \
+    int64_t gather_##NAME(const T* x, const int64_t* token, int64_t rows, int64_t width, T* out) {                     \
         gather(x, token, rows, width, out);                                                                            \
+        return 0;                                                                                                      \
     }                                                                                                                  \
-    void add_##NAME(const T* in, const int64_t* token, int64_t rows, int64_t width, float* total) {                    \
+    int64_t add_##NAME(const T* in, const int64_t* token, int64_t rows, int64_t width, float* total) {                 \
         add(in, token, rows, width, total);                                                                            \
+        return 0;                                                                                                      \
     }                                                                                                                  \
-    void forward_##NAME(const T* gate, const T* up, int64_t stride, const float* factor, int64_t rows, int64_t width,  \
-                        T* hidden) {                                                                                   \
+    int64_t forward_##NAME(const T* gate, const T* up, int64_t stride, const float* factor, int64_t rows,              \
+                           int64_t width, T* hidden) {                                                                 \
         forward(gate, up, stride, factor, rows, width, hidden);                                                        \
+        return 0;                                                                                                      \
     }                                                                                                                  \
-    void backward_##NAME(const T* gate, const T* up, int64_t stride, const float* factor, const T* grad_hidden,        \
-                         int64_t rows, int64_t width, T* hidden, T* grad_gate, T* grad_up, int64_t grad_stride,        \
-                         float* grad_factor) {                                                                         \
+    int64_t backward_##NAME(const T* gate, const T* up, int64_t stride, const float* factor, const T* grad_hidden,     \
+                            int64_t rows, int64_t width, T* hidden, T* grad_gate, T* grad_up, int64_t grad_stride,     \
+                            float* grad_factor) {                                                                      \
         backward(gate, up, stride, factor, grad_hidden, rows, width, hidden, grad_gate, grad_up, grad_stride,          \
                  grad_factor);                                                                                         \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    int64_t forward_share_##NAME(const Block* blocks, int64_t count, int64_t d_model, int64_t d_ff, T* gate, T* up,    \
+                                 T* down, T* both, const T* x, const int64_t* token, const float* factor,              \
+                                 T* first_gate, T* first_up, int64_t stride, T* rows, T* answers, T* hidden,           \
+                                 float* total) {                                                                       \
+        return forward_share<T>(blocks, count, {gate, up, down, both, d_model, d_ff}, x, token, factor,                \
+                                {first_gate, first_up, d_ff, stride}, rows, answers, hidden, total);                   \
+    }                                                                                                                  \
+    int64_t backward_share_##NAME(                                                                                     \
+        const Block* blocks, int64_t count, int64_t d_model, int64_t d_ff, T* gate, T* up, T* down, T* both,           \
+        const T* x, const int64_t* token, const float* factor, T* first_gate, T* first_up, int64_t stride,             \
+        const T* grad, T* rows, T* grad_out, T* hidden, T* grad_hidden, T* grad_first_gate, T* grad_first_up,          \
+        T* grad_gate, T* grad_up, T* grad_down, T* grad_both, T* borrowed_gate, T* borrowed_up, T* borrowed_down,      \
+        float* grad_x, float* grad_factor) {                                                                           \
+        return backward_share<T>(                                                                                      \
+            blocks, count, {gate, up, down, both, d_model, d_ff},                                                      \
+            {grad_gate, grad_up, grad_down, grad_both, d_model, d_ff},                                                 \
+            {borrowed_gate, borrowed_up, borrowed_down, nullptr, d_model, d_ff}, x, grad, token, factor,               \
+            {first_gate, first_up, d_ff, stride}, {grad_first_gate, grad_first_up, d_ff, stride}, rows, grad_out,      \
+            hidden, grad_hidden, grad_x, grad_factor);                                                                 \
     }
 
 extern "C" {
+void use_torch(void* addmm_out, void* from_blob, void* drop) {
+    torch.addmm_out = reinterpret_cast<decltype(torch.addmm_out)>(addmm_out);
+    torch.from_blob = reinterpret_cast<decltype(torch.from_blob)>(from_blob);
+    torch.drop = reinterpret_cast<decltype(torch.drop)>(drop);
+}
 FOR_EACH_TYPE(float, float32)
 FOR_EACH_TYPE(bfloat16, bfloat16)
 }

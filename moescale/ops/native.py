@@ -27,20 +27,23 @@ def runs(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in TYPES and _library() is not None
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | int) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
     """Call a function of native.cpp with the addresses of tensors, and with integers; other threads of Python go on.
 
-    name: without the type. What the tensors must be like stands there; nothing is checked.
+    name: without the type. arguments: None is no address. What the tensors must be like stands there; nothing is
+    checked. Raises RuntimeError where torch fails in it.
     """
-    _function(f"{name}_{TYPES[dtype]}", len(arguments))(
-        *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments))
+    status = _function(f"{name}_{TYPES[dtype]}", len(arguments))(
+        *(each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments))
+    if status != 0:
+        raise RuntimeError(f"torch could not compute a product within {name}")
 
 
 @cache
-def _function(name: str, arguments: int) -> Callable[..., None]:
+def _function(name: str, arguments: int) -> Callable[..., int]:
     library = _library()
     assert library is not None, "ask `runs` first"
-    prototype = ctypes.CFUNCTYPE(None, *(ctypes.c_int64,) * arguments)  # an address is an integer too
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int64, *(ctypes.c_int64,) * arguments)  # an address is an integer too
     return prototype((name, library))
 
 
@@ -59,9 +62,18 @@ def _library() -> ctypes.CDLL | None:
                 subprocess.run([COMPILER, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True,
                                timeout=COMPILE_SECONDS)
                 made.replace(target)
-        return ctypes.CDLL(str(target))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: a user without a home directory
-        return None
+        library = ctypes.CDLL(str(target))
+        library.use_torch(*_functions_of_torch())
+        return library
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
+        return None  # RuntimeError: a user without a home directory; AttributeError: a torch without these functions
+
+
+def _functions_of_torch() -> list[ctypes.c_void_p]:
+    """Find the functions of torch's stable C interface that native.cpp calls."""
+    torch_itself = ctypes.CDLL(torch._C.__file__)
+    return [ctypes.cast(getattr(torch_itself, f"aoti_torch_{name}"), ctypes.c_void_p)
+            for name in ("cpu_addmm_out", "create_tensor_from_blob", "delete_tensor_object")]
 
 
 def _processor() -> bytes:

@@ -52,6 +52,11 @@ class Share(NamedTuple):
     blocks: list[RowBlock]
 
     @property
+    def table(self) -> torch.Tensor:
+        """The blocks as compiled functions read them. -> [blocks, 6] int64, the fields of each"""
+        return torch.tensor(self.blocks, dtype=torch.int64)
+
+    @property
     def longest(self) -> int:
         """The length of the longest block, in rows."""
         return max(block.length for block in self.blocks)

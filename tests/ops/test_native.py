@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moescale.ops import native
+from moescale.ops import expert_feed_forward_blocks as blocks
+from moescale.ops import native, shares
 from moescale.ops.expert_rows import activate, activate_backward
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -38,6 +39,37 @@ def test_activations_of_every_size_of_number_equal_torch(dtype: torch.dtype, mon
     bound = 2e-5 if dtype == torch.float32 else 2e-2
     for ours, theirs in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=bound, atol=1e-6, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("narrow", [0, 256], ids=["wide", "narrow"])
+def test_a_compiled_share_has_the_bits_of_its_steps(dtype: torch.dtype, narrow: int,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of experts in several blocks, across two threads, and without rows: as one call, and step by step."""
+    monkeypatch.setattr(blocks, "NARROW", narrow)
+    monkeypatch.setattr(shares, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(shares, "BLOCK_NUMBERS", 1)  # of 256 rows
+    sizes = [300, 0, 520, 41, 0]
+    token = torch.cat([torch.randperm(540)[:size].sort().values for size in sizes])
+    weight, grad = torch.rand(len(token)), torch.randn(540, 16).to(dtype)
+    shapes = [(540, 16), (5, 24, 16), (5, 24, 16), (5, 16, 24)]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    found = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for compiled in (True, False):
+            if not compiled:
+                monkeypatch.setattr(blocks, "is_compiled", lambda *_: False)
+            leaves = [tensor.clone().requires_grad_() for tensor in (*inputs, weight)]
+            out = blocks.feed_forward_in_blocks(*leaves, token, sizes, "silu")
+            out.backward(grad)
+            found.append([out, *(leaf.grad for leaf in leaves)])
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moescale.layers.positions import alibi_slopes
 from moescale.moe.routing import Routing
-from moescale.ops import native, product, shares
+from moescale.ops import expert_feed_forward_blocks, native, product, shares
 from moescale.ops.attention import attention
 from moescale.ops.expert_feed_forward import expert_feed_forward, expert_feed_forward_reference
 from moescale.ops.grouped_gemm import grouped_gemm, grouped_gemm_reference
@@ -44,10 +44,11 @@ def torch_threads(number: int) -> Iterator[None]:
     st.lists(st.one_of(st.integers(0, 130), st.integers(500, 530)), min_size=1, max_size=6),
     st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["silu", "gelu", "relu"]), st.booleans(),
     st.sampled_from([0, 1 << 20]), st.booleans(), st.integers(1, 5), st.booleans(), st.booleans(),
+    st.sampled_from([0, 256]),
 )
 def test_experts_equal_a_loop(
     sizes: list[int], dtype: torch.dtype, activation: str, gated: bool, block_numbers: int, dropout: bool, threads: int,
-    has_bfloat16: bool, compiled: bool,
+    has_bfloat16: bool, compiled: bool, narrow: int,
 ) -> None:
     """Over 540 tokens, some without experts; in blocks of at most 256 rows, or one an expert and thread."""
     torch.manual_seed(sum(sizes))
@@ -68,6 +69,7 @@ def test_experts_equal_a_loop(
         with (
             mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, FEWEST_ROWS=1, PART_NUMBERS=100),
             torch_threads(threads), mock.patch.object(product, "HAS_BFLOAT16", has_bfloat16),
+            mock.patch.object(expert_feed_forward_blocks, "NARROW", narrow),
             nullcontext() if compiled else mock.patch.object(native, "_library", return_value=None),
         ):
             out = function(*arguments, keep) if keep is not None and to == dtype else function(*arguments)
