@@ -1,11 +1,12 @@
-// Experts on a processor, for float and bfloat16: the steps between their products, each in one pass over its rows,
-// and a thread's whole share of rows, so that threads need not wait for each other in Python between two steps.
+// What a processor computes in one pass over its rows, for float and bfloat16: norms, rotations, and the steps between
+// the products of experts; and a thread's whole share of experts' rows, in which it waits for no other in Python.
 //
 // Rows are contiguous; `stride` is the distance between two rows of a matrix that is a part of a wider one. Arithmetic
 // is float and is rounded once, when it is stored. Products are torch's, called through the stable C interface that
 // torch.export's compiled models use (torch/csrc/inductor/aoti_torch/c/shim.h). Every function returns 0, or what torch
 // returned when it failed. Compiled at its first use by moescale/ops/native.py.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -130,6 +131,64 @@ void part(const T* made, int64_t size, bool accumulate, const T* first, const T*
             for (int64_t i = 0; i < size; ++i) store(out[i], load(out[i]) + load(made[half * size + i]));
         } else {
             std::memcpy(out, made + half * size, size * sizeof(T));
+        }
+    }
+}
+
+// ---- norms and rotations
+
+// inverse: 1 / root mean square of each row, kept for backward.
+template <typename T>
+void norm(const T* x, const T* weight, double eps, int64_t rows, int64_t width, T* out, float* inverse) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* from = x + row * width;
+        T* to = out + row * width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; ++i) sum += load(from[i]) * load(from[i]);
+        const float scale = inverse[row] = 1.0f / std::sqrt(sum / float(width) + float(eps));
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) store(to[i], load(from[i]) * scale * load(weight[i]));
+    }
+}
+
+// grad_weight: to which the gradient of these rows is added.
+template <typename T>
+void norm_backward(const T* grad, const T* x, const T* weight, const float* inverse, int64_t rows, int64_t width,
+                   T* grad_x, float* grad_weight) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *g = grad + row * width, *from = x + row * width;
+        T* to = grad_x + row * width;
+        const float scale = inverse[row];
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; ++i) sum += load(g[i]) * load(from[i]) * load(weight[i]);
+        const float slope = -sum * scale * scale * scale / float(width);
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            const float d = load(g[i]), f = load(from[i]);
+            grad_weight[i] += d * f * scale;
+            store(to[i], d * load(weight[i]) * scale + f * slope);
+        }
+    }
+}
+
+// Rows of `heads` heads each, with the angles of the row; sign -1 rotates back. half: of a head's features.
+template <typename T>
+void rotate(const T* x, const T* cosine, const T* sine, int64_t sign, int64_t rows, int64_t heads, int64_t half,
+            T* out) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *c = cosine + row * half, *s = sine + row * half;
+        for (int64_t head = 0; head < heads; ++head) {
+            const T* first = x + (row * heads + head) * 2 * half;
+            T* to = out + (row * heads + head) * 2 * half;
+#pragma omp simd
+            for (int64_t i = 0; i < half; ++i) {
+                const float a = load(first[i]), b = load(first[half + i]);
+                const float cos = load(c[i]), sin = float(sign) * load(s[i]);
+                store(to[i], a * cos - b * sin);
+                store(to[half + i], b * cos + a * sin);
+            }
         }
     }
 }
@@ -327,6 +386,21 @@ int64_t backward_share(const Block* blocks, int64_t count, Experts<T> experts, E
                             float* grad_factor) {                                                                      \
         backward(gate, up, stride, factor, grad_hidden, rows, width, hidden, grad_gate, grad_up, grad_stride,          \
                  grad_factor);                                                                                         \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    int64_t norm_##NAME(const T* x, const T* weight, double eps, int64_t rows, int64_t width, T* out,                 \
+                        float* inverse) {                                                                              \
+        norm(x, weight, eps, rows, width, out, inverse);                                                               \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    int64_t norm_backward_##NAME(const T* grad, const T* x, const T* weight, const float* inverse, int64_t rows,       \
+                                 int64_t width, T* grad_x, float* grad_weight) {                                       \
+        norm_backward(grad, x, weight, inverse, rows, width, grad_x, grad_weight);                                     \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    int64_t rotate_##NAME(const T* x, const T* cosine, const T* sine, int64_t sign, int64_t rows, int64_t heads,       \
+                          int64_t half, T* out) {                                                                      \
+        rotate(x, cosine, sine, sign, rows, heads, half, out);                                                         \
         return 0;                                                                                                      \
     }                                                                                                                  \
     int64_t forward_share_##NAME(const Block* blocks, int64_t count, int64_t d_model, int64_t d_ff, T* gate, T* up,    \

@@ -23,27 +23,31 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def runs(x: Tensor) -> bool:
-    """Say whether `call` takes tensors like this one: on a processor, in float32 or bfloat16, with a compiler there."""
-    return x.device.type == "cpu" and x.dtype in TYPES and _library() is not None
+    """Say whether `call` takes tensors like this one: on a processor, in float32 or bfloat16, with a compiler there.
+
+    Not where torch compiles what calls it, which it could not look into.
+    """
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype in TYPES and _library() is not None
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
-    """Call a function of native.cpp with the addresses of tensors, and with integers; other threads of Python go on.
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
+    """Call a function of native.cpp with the addresses of tensors, and with numbers; other threads of Python go on.
 
     name: without the type. arguments: None is no address. What the tensors must be like stands there; nothing is
     checked. Raises RuntimeError where torch fails in it.
     """
-    status = _function(f"{name}_{TYPES[dtype]}", len(arguments))(
-        *(each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments))
+    function = _function(f"{name}_{TYPES[dtype]}", tuple(isinstance(each, float) for each in arguments))
+    status = function(*(each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments))
     if status != 0:
         raise RuntimeError(f"torch could not compute a product within {name}")
 
 
 @cache
-def _function(name: str, arguments: int) -> Callable[..., int]:
+def _function(name: str, real: tuple[bool, ...]) -> Callable[..., int]:
+    """Find a function. real: of each argument, whether it is no integer; an address is one"""
     library = _library()
     assert library is not None, "ask `runs` first"
-    prototype = ctypes.CFUNCTYPE(ctypes.c_int64, *(ctypes.c_int64,) * arguments)  # an address is an integer too
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int64, *(ctypes.c_double if each else ctypes.c_int64 for each in real))
     return prototype((name, library))
 
 

@@ -150,6 +150,15 @@ def test_linear_rounds_once_and_keeps_nothing_wide(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(ours.double(), reference, rtol=2**-8, atol=1e-4)
 
 
+@pytest.fixture(params=["compiled", "by torch"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With functions compiled on this machine, each part of which takes few numbers, and without."""
+    monkeypatch.setattr(shares, "PART_NUMBERS", 100)
+    if request.param == "by torch":
+        monkeypatch.setattr(native, "_library", lambda: None)
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_rms_norm_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
@@ -158,27 +167,35 @@ def test_rms_norm_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
     results = []
     for function, to in ((rms_norm, dtype), (rms_norm_reference, torch.float64)):
         a, w = x.to(to, copy=True).requires_grad_(), weight.to(to, copy=True).requires_grad_()
-        out = function(a, w, 1e-2)
-        out.backward(grad.to(to))
+        with torch_threads(2):
+            out = function(a, w, 1e-2)
+            out.backward(grad.to(to))
         results.append((out.detach(), a.grad, w.grad))
     for ours, exact in zip(*results, strict=True):
         assert ours.dtype == dtype
         assert relative(ours, exact) < tolerance
 
 
-def test_rotation_equals_plain_steps() -> None:
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_rotation_equals_plain_steps(dtype: torch.dtype, tolerance: float, batches: int) -> None:
+    """Of a batch with angles of its own or with those of all, its heads a part of something wider."""
     torch.manual_seed(0)
-    x, grad = torch.randn(2, 2, 5, 3, 8, dtype=torch.float64)
-    angle = torch.randn(2, 5, 1, 4, dtype=torch.float64)
+    x, grad = torch.randn(2, 2, 5, 3, 12, dtype=torch.float64).to(dtype)[..., :8]
+    angle = torch.randn(batches, 5, 1, 4, dtype=torch.float64)
+    cosine, sine = angle.cos().to(dtype), angle.sin().to(dtype)
     results = []
-    for function in (rotate, rotate_reference):
-        a = x.clone().requires_grad_()
-        out = function(a, angle.cos(), angle.sin())
-        out.backward(grad)
+    for function, to in ((rotate, dtype), (rotate_reference, torch.float64)):
+        a = x.to(to, copy=True).requires_grad_()
+        with torch_threads(2):
+            out = function(a, cosine.to(to), sine.to(to))
+            out.backward(grad.to(to))
         results.append((out.detach(), a.grad))
     for ours, exact in zip(*results, strict=True):
-        torch.testing.assert_close(ours, exact)
-    torch.testing.assert_close(results[0][0].norm(), x.norm())
+        assert ours.dtype == dtype
+        assert relative(ours, exact) < tolerance
 
 
 @pytest.mark.parametrize("partial", [False, True])
