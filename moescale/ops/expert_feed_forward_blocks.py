@@ -43,11 +43,11 @@ class _Blocks(torch.autograd.Function):
         sizes: list[int], activation: str,
     ) -> Tensor:
         d_ff, d_model = up.shape[1:]
-        shares = cut(sizes, d_model, d_ff, round_up=x.dtype == torch.bfloat16 and not upcasts(x))
+        compiled = is_compiled(x, gate, up, down, activation)
+        shares = cut(sizes, d_model, d_ff, round_up=x.dtype == torch.bfloat16 and not upcasts(x), compiled=compiled)
         # Per share, so that threads write apart: the products of gate and up, and a sum over tokens.
         products = [_Features.empty(gate, up, share.length) for share in shares]
         sums = _sums(x, len(shares))
-        compiled = is_compiled(x, gate, up, down, activation)
 
         def run_share(share: Share, products: _Features, total: Tensor) -> None:
             tokens, factors, matrices = token[share.rows], weight[share.rows], _Matrices(gate, up)

@@ -16,8 +16,9 @@ BLOCK_NUMBERS = 1 << 20  # numbers that the blocks of all threads have together,
 SLICE_NUMBERS = 1 << 17  # numbers of the rows of a block that are activated together
 PART_NUMBERS = 1 << 17  # numbers of the rows for which a thread pays
 MOST_THREADS = 4  # each has a sum over all tokens
-FEWEST_ROWS = 4096  # per thread; with fewer, threads wait for each other's steps in Python
-LARGEST_PRODUCT = 1 << 26  # multiplications per expert beyond which one product keeps all cores busy
+FEWEST_ROWS = 256  # per thread
+FEWEST_IN_STEPS = 4096  # the same where threads wait for each other's steps in Python
+LARGEST_IN_STEPS = 1 << 26  # multiplications per expert beyond which there one product keeps all cores busy
 
 
 class RowBlock(NamedTuple):
@@ -67,15 +68,16 @@ class Share(NamedTuple):
         return max(block.rounded_rows.stop for block in self.blocks)
 
 
-def cut(sizes: list[int], d_model: int, d_ff: int, round_up: bool) -> list[Share]:
+def cut(sizes: list[int], d_model: int, d_ff: int, *, round_up: bool, compiled: bool) -> list[Share]:
     """Share the rows among threads, and cut each expert's into equal blocks that fit the cache.
 
     sizes: rows of each expert; one without rows has an empty block. round_up: round block lengths up to few sizes.
+    compiled: whether a thread computes its share without Python.
     """
     # How many threads, and where their shares begin: next to the end of an expert, when one is near.
     total, ends = sum(sizes), list(accumulate(sizes))
-    threads = max(1, min(torch.get_num_threads(), MOST_THREADS, total // FEWEST_ROWS))
-    if total // len(sizes) * d_model * d_ff > LARGEST_PRODUCT:
+    threads = max(1, min(torch.get_num_threads(), MOST_THREADS, total // (FEWEST_ROWS if compiled else FEWEST_IN_STEPS)))
+    if not compiled and total // len(sizes) * d_model * d_ff > LARGEST_IN_STEPS:
         threads = 1
     cuts = [0]
     for number in range(1, threads):
