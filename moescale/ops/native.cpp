@@ -1,5 +1,5 @@
-// What a processor computes in one pass over its rows, for float and bfloat16: norms, rotations, and the steps between
-// the products of experts; and a thread's whole share of experts' rows, in which it waits for no other in Python.
+// What a processor computes in one pass over its rows, for float and bfloat16: norms, rotations, routing, and the steps
+// between the products of experts; and a thread's whole share of experts' rows, in which it waits for no other in Python.
 //
 // Rows are contiguous; `stride` is the distance between two rows of a matrix that is a part of a wider one. Arithmetic
 // is float and is rounded once, when it is stored. Products are torch's, called through the stable C interface that
@@ -190,6 +190,48 @@ void rotate(const T* x, const T* cosine, const T* sine, int64_t sign, int64_t ro
                 store(to[half + i], b * cos + a * sin);
             }
         }
+    }
+}
+
+// ---- routing
+
+// Whether a comes before b, the largest first, as torch sorts: what is not a number before all.
+inline bool before(float a, float b) { return a > b || (a != a && b == b); }
+
+// The k largest of each row, the first among equals.
+inline void largest(const float* scores, int64_t rows, int64_t width, int64_t k, float* values, int64_t* indices) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* from = scores + row * width;
+        float* value = values + row * k;
+        int64_t* index = indices + row * k;
+        for (int64_t i = 0; i < width; ++i) {
+            if (i >= k && !before(from[i], value[k - 1])) continue;
+            int64_t at = i < k ? i : k - 1;
+            for (; at > 0 && before(from[i], value[at - 1]); --at) {
+                value[at] = value[at - 1];
+                index[at] = index[at - 1];
+            }
+            value[at] = from[i];
+            index[at] = i;
+        }
+    }
+}
+
+// Counts the choices of each expert, then gives each choice its row, in order; those of none, -1, come last.
+// next: room for experts + 1 numbers.
+inline void sort_rows(const int64_t* expert, int64_t choices, int64_t experts, int64_t* order, int64_t* row,
+                      int64_t* counts, int64_t* next) {
+    for (int64_t e = 0; e < experts; ++e) counts[e] = 0;
+    for (int64_t i = 0; i < choices; ++i)
+        if (expert[i] >= 0) ++counts[expert[i]];
+    next[0] = 0;
+    for (int64_t e = 0; e < experts; ++e) next[e + 1] = next[e] + counts[e];
+    int64_t last = next[experts];
+    for (int64_t i = 0; i < choices; ++i) {
+        const bool none = expert[i] < 0;
+        const int64_t at = none ? last++ : next[expert[i]]++;
+        order[at] = i;
+        row[i] = none ? -1 : at;
     }
 }
 
@@ -429,6 +471,15 @@ void use_torch(void* addmm_out, void* from_blob, void* drop) {
     torch.addmm_out = reinterpret_cast<decltype(torch.addmm_out)>(addmm_out);
     torch.from_blob = reinterpret_cast<decltype(torch.from_blob)>(from_blob);
     torch.drop = reinterpret_cast<decltype(torch.drop)>(drop);
+}
+int64_t largest_float32(const float* scores, int64_t rows, int64_t width, int64_t k, float* values, int64_t* indices) {
+    largest(scores, rows, width, k, values, indices);
+    return 0;
+}
+int64_t sort_rows_int64(const int64_t* expert, int64_t choices, int64_t experts, int64_t* order, int64_t* row,
+                        int64_t* counts, int64_t* next) {
+    sort_rows(expert, choices, experts, order, row, counts, next);
+    return 0;
 }
 FOR_EACH_TYPE(float, float32)
 FOR_EACH_TYPE(bfloat16, bfloat16)

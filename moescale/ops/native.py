@@ -19,11 +19,11 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
          "-shared")
 COMPILER = "c++"
 COMPILE_SECONDS = 60.0
-TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int64: "int64"}
 
 
 def runs(x: Tensor) -> bool:
-    """Say whether `call` takes tensors like this one: on a processor, in float32 or bfloat16, with a compiler there.
+    """Say whether `call` takes tensors like this one: on a processor, of one of the types, with a compiler there.
 
     Not where torch compiles what calls it, which it could not look into.
     """

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moescale.ops import native
 from moescale.ops.device import triton_runs
+from moescale.ops.shares import run_on_rows
+
+FEW = 32  # of so many choices each score is compared with those before it; of more, scores are sorted
 
 
 def route_reference(logits: Tensor, valid: Tensor, top_k: int, normalised: bool) -> tuple[Tensor, ...]:
@@ -27,6 +31,25 @@ def route_reference(logits: Tensor, valid: Tensor, top_k: int, normalised: bool)
     return weight, (probs * mask).sum(1), z, expert, assignments
 
 
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Take the k largest along the last dim, the largest first, the lower index among equals.
+
+    scores: [..., n]. -> values, indices: [..., k]
+    """
+    if scores.dtype == torch.float32 and k <= FEW and native.runs(scores):
+        rows = scores.detach().reshape(-1, scores.shape[-1])
+        values, indices = rows.new_empty(len(rows), k), rows.new_empty(len(rows), k, dtype=torch.int64)
+
+        def run(part: slice) -> None:
+            native.call("largest", rows.dtype, rows[part], *rows[part].shape, k, values[part], indices[part])
+
+        run_on_rows(run, *rows.shape)
+        indices = indices.view(*scores.shape[:-1], k)
+        return scores.gather(-1, indices), indices
+    values, indices = scores.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]
+
+
 def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the assignments by expert, and those of an expert by token.
 
@@ -37,6 +60,12 @@ def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
         from moescale.ops import router_triton
 
         return router_triton.rows_by_expert(expert, num_experts)
+    if native.runs(expert):
+        expert = expert.contiguous()
+        order, row = torch.empty(expert.numel(), dtype=torch.int64), torch.empty_like(expert)
+        counts, ends = (torch.empty(size, dtype=torch.int64) for size in (num_experts, num_experts + 1))
+        native.call("sort_rows", expert.dtype, expert, expert.numel(), num_experts, order, row, counts, ends)
+        return order, row, counts
     return rows_by_expert_reference(expert, num_experts)
 
 

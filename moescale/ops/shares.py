@@ -76,7 +76,8 @@ def cut(sizes: list[int], d_model: int, d_ff: int, *, round_up: bool, compiled: 
     """
     # How many threads, and where their shares begin: next to the end of an expert, when one is near.
     total, ends = sum(sizes), list(accumulate(sizes))
-    threads = max(1, min(torch.get_num_threads(), MOST_THREADS, total // (FEWEST_ROWS if compiled else FEWEST_IN_STEPS)))
+    fewest = FEWEST_ROWS if compiled else FEWEST_IN_STEPS
+    threads = max(1, min(torch.get_num_threads(), MOST_THREADS, total // fewest))
     if not compiled and total // len(sizes) * d_model * d_ff > LARGEST_IN_STEPS:
         threads = 1
     cuts = [0]

@@ -21,6 +21,7 @@ from moescale.ops.permute import permute, unpermute
 from moescale.ops.product import linear
 from moescale.ops.rms_norm import rms_norm, rms_norm_reference
 from moescale.ops.rotary import rotate, rotate_reference
+from moescale.ops.router import rows_by_expert, rows_by_expert_reference, top_k
 from moescale.ops.token_random import uniform, uniform_features
 
 
@@ -67,7 +68,8 @@ def test_experts_equal_a_loop(
         routing = Routing(token, w, torch.tensor(sizes), row)
         arguments = (x, gate if gated else None, up, down, routing, activation)
         with (
-            mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, FEWEST_ROWS=1, FEWEST_IN_STEPS=1, PART_NUMBERS=100),
+            mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, PART_NUMBERS=100),
+            mock.patch.multiple(shares, FEWEST_ROWS=1, FEWEST_IN_STEPS=1),
             torch_threads(threads), mock.patch.object(product, "HAS_BFLOAT16", has_bfloat16),
             mock.patch.object(expert_feed_forward_blocks, "NARROW", narrow),
             nullcontext() if compiled else mock.patch.object(native, "_library", return_value=None),
@@ -294,3 +296,29 @@ def test_random_numbers_belong_to_tokens() -> None:
     other = torch.stack((draws, uniform(token_id, salt=4), draws.roll(1)))
     assert (torch.corrcoef(other) - torch.eye(3)).abs().max() < 0.01
     assert uniform_features(token_id[:50], 0, 7).flatten().unique().numel() > 345
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("k", [1, 3, 8, 40])
+def test_top_k_takes_the_lower_among_equals(k: int) -> None:
+    """Of few values, so that many are equal, infinities and what is no number among them."""
+    torch.manual_seed(0)
+    scores = torch.randint(6, (2, 50, 40)).float()
+    scores[0, 0, :9] = torch.tensor([float("nan"), 1, float("inf"), float("nan"), 7, -float("inf"), -0.0, 0.0, 1])
+    scores.requires_grad_()
+    with torch_threads(2):
+        values, indices = top_k(scores, k)
+    exact = scores.detach().sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(indices, exact.indices[..., :k])
+    torch.testing.assert_close(values.detach(), exact.values[..., :k], rtol=0, atol=0, equal_nan=True)
+    values.sum().backward()
+    assert torch.equal(scores.grad, torch.zeros_like(scores).scatter_(-1, indices, 1))
+
+
+@pytest.mark.parametrize(("experts", "choices"), [(1, 1), (5, 2), (64, 8)])
+def test_rows_are_sorted_by_expert_then_token(experts: int, choices: int) -> None:
+    """Some choices have no row; of the last expert there is none."""
+    torch.manual_seed(0)
+    expert = torch.randint(-1, max(1, experts - 1), (31, choices))
+    for ours, exact in zip(rows_by_expert(expert, experts), rows_by_expert_reference(expert, experts), strict=True):
+        assert torch.equal(ours, exact)

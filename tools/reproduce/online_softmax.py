@@ -11,9 +11,9 @@ import torch
 from frame import Criterion, Figures, Reproduction, main
 from torch import Tensor
 
-from moescale.moe.routers.base import top_k
 from moescale.ops import attention_chunked
 from moescale.ops.attention import attention
+from moescale.ops.router import top_k
 
 SIZES, K = (1000, 25_000), 5
 LARGEST = 1e4  # of the inputs

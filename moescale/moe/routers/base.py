@@ -223,12 +223,3 @@ class Router(Exact, ABC):
 def normalise(scores: Tensor) -> Tensor:
     """Scale scores so that they add up to one along the last dim. scores: [..., n], not negative. -> like scores"""
     return scores / (scores.sum(-1, keepdim=True) + 1e-20)  # all may be zero
-
-
-def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Take the k largest along the last dim, the largest first, the lower index among equals.
-
-    scores: [..., n]. -> values, indices: [..., k]
-    """
-    values, indices = scores.sort(dim=-1, descending=True, stable=True)
-    return values[..., :k], indices[..., :k]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moescale.moe.capacity import best_tokens, coarse
-from moescale.moe.routers.base import Router, top_k
+from moescale.moe.routers.base import Router
 from moescale.moe.routing import Routing
+from moescale.ops.router import top_k
 
 SINKHORN_ROUNDS = 20
 SINKHORN_STEPS = 2**12  # steps per unit to which logarithms of shares are rounded for the choice

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moescale.moe.capacity import assign_left_behind
 from moescale.moe.losses import load_balance_loss
-from moescale.moe.routers.base import Router, normalise, top_k
+from moescale.moe.routers.base import Router, normalise
 from moescale.ops.device import triton_runs
+from moescale.ops.router import top_k
 from moescale.ops.token_random import uniform
 
 
