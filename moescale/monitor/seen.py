@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moescale.engine.base import Choices, Engine
-from moescale.ops.router import top_k
+from moescale.moe.routers.base import top_k
 
 
 @dataclass(frozen=True)

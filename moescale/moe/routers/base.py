@@ -18,6 +18,7 @@ from moescale.moe.balance_scopes import SCOPES
 from moescale.moe.capacity import best_first, coarse, within_capacity
 from moescale.moe.losses import load_balance_loss, router_z_loss
 from moescale.moe.routing import Routing, num_valid, sort_by_expert
+from moescale.ops.router import top_k as top_k  # also for those who may not look into ops
 from moescale.ops.token_random import uniform_features
 
 
