@@ -63,7 +63,10 @@ class Audit:
         return losses, problem
 
     def compare_copies(self, step: int) -> str | None:
-        """Compare the weights that ranks hold alike; all ranks call. Returns in words what differs, or None."""
+        """Compare the weights and moments that ranks hold alike; all ranks call.
+
+        Returns in words what differs, or None.
+        """
         names = [name for mesh, axis, names, marks in self._copies() for name in _suspects(
             all_gather(marks[None], mesh.get_group(axis)).flatten(0, 1), marks, names)]
         told = self._gather(names or None)
@@ -73,7 +76,7 @@ class Audit:
         ranks = [rank for rank, names in enumerate(told) if names]
         name = next(names[0] for names in told if names)
         others = len({name for names in told for name in names or ()}) - 1
-        what = f"{name} and {others} other weights" if others else name
+        what = f"{name} and {others} other tensors" if others else name
         if len(ranks) == 1:
             return f"{what} on {self._name(ranks, '')} {'are' if others else 'is'} not as other ranks hold it"
         return (f"{what} {'differ' if others else 'differs'} between {self._name(ranks, 'and')}, and which is right is "
@@ -118,14 +121,17 @@ class Audit:
         return f"{what} on {self._name(ranks, 'or')} was not the same in two runs"
 
     def _copies(self) -> Iterator[tuple[DeviceMesh, int, list[str], Tensor]]:
-        """Give the weights that ranks along one axis of a mesh hold alike: their names and marks, [weights] int64."""
+        """Give the weights and moments that ranks along one axis of a mesh hold alike: their names and marks.
+
+        Moments are named as in a checkpoint, `optim.MOMENT.WEIGHT`. marks: [tensors] int64.
+        """
         found: dict[tuple[DeviceMesh, int], dict[str, Tensor]] = defaultdict(dict)
-        for name, weight in self.engine.parameters().items():
-            if not isinstance(weight, DTensor):
+        for name, tensor in self.engine.capture({}, {}).tensors.items():
+            if not isinstance(tensor, DTensor):
                 continue
-            for axis, placement in enumerate(weight.placements):
-                if isinstance(placement, Replicate) and weight.device_mesh.size(axis) > 1:
-                    found[weight.device_mesh, axis][name] = fingerprint(local_tensor(weight))
+            for axis, placement in enumerate(tensor.placements):
+                if isinstance(placement, Replicate) and tensor.device_mesh.size(axis) > 1:
+                    found[tensor.device_mesh, axis][name.removeprefix("model.")] = fingerprint(local_tensor(tensor))
         for (mesh, axis), marks in found.items():
             yield mesh, axis, list(marks), torch.stack(list(marks.values()))
 
@@ -152,7 +158,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def _suspects(marks: Tensor, mine: Tensor, names: Sequence[str]) -> list[str]:
-    """Name the weights of which this rank's copy is not the one that most ranks hold. marks: [copies, weights]"""
+    """Name the tensors of which this rank's copy is not the one that most ranks hold. marks: [copies, tensors]"""
     suspects = []
     for name, copies, own in zip(names, marks.T.tolist(), mine.tolist(), strict=True):
         if Counter(copies)[own] * 2 <= len(copies):

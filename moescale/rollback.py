@@ -115,7 +115,7 @@ class Rollbacks:
         return self._answer(step, ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in losses.items()))
 
     def decide_audit(self, step: int, audit: Audit) -> Decision:
-        """Compare the copies of weights that ranks hold. Raises TrainingError; all ranks must call.
+        """Compare the copies of weights and moments that ranks hold. Raises TrainingError; all ranks must call.
 
         Where they differ, no checkpoint since the last audit can be trusted, and whose copy was saved is not known.
         """

@@ -39,7 +39,9 @@ def audit_steps(layout: dict[str, int], kinds: list[str], rank: int) -> list[tup
                     for name, weight in engine.parameters().items())
         engine.step()
         if kind == "weight" and mesh.rank == rank:
-            flip(engine.parameters()["blocks.2.mixer.q.weight"], 3, 2)
+            flip(engine.parameters()[WEIGHT], 3, 2)
+        if kind == "moment" and mesh.rank == rank:
+            flip(engine.capture({}, {}).tensors[MOMENT], 3, 2)
         results.append((said, right, audit.compare_copies(engine.step_count)))
     stop_mesh()
     return results
@@ -49,15 +51,17 @@ MENDED = "was not the same in two runs; the step was run again until two runs ag
 OUTPUT, GRADIENT = (f"the {what} layer 2's channel_mixer on rank 1 (host1) {MENDED}" for what in (
     "output of", "gradient after"))
 WEIGHT = "blocks.2.mixer.q.weight"
+MOMENT = f"optim.exp_avg_sq.{WEIGHT}"
 BETWEEN = f"{WEIGHT} differs between rank 0 (host0) and rank 1 (host1), and which is right is not known"
 
 
 @pytest.mark.parametrize(("layout", "expected"), [
     ({"dp_replicate": 2}, {"none": (None, None), "activation": (OUTPUT, None), "weight": (None, BETWEEN)}),
+    ({"dp_replicate": 2}, {"moment": (None, BETWEEN.replace(WEIGHT, MOMENT))}),
     ({"dp_shard": 2, "ep": 2}, {"activation": (OUTPUT, None), "gradient": (GRADIENT, None)}),
     ({"pp": 2}, {"none": (None, None), "activation": (OUTPUT, None)}),
     ({"dp_replicate": 4}, {"weight": (None, f"{WEIGHT} on rank 1 (host1) is not as other ranks hold it")}),
-], ids=["copies", "experts", "stages", "four copies"])
+], ids=["copies", "copies of moments", "experts", "stages", "four copies"])
 def test_a_flip_is_named_and_what_can_be_is_mended(
     layout: dict[str, int], expected: dict[str, tuple[str | None, str | None]]
 ) -> None:

@@ -49,7 +49,7 @@ class RunConfig(Group):
     time_limit_minutes: float | None = Field(None, gt=0, le=LONGEST_SECONDS / 60)
     """Minutes after its start at which the run finishes its step, saves and leaves with exit status 75."""
     audit_every: int | None = Field(None, ge=1)
-    """Steps between two that are run twice and compared bit by bit, as are copies of weights; null audits none."""
+    """Steps between two run twice and compared bit by bit, as are copies of weights and moments; null audits none."""
     allow_changes: tuple[str, ...] = ()
     """Keys or groups that may differ from the checkpoint's when a run goes on, this once, e.g. [attention.window]."""
 
