@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from moescale.checkpoint.background import BackgroundWriter
+from moescale.checkpoint.memory import MemoryCopies
 from moescale.comm.collectives import local_tensor
 from moescale.config import ConfigError, TrainingError, parse_config
 from moescale.data.batches import Batch, Batches
@@ -220,8 +221,12 @@ def test_a_run_goes_back_from_a_state_that_may_not_be_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, keys: dict[str, bool], saved: int, back_to: int
 ) -> None:
     spoil_moment(monkeypatch, step)
-    lines = run(tmp_path, "run", 30, checkpoint=keys, not_finite="back", deviations=None)
-    (alert,) = [text for line in lines for text in line.get("alerts", [])]
+    removed = list[str]()
+    monkeypatch.setattr(MemoryCopies, "remove", lambda _: removed.append("the place of copies"))
+    kept = {"in_memory": 3, "memory_dir": str(tmp_path)}
+    lines = run(tmp_path, "run", 30, checkpoint={**kept, **keys}, not_finite="back", deviations=None)
+    assert len(removed) == 1, "when the run ends, and not before"
+    (alert,) = [text for line in lines for text in line.get("alerts", []) if "went back" in text]
     assert f"not finite: {MOMENT}, which was to be saved, at step {saved}; went back to step {back_to}," in alert
     assert [line["step"] for line in lines] == list(range(2, 31, 2))
     assert lines[-1]["rollbacks"] == 1
