@@ -13,7 +13,7 @@ from moescale.config import OptimConfig
 from moescale.optim.base import Groups
 from moescale.optim.rounding import Draws, high_bits, store_rounded
 
-CHUNK_NUMBERS = {"cpu": 1 << 16}  # elements updated at a time, which fit a processor's cache
+CHUNK_NUMBERS = {"cpu": 1 << 17}  # elements updated at a time, whose copies fit a processor's cache
 LARGE_CHUNK_NUMBERS = 1 << 24
 
 

@@ -53,14 +53,15 @@ def high_bits(draws: Tensor) -> Tensor:
 
 
 def store_rounded(to: Tensor, values: Tensor, draws: Tensor) -> None:
-    """Round to one of the two nearest numbers of bfloat16, and store it; what is not finite stays what it is.
+    """Round to one of the two nearest numbers of bfloat16, and store it; what is not finite becomes NaN.
 
     to: bfloat16. values: of the same shape. draws: int32, of which the last 16 bits count
     """
     values = values.float()
     bits = values.view(torch.int32) + (draws & ((1 << LAST_BITS) - 1))
     bits.bitwise_and_(-(1 << LAST_BITS))
-    to.copy_(torch.where(values.isfinite(), bits.view(torch.float32), values))
+    # the bits of a NaN may have wrapped; the difference is 0, or NaN where a value is not finite
+    to.copy_(bits.view(torch.float32).add_(values - values))
 
 
 def _shifted(bits: Tensor, shift: int) -> Tensor:

@@ -162,6 +162,20 @@ def test_permutation_takes_the_optimizer_along(tmp_path: Path) -> None:
     assert torch.equal(after["optim.exp_avg.norm.weight"], before["optim.exp_avg.norm.weight"])
 
 
+def test_moments_in_bfloat16_stay_so(tmp_path: Path) -> None:
+    saved = run_joined((1, {}), tmp_path / "run", False, 2, {"moments": "bfloat16"})["state"]
+    opened, order = open_source(tmp_path / "run"), [*range(1, 12), 0]
+    convert(opened, tmp_path / "there", "moescale", FileLayout(), change=permute(opened, {1: order}, {}))
+    after = open_source(tmp_path / "there").tensors
+    assert all(after[name].dtype == tensor.dtype for name, tensor in saved.items())
+    assert {saved[name].dtype for name in saved if name.startswith("optim.")} == {torch.bfloat16}
+    there = dict(weights_of(open_source(tmp_path / "there"), moments=True))
+    for name, tensor in there.items():
+        kept = saved[f"optim.{name.moment}.{'.'.join(name.weight)}"] if name.moment else None
+        if kept is not None and name.expert is not None:
+            assert torch.equal(tensor, kept[order[name.expert]]), str(name)
+
+
 def test_the_command(tmp_path: Path) -> None:
     """It keeps the source's format, or takes --to; what it does not take together is one line; convert points to it."""
     run = write_run(tmp_path / "run", make_config({**DENSE, "window": None}))

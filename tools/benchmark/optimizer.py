@@ -25,6 +25,7 @@ from moescale.spec.model import describe
 
 FORMS: dict[str, dict[str, object]] = {
     "AdamW": {"name": "adamw"},
+    "AdamW, moments in bfloat16": {"name": "adamw", "moments": "bfloat16"},
     "Adafactor": {"name": "adafactor"},
     "Adafactor, momentum": {"name": "adafactor", "momentum": 0.9},
     "Adafactor, PaLM's": {"name": "adafactor", "factored": False, "momentum": 0.9},
