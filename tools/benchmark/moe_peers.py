@@ -185,9 +185,9 @@ class Einsum(Plain):
 
 
 class Transformers(Plain):
-    """The experts of transformers' Mixtral, `eager` (its loop) or `grouped_mm`."""
+    """The experts of transformers' Mixtral, `eager` (its loop) or `grouped_mm`, as they are or under torch.compile."""
 
-    def __init__(self, case: Case, weights: Weights, implementation: str) -> None:
+    def __init__(self, case: Case, weights: Weights, implementation: str, compiled: bool) -> None:
         self.case = case
         config = MixtralConfig(
             hidden_size=case.d_model, intermediate_size=case.d_ff, num_local_experts=case.num_experts
@@ -198,6 +198,8 @@ class Transformers(Plain):
         self.experts.down_proj = nn.Parameter(weights["down"].clone())
         self.leaf = {"router": nn.Parameter(weights["router"].clone())}
         self.experts.register_parameter("router", self.leaf["router"])
+        if compiled:
+            self.experts.compile()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts(x, *self.route(x))
@@ -232,11 +234,12 @@ def make_peer(name: str, case: Case, weights: Weights, group: Group) -> Peer:
     if kind == "deepspeed":
         return DeepSpeed(case, weights, group, drops=detail == "drops")
     if kind == "transformers":
-        return Transformers(case, weights, detail)
+        implementation, _, compiled = detail.partition(", ")
+        return Transformers(case, weights, implementation, compiled=compiled == "compiled")
     plain: dict[str, Callable[[Case, Weights], Peer]] = {"einsum": Einsum, "loop": Loop, "dense": Dense}
     return plain[kind](case, weights)
 
 
 PEERS = ("moescale", "dense", "deepspeed", "deepspeed, drops", "einsum", "loop", "transformers, eager",
-         "transformers, grouped_mm")
+         "transformers, grouped_mm", "transformers, eager, compiled", "transformers, grouped_mm, compiled")
 ON_RANKS = ("moescale", "dense", "deepspeed", "deepspeed, drops")

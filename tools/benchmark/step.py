@@ -1,11 +1,12 @@
 """One training step beside transformers' Mixtral: the same weights, tokens and optimizer, in alternation.
 
-    python tools/benchmark/step.py [--threads 2] [--rounds 15]
+    python tools/benchmark/step.py [--threads 2] [--rounds 15] [--compiled]
     python tools/benchmark/step.py --engine [native zero1 zero3]    # engines beside each other, on 2 ranks with ep 2
 
 Before timing, the losses and gradient norms of both are compared. transformers runs its `eager` and its `grouped_mm`
 experts, in bfloat16 with bfloat16 weights and optimizer state, which is its fastest; MoEScale keeps float32 weights
-and optimizer state in both. Its step computes the balance loss, transformers' does not. Prints medians and the ratio.
+and optimizer state in both. Its step computes the balance loss, transformers' does not. Prints medians, and how much
+faster MoEScale is than the best of the others. With --compiled both run under torch.compile, too.
 
 Engines take their steps in alternation too, each on 2 ranks of one thread, which wait for their turn.
 """
@@ -38,6 +39,7 @@ from moescale.parallel.mesh import start_mesh
 BATCH, SEQ = 8, 256
 WARM_UP = 5
 COMPETITORS = ("moescale", "eager", "grouped_mm")
+COMPILED = ("eager, compiled", "grouped_mm, compiled")
 ENGINES: dict[str, dict[str, Any]] = {
     "native": {}, **{f"zero{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)}}
 RANKS = 2
@@ -121,7 +123,11 @@ def serve(name: str, compute: str, threads: int, pipe: Connection) -> None:
     if name == "moescale":
         step = our_step(engine, tokens)
     else:
-        step = peer_step(make_peer(engine.model, name, getattr(torch, compute)), tokens)
+        experts, _, compiled = name.partition(", ")
+        peer = make_peer(engine.model, experts, getattr(torch, compute))
+        if compiled:
+            peer.compile()
+        step = peer_step(peer, tokens)
     while pipe.recv():
         started = time.perf_counter()
         figures = step()
@@ -157,11 +163,11 @@ def start_engine(name: str, compute: str) -> list[Connection]:
     return pipes
 
 
-def start_competitors(compute: str, threads: int) -> dict[str, list[Connection]]:
+def start_competitors(names: Sequence[str], compute: str, threads: int) -> dict[str, list[Connection]]:
     """Start moescale and transformers, each a process of its own. -> a pipe to each"""
     context = multiprocessing.get_context("spawn")
     pipes = {}
-    for name in COMPETITORS:
+    for name in names:
         ours, theirs = context.Pipe()
         context.Process(target=serve, args=(name, compute, threads, theirs), daemon=True).start()
         pipes[name] = [ours]
@@ -202,10 +208,10 @@ def compare_engines(names: Sequence[str], compute: str, rounds: int) -> list[str
             " ".join(f"{values[0]:.6f}" for values in first.values())]
 
 
-def compare(compute: str, rounds: int, threads: int) -> list[str]:
+def compare(names: Sequence[str], compute: str, rounds: int, threads: int) -> list[str]:
     """Time moescale and transformers. -> a row of the table"""
-    medians, first = race(start_competitors(compute, threads), compute, rounds)
-    peer = min(medians["eager"], medians["grouped_mm"])
+    medians, first = race(start_competitors(names, compute, threads), compute, rounds)
+    peer = min(median for name, median in medians.items() if name != "moescale")
     return [compute, *(f"{median * 1000:.0f} ms" for median in medians.values()), f"{peer / medians['moescale']:.2f}",
             f"{first['moescale'][0]:.6f} {first['grouped_mm'][0]:.6f}"]
 
@@ -215,6 +221,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--engine", nargs="*", choices=ENGINES, metavar="NAME", help="native, zero0, ... zero3")
+    parser.add_argument("--compiled", action="store_true", help="transformers under torch.compile beside the others")
     arguments = parser.parse_args()
     if arguments.engine is not None:
         names = arguments.engine or ["native", "zero1", "zero3"]
@@ -224,10 +231,11 @@ def main() -> None:
             table.add_row(*compare_engines(names, compute, arguments.rounds))
         Console(width=120).print(table)
         return
-    table = Table("compute", "moescale", "transformers eager", "grouped_mm", "ratio", "first loss, ours and theirs",
+    names = [*COMPETITORS, *(COMPILED if arguments.compiled else ())]
+    table = Table("compute", *names, "ratio", "first loss, ours and theirs",
                   title=f"one training step, {BATCH} x {SEQ} tokens, {arguments.threads} threads, medians")
     for compute in ("float32", "bfloat16"):
-        table.add_row(*compare(compute, arguments.rounds, arguments.threads))
+        table.add_row(*compare(names, compute, arguments.rounds, arguments.threads))
     Console(width=120).print(table)
 
 
