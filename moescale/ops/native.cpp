@@ -84,7 +84,7 @@ void add(const T* in, const int64_t* token, int64_t rows, int64_t width, float* 
 }
 
 template <typename T>
-void forward(const T* gate, const T* up, int64_t stride, const float* factor, int64_t rows, int64_t width, T* hidden) {
+void activate(const T* gate, const T* up, int64_t stride, const float* factor, int64_t rows, int64_t width, T* hidden) {
     for (int64_t row = 0; row < rows; ++row) {
         const T *g = gate + row * stride, *u = up + row * stride;
         T* out = hidden + row * width;
@@ -100,8 +100,9 @@ void forward(const T* gate, const T* up, int64_t stride, const float* factor, in
 // grad_hidden: of silu(gate) * up * factor, `hidden`, which is made again. The gradients of gate and up take the places
 // of these; each row of `grad_factor` becomes that of the factor.
 template <typename T>
-void backward(const T* gate, const T* up, int64_t stride, const float* factor, const T* grad_hidden, int64_t rows,
-              int64_t width, T* hidden, T* grad_gate, T* grad_up, int64_t grad_stride, float* grad_factor) {
+void activate_backward(const T* gate, const T* up, int64_t stride, const float* factor, const T* grad_hidden,
+                       int64_t rows, int64_t width, T* hidden, T* grad_gate, T* grad_up, int64_t grad_stride,
+                       float* grad_factor) {
     for (int64_t row = 0; row < rows; ++row) {
         const T *g = gate + row * stride, *u = up + row * stride, *grad = grad_hidden + row * width;
         T *out = hidden + row * width, *dg = grad_gate + row * grad_stride, *du = grad_up + row * grad_stride;
@@ -320,10 +321,10 @@ struct Features {
     Matrix<T> of_up(int64_t start, int64_t rows) const { return {up + start * stride, rows, d_ff, stride}; }
 };
 
-#define RETURN_IF_FAILED(call)              \
-    do {                                    \
-        const int32_t failed = (call);      \
-        if (failed) return failed;          \
+#define RETURN_IF_FAILED(call)                                                                                         \
+    do {                                                                                                               \
+        const int32_t failed = (call);                                                                                 \
+        if (failed) return failed;                                                                                     \
     } while (0)
 
 template <typename T>
@@ -343,7 +344,7 @@ int64_t forward_share(const Block* blocks, int64_t count, Experts<T> experts, co
             RETURN_IF_FAILED(multiply(rows, false, experts.take_gate(expert), true, first.of_gate(start, length), false));
             RETURN_IF_FAILED(multiply(rows, false, experts.take_up(expert), true, first.of_up(start, length), false));
         }
-        forward(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start, size, d_ff,
+        activate(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start, size, d_ff,
                 hidden_buffer);
         RETURN_IF_FAILED(multiply(hidden, false, experts.take_down(expert), true, answers, false));
         add(answer_buffer, token + start, size, d_model, total);
@@ -384,7 +385,7 @@ int64_t backward_share(const Block* blocks, int64_t count, Experts<T> experts, E
             std::memset(grad_first.gate + row * grad_first.stride, 0, d_ff * sizeof(T));
             std::memset(grad_first.up + row * grad_first.stride, 0, d_ff * sizeof(T));
         }
-        backward(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start,
+        activate_backward(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start,
                  grad_hidden_buffer, size, d_ff, hidden_buffer, grad_first.gate, grad_first.up, grad_first.stride,
                  grad_factor + start);
         // The gradients of the matrices, and of the rows in the place of the output's.
@@ -418,19 +419,19 @@ int64_t backward_share(const Block* blocks, int64_t count, Experts<T> experts, E
         add(in, token, rows, width, total);                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t forward_##NAME(const T* gate, const T* up, int64_t stride, const float* factor, int64_t rows,              \
+    int64_t activate_##NAME(const T* gate, const T* up, int64_t stride, const float* factor, int64_t rows,             \
                            int64_t width, T* hidden) {                                                                 \
-        forward(gate, up, stride, factor, rows, width, hidden);                                                        \
+        activate(gate, up, stride, factor, rows, width, hidden);                                                       \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t backward_##NAME(const T* gate, const T* up, int64_t stride, const float* factor, const T* grad_hidden,     \
-                            int64_t rows, int64_t width, T* hidden, T* grad_gate, T* grad_up, int64_t grad_stride,     \
-                            float* grad_factor) {                                                                      \
-        backward(gate, up, stride, factor, grad_hidden, rows, width, hidden, grad_gate, grad_up, grad_stride,          \
-                 grad_factor);                                                                                         \
+    int64_t activate_backward_##NAME(const T* gate, const T* up, int64_t stride, const float* factor,                  \
+                                     const T* grad_hidden, int64_t rows, int64_t width, T* hidden, T* grad_gate,       \
+                                     T* grad_up, int64_t grad_stride, float* grad_factor) {                            \
+        activate_backward(gate, up, stride, factor, grad_hidden, rows, width, hidden, grad_gate, grad_up, grad_stride, \
+                          grad_factor);                                                                                \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t norm_##NAME(const T* x, const T* weight, double eps, int64_t rows, int64_t width, T* out,                 \
+    int64_t norm_##NAME(const T* x, const T* weight, double eps, int64_t rows, int64_t width, T* out,                  \
                         float* inverse) {                                                                              \
         norm(x, weight, eps, rows, width, out, inverse);                                                               \
         return 0;                                                                                                      \
