@@ -67,9 +67,9 @@ def activate_backward(
     """
     if gate is not None and grad_gate is not None and name == "silu" and native.runs(up):
         def run(part: slice) -> None:
-            native.call("activate_backward", up.dtype, gate[part], up[part], up.stride(0), factor[part], grad_hidden[part],
-                        *up[part].shape, hidden[part], grad_gate[part], grad_up[part], grad_up.stride(0),
-                        grad_factor[part])
+            native.call("activate_backward", up.dtype, gate[part], up[part], up.stride(0), factor[part],
+                        grad_hidden[part], *up[part].shape, hidden[part], grad_gate[part], grad_up[part],
+                        grad_up.stride(0), grad_factor[part])
 
         run_on_rows(run, *up.shape)
         return
