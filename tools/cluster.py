@@ -44,6 +44,7 @@ PORT = 29500
 LINK = "eth0"
 FILLING = "filling"
 KILL_SECONDS = 20.0
+LOCK_SECONDS = 20.0
 BURST_BYTES = 128 * 1024
 SLICE_SECONDS = 0.02  # of a slowed host, in part of which it runs
 # A name for the host, its own table of names, then the command in the same process.
@@ -239,6 +240,22 @@ class Cluster:
         """Give the room on the disk back."""
         (self.folder / "disk" / FILLING).unlink(missing_ok=True)
 
+    def lock_disk(self) -> None:
+        """Let nothing more be written on the disk; a write under way ends first."""
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                _run(f"mount -o remount,ro {self.folder / 'disk'}")
+                return
+            except subprocess.CalledProcessError:  # a file is being written
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+
+    def unlock_disk(self) -> None:
+        """Let the disk be written on again."""
+        _run(f"mount -o remount,rw {self.folder / 'disk'}")
+
     # ---- how
 
     @property
@@ -392,8 +409,7 @@ def _shape(space: str, link: str, bandwidth: str | None) -> None:
         return
     burst = max(BURST_BYTES, int(_bits_per_second(bandwidth) / 8 / 1000))  # within a millisecond
     _run(
-        f"tc -n {space} qdisc replace dev {link} root tbf rate {bandwidth} burst {burst} "
-        "latency 400ms"
+        f"tc -n {space} qdisc replace dev {link} root tbf rate {bandwidth} burst {burst} latency 400ms"
     )
 
 

@@ -39,8 +39,10 @@ SHORT_CUT, LONG_CUT = 3.0, 15.0  # seconds: within that time-out and beyond it
 START_SECONDS = 110.0
 RECOVER_SECONDS = 110.0
 RESTARTS = 1000
+SECOND_PORT = 29501  # of another job on the first host
+REFUSED = 2  # the status of a job that cannot work as it was asked for
 DISK = "256m"
-TAIL_BYTES = 1 << 16
+TAIL_BYTES = 1 << 18
 SAVED = ["parallel.ep=2", "checkpoint.every=10", f"run.timeout_seconds={TIMEOUT_SECONDS}"]
 
 
@@ -144,10 +146,14 @@ def lose_head(job: Job, draw: random.Random) -> None:
     job.cluster.kill(0)
 
 
-def preempt(job: Job, draw: random.Random) -> None:
-    """Ask all agents to end, as a scheduler does that needs the hosts."""
-    for agent in job.agents.values():
-        agent.send_signal(signal.SIGTERM)
+def ask_agents(number: signal.Signals) -> Callable[[Job, random.Random], None]:
+    """Make a fault that asks all agents to end, as a scheduler does that needs the hosts."""
+
+    def ask(job: Job, draw: random.Random) -> None:
+        for agent in job.agents.values():
+            agent.send_signal(number)
+
+    return ask
 
 
 def cut_for(seconds: float) -> Callable[[Job, random.Random], None]:
@@ -179,25 +185,55 @@ def fill_disk(job: Job, draw: random.Random) -> None:
     job.cluster.free_disk()
 
 
+def lock_disk(job: Job, draw: random.Random) -> None:
+    """Let nothing be written on the disk for some seconds, in which checkpoints are due."""
+    job.cluster.lock_disk()
+    job.wait(SHORT_CUT)
+    job.cluster.unlock_disk()
+
+
+def start_second(job: Job, draw: random.Random) -> None:
+    """Start another job on the same run directory, which must be refused."""
+    cluster = job.cluster
+    with (cluster.folder / "second.log").open("w+") as output:
+        second = cluster.launch(
+            0,
+            [*job.words, "parallel.ep=1"],
+            ranks=1,
+            hosts=1,
+            environment={"HEAD": f"{cluster.name(0)}:{SECOND_PORT}"},
+            output=output,
+        )
+        job.wait_for(lambda step: second.poll() is not None, RECOVER_SECONDS)
+        output.seek(0)
+        said = output.read()
+    if second.poll() != REFUSED or "is in use by another run" not in said:
+        raise RuntimeError(f"a second job was not refused ({second.poll()}): {said[-2000:]}")
+
+
 KINDS: dict[str, Callable[[Job, random.Random], None]] = {
     "rank_killed": kill_rank,
     "rank_stopped": stop_rank,
     "host_lost": lose_host,
     "head_lost": lose_head,
-    "preempted": preempt,
+    "preempted": ask_agents(signal.SIGTERM),
+    "preempted_by_usr1": ask_agents(signal.SIGUSR1),
     "link_cut_shortly": cut_for(SHORT_CUT),
     "link_cut_long": cut_for(LONG_CUT),
     "newest_checkpoint_damaged": damage_newest,
     "disk_full": fill_disk,
+    "disk_read_only": lock_disk,
+    "second_job": start_second,
 }
 OF_LINKS = {"link_cut_shortly", "link_cut_long"}  # which a host alone has none of
-GOES_ON = {"link_cut_shortly", "disk_full"}  # the ranks that were there finish the step
+OF_DISKS = {"disk_full", "disk_read_only"}  # which are of a size, and can be locked
+GOES_ON = {"link_cut_shortly", "second_job", *OF_DISKS}  # the ranks that were there finish the step
 
 
 def impossible(cluster: Cluster) -> set[str]:
     """Name the kinds that these hosts cannot have."""
     alone = OF_LINKS if cluster.size == 1 else set()
-    return alone if cluster.reason is None else OF_LINKS | {"disk_full"}
+    return alone if cluster.reason is None else OF_LINKS | OF_DISKS
 
 
 def strike(job: Job, kind: str, draw: random.Random) -> dict[str, Any]:

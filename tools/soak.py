@@ -1,6 +1,6 @@
 """Plants faults at random in a run that nobody attends to, and holds its end to a quiet one.
 
-    python tools/soak.py [--shape 2x2] [--faults 100] [--steps 600] [--seed 0]
+    python tools/soak.py [--shape 2x2] [--faults 100] [--steps 1400] [--seed 0] [--record]
 
 The same run is trained twice on hosts of this machine: undisturbed, and with faults of the kinds of
 tools/faults.py, drawn by the seed, one every few steps. Fails unless the disturbed run ends by
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import Cluster, leftovers
-from faults import DISK, KINDS, RECOVER_SECONDS, Job, impossible, strike
+from faults import DISK, KINDS, RECOVER_SECONDS, RESULTS, Job, impossible, strike
 
 LOSES = {"newest_checkpoint_damaged"}  # which goes on from the one before
 END_SECONDS = 110.0
@@ -28,10 +28,15 @@ CHECKPOINT_EVERY = 5
 STEPS_BETWEEN = (2, 12)  # faults, drawn anew each time; on average more than between checkpoints
 
 
-def newest_checkpoint(run_dir: Path) -> int:
-    """Find the newest complete checkpoint. -> its step, 0 where there is none"""
+def checkpoints(run_dir: Path) -> list[int]:
+    """Find the complete checkpoints that no fault has damaged. -> their steps"""
     found = [path.parent.name for path in (run_dir / "checkpoints").glob("step_*/checkpoint.json")]
-    return max((int(name[5:]) for name in found if name[5:].isdigit()), default=0)
+    return [int(name[5:]) for name in found if name[5:].isdigit()]
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """Find the newest of them. -> its step, 0 where there is none"""
+    return max(checkpoints(run_dir), default=0)
 
 
 def saved_bytes(run_dir: Path) -> dict[str, list[int]]:
@@ -42,10 +47,16 @@ def saved_bytes(run_dir: Path) -> dict[str, list[int]]:
 
 
 def train(
-    shape: str, steps: int, kinds: Sequence[str], count: int, draw: random.Random
+    shape: str,
+    steps: int,
+    kinds: Sequence[str],
+    count: int,
+    draw: random.Random,
+    record: bool = False,
 ) -> tuple[list[str], dict[str, list[int]], Counter[str]]:
     """Train to the last step, with so many faults of these kinds on the way.
 
+    record: whether each becomes a line of the results of tools/faults.py.
     -> what went wrong; the files of the last checkpoint; the faults, by kind
     """
     hosts, ranks = map(int, shape.split("x"))
@@ -64,12 +75,17 @@ def train(
                 problems.append("no step is done any more")
                 break
             held, before, kind = newest_checkpoint(run_dir), job.last_step(), draw.choice(possible)
+            while kind in LOSES and len(checkpoints(run_dir)) < 2:  # there is none before it
+                kind = draw.choice(possible)
             if before > steps - 2 * STEPS_BETWEEN[1]:
                 print("the run is nearly over", flush=True)
                 break
             line = strike(job, kind, draw)
             done[kind] += 1
             print(json.dumps({"step": before, "held": held, **line}), flush=True)
+            if record:
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
             if line["seconds"] is None:
                 problems.append(f"{kind} at step {before}: no step in {RECOVER_SECONDS:.0f} s")
             elif kind not in LOSES and before - line["lost_steps"] < held:
@@ -98,13 +114,18 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="2x2", help="hosts x ranks")
     parser.add_argument("--faults", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--record", action="store_true", help="add to the results of tools/faults.py"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     given = parser.parse_args()
     draw, began = random.Random(given.seed), time.monotonic()
     problems, quiet, _ = train(given.shape, given.steps, [], 0, draw)
-    more, disturbed, done = train(given.shape, given.steps, given.kinds, given.faults, draw)
+    more, disturbed, done = train(
+        given.shape, given.steps, given.kinds, given.faults, draw, given.record
+    )
     problems += more
     if not problems and quiet != disturbed:
         problems.append("the last checkpoint has other bytes than that of the quiet run")
