@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC",
@@ -25,9 +25,11 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int64: "int
 def runs(x: Tensor) -> bool:
     """Say whether `call` takes tensors like this one: on a processor, of one of the types, with a compiler there.
 
-    Not where torch compiles what calls it, which it could not look into.
+    Not where torch compiles what calls it, which it could not look into, and not of a subclass, whose numbers may lie
+    elsewhere.
     """
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype in TYPES and _library() is not None
+    plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and x.device.type == "cpu" and x.dtype in TYPES and _library() is not None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
