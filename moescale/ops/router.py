@@ -36,8 +36,8 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     scores: [..., n]. -> values, indices: [..., k]
     """
-    if scores.dtype == torch.float32 and k <= FEW and native.runs(scores):
-        rows = scores.detach().reshape(-1, scores.shape[-1])
+    if scores.dtype == torch.float32 and 0 < k <= min(FEW, scores.shape[-1]) and native.runs(scores):
+        rows = scores.detach().contiguous().view(-1, scores.shape[-1])
         values, indices = rows.new_empty(len(rows), k), rows.new_empty(len(rows), k, dtype=torch.int64)
 
         def run(part: slice) -> None:
