@@ -41,7 +41,7 @@ RULES = (  # where an operation of PRODUCTS or FUNCTIONS runs, and which row of 
     (r"forward .*AttentionCore .*", "attention scores"),
     (r"backward _BlocksBackward .*", "attention scores"),
     (r"forward .*(RMS|Layer)Norm .*", "norm statistics"),
-    (r"backward (_RMSNorm|NativeLayerNorm)Backward\d? .*", "norm statistics"),
+    (r"backward (_(Compiled)?RMSNorm|NativeLayerNorm)Backward\d? .*", "norm statistics"),
     (r"forward .*Attention (pow|cos|sin)", "rotary angles"),
     (r"forward .*Attention exp2?", "attention scores"),
     (r"forward .*(Linear|Experts|FeedForward) " + PRODUCTS, "products of matrices"),
