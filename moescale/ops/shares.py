@@ -16,9 +16,8 @@ BLOCK_NUMBERS = 1 << 20  # numbers that the blocks of all threads have together,
 SLICE_NUMBERS = 1 << 17  # numbers of the rows of a block that are activated together
 PART_NUMBERS = 1 << 17  # numbers of the rows for which a thread pays
 MOST_THREADS = 4  # each has a sum over all tokens
-FEWEST_ROWS = 256  # per thread
-FEWEST_IN_STEPS = 4096  # the same where threads wait for each other's steps in Python
-LARGEST_IN_STEPS = 1 << 26  # multiplications per expert beyond which there one product keeps all cores busy
+FEWEST_ROWS = 4096  # per thread; of fewer, products on all threads take less time
+LARGEST_IN_STEPS = 1 << 26  # multiplications per expert beyond which they do, too, where a share is no compiled call
 
 
 class RowBlock(NamedTuple):
@@ -76,8 +75,7 @@ def cut(sizes: list[int], d_model: int, d_ff: int, *, round_up: bool, compiled: 
     """
     # How many threads, and where their shares begin: next to the end of an expert, when one is near.
     total, ends = sum(sizes), list(accumulate(sizes))
-    fewest = FEWEST_ROWS if compiled else FEWEST_IN_STEPS
-    threads = max(1, min(torch.get_num_threads(), MOST_THREADS, total // fewest))
+    threads = max(1, min(torch.get_num_threads(), MOST_THREADS, total // FEWEST_ROWS))
     if not compiled and total // len(sizes) * d_model * d_ff > LARGEST_IN_STEPS:
         threads = 1
     cuts = [0]

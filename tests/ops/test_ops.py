@@ -68,8 +68,7 @@ def test_experts_equal_a_loop(
         routing = Routing(token, w, torch.tensor(sizes), row)
         arguments = (x, gate if gated else None, up, down, routing, activation)
         with (
-            mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, PART_NUMBERS=100),
-            mock.patch.multiple(shares, FEWEST_ROWS=1, FEWEST_IN_STEPS=1),
+            mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, FEWEST_ROWS=1, PART_NUMBERS=100),
             torch_threads(threads), mock.patch.object(product, "HAS_BFLOAT16", has_bfloat16),
             mock.patch.object(expert_feed_forward_blocks, "NARROW", narrow),
             nullcontext() if compiled else mock.patch.object(native, "_library", return_value=None),
