@@ -230,6 +230,20 @@ OF_DISKS = {"disk_full", "disk_read_only"}  # which are of a size, and can be lo
 GOES_ON = {"link_cut_shortly", "second_job", *OF_DISKS}  # the ranks that were there finish the step
 
 
+def shared_disk(cluster: Cluster) -> Path:
+    """Make a disk that all hosts see, of a size where they are namespaces. -> where"""
+    if cluster.reason is not None:
+        print(f"hosts share the loopback of this machine: {cluster.reason}", file=sys.stderr)
+        return cluster.folder
+    return cluster.mount_disk(DISK)
+
+
+def note(line: dict[str, Any]) -> None:
+    """Add what came of a fault to the results."""
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def impossible(cluster: Cluster) -> set[str]:
     """Name the kinds that these hosts cannot have."""
     alone = OF_LINKS if cluster.size == 1 else set()
@@ -259,10 +273,7 @@ def measure(shape: str, kinds: Sequence[str], repeats: int, seed: int) -> None:
     hosts, ranks = map(int, shape.split("x"))
     draw = random.Random(seed)
     with Cluster(hosts) as cluster:
-        if cluster.reason is not None:
-            print(f"hosts share the loopback of this machine: {cluster.reason}", file=sys.stderr)
-        disk = cluster.mount_disk(DISK) if cluster.reason is None else cluster.folder
-        job = Job(cluster, ranks, disk / "run", ["run.steps=1000000"])
+        job = Job(cluster, ranks, shared_disk(cluster) / "run", ["run.steps=1000000"])
         began = time.monotonic()
         if not job.wait_for_steps(12):
             sys.exit(job.said(0).read_text()[-3000:])
@@ -273,8 +284,7 @@ def measure(shape: str, kinds: Sequence[str], repeats: int, seed: int) -> None:
                     continue
                 line = strike(job, kind, draw)
                 print(json.dumps(line), flush=True)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                note(line)
                 if line["seconds"] is None:
                     sys.exit("\n".join(job.said(host).read_text()[-3000:] for host in range(hosts)))
                 job.wait_for_steps(draw.randint(12, 25))

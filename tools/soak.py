@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import Cluster, leftovers
-from faults import DISK, KINDS, RECOVER_SECONDS, RESULTS, Job, impossible, strike
+from faults import KINDS, RECOVER_SECONDS, Job, impossible, note, shared_disk, strike
 
 LOSES = {"newest_checkpoint_damaged"}  # which goes on from the one before
 END_SECONDS = 110.0
@@ -65,9 +65,7 @@ def train(
     done: Counter[str] = Counter()
     words = [f"run.steps={steps}", f"checkpoint.every={CHECKPOINT_EVERY}"]
     with Cluster(hosts) as cluster:
-        if cluster.reason is not None:
-            print(f"hosts share the loopback of this machine: {cluster.reason}", file=sys.stderr)
-        run_dir = (cluster.mount_disk(DISK) if cluster.reason is None else cluster.folder) / "run"
+        run_dir = shared_disk(cluster) / "run"
         job = Job(cluster, ranks, run_dir, words)
         possible = [kind for kind in kinds if kind not in impossible(cluster)]
         while sum(done.values()) < count and not problems:
@@ -84,8 +82,7 @@ def train(
             done[kind] += 1
             print(json.dumps({"step": before, "held": held, **line}), flush=True)
             if record:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                note(line)
             if line["seconds"] is None:
                 problems.append(f"{kind} at step {before}: no step in {RECOVER_SECONDS:.0f} s")
             elif kind not in LOSES and before - line["lost_steps"] < held:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from cluster import Cluster
-from faults import DISK, GOES_ON, KINDS, RECOVER_SECONDS, Job, impossible
+from faults import GOES_ON, KINDS, RECOVER_SECONDS, Job, impossible, shared_disk
 
 
 def is_back(before: int, struck: float, step: dict[str, Any]) -> bool:
@@ -37,10 +37,7 @@ def main() -> None:
     hosts, ranks = map(int, given.shape.split("x"))
     draw = random.Random(given.seed)
     with Cluster(hosts) as cluster:
-        if cluster.reason is not None:
-            print(f"hosts share the loopback of this machine: {cluster.reason}", file=sys.stderr)
-        disk = cluster.mount_disk(DISK) if cluster.reason is None else cluster.folder
-        job = Job(cluster, ranks, disk / "run", ["run.steps=1000000"])
+        job = Job(cluster, ranks, shared_disk(cluster) / "run", ["run.steps=1000000"])
         kinds = [kind for kind in KINDS if kind not in GOES_ON | impossible(cluster)]
         if not job.wait_for_steps(12):
             sys.exit(job.said(0).read_text()[-3000:])
