@@ -70,7 +70,7 @@ class _Blocks(torch.autograd.Function):
                 add_rows(total, tokens[block.rows], answers[: block.size])
 
         run_on_threads(run_share, shares, products, sums)
-        ctx.shares, ctx.activation = shares, activation
+        ctx.shares, ctx.activation, ctx.compiled = shares, activation, compiled
         ctx.save_for_backward(x, gate, up, down, weight, token, *(each for part in products for each in part.stored))
         return _total(sums).to(x.dtype)
 
@@ -87,7 +87,7 @@ class _Blocks(torch.autograd.Function):
         grads = _ExpertGrads.like(gate, up, down)
         borrowed = [_ExpertGrads.like_one(gate, up, down) if share.blocks[0].borrowed else None for share in shares]
         sums, grad_weight = _sums(x, len(shares)), torch.empty_like(weight)
-        compiled = is_compiled(x, gate, up, down, ctx.activation)
+        compiled = ctx.compiled
 
         def run_share(share: Share, products: _Features, grad_x: Tensor, borrowed: _ExpertGrads | None) -> None:
             matrices = _Matrices(gate, up)

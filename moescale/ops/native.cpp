@@ -1,5 +1,6 @@
 // What a processor computes in one pass over its rows, for float and bfloat16: norms, rotations, routing, and the steps
-// between the products of experts; and a thread's whole share of experts' rows, in which it waits for no other in Python.
+// between the products of experts; and a thread's whole share of experts' rows, in which it waits for no other in
+// Python.
 //
 // Rows are contiguous; `stride` is the distance between two rows of a matrix that is a part of a wider one. Arithmetic
 // is float and is rounded once, when it is stored. Products are torch's, called through the stable C interface that
@@ -263,8 +264,8 @@ class Tensor {
     Tensor(Matrix<T> of, bool transposed) {
         const int64_t sizes[2][2] = {{of.rows, of.columns}, {of.columns, of.rows}};
         const int64_t strides[2][2] = {{of.stride, 1}, {1, of.stride}};
-        error = torch.from_blob(const_cast<T*>(of.data), 2, sizes[transposed], strides[transposed], 0, type_of(of.data), 0,
-                                0, &handle);
+        error = torch.from_blob(const_cast<T*>(of.data), 2, sizes[transposed], strides[transposed], 0,
+                                type_of(of.data), 0, 0, &handle);
     }
     ~Tensor() {
         if (handle) torch.drop(handle);
@@ -341,11 +342,12 @@ int64_t forward_share(const Block* blocks, int64_t count, Experts<T> experts, co
         if (first.together()) {
             RETURN_IF_FAILED(multiply(rows, false, experts.take_both(expert), true, first.both(start, length), false));
         } else {
-            RETURN_IF_FAILED(multiply(rows, false, experts.take_gate(expert), true, first.of_gate(start, length), false));
-            RETURN_IF_FAILED(multiply(rows, false, experts.take_up(expert), true, first.of_up(start, length), false));
+            const Matrix<T> gates = first.of_gate(start, length), ups = first.of_up(start, length);
+            RETURN_IF_FAILED(multiply(rows, false, experts.take_gate(expert), true, gates, false));
+            RETURN_IF_FAILED(multiply(rows, false, experts.take_up(expert), true, ups, false));
         }
-        activate(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start, size, d_ff,
-                hidden_buffer);
+        activate(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start, size,
+                 d_ff, hidden_buffer);
         RETURN_IF_FAILED(multiply(hidden, false, experts.take_down(expert), true, answers, false));
         add(answer_buffer, token + start, size, d_model, total);
     }
