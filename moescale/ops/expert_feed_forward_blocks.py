@@ -53,11 +53,6 @@ class _Blocks(torch.autograd.Function):
             tokens, factors, matrices = token[share.rows], weight[share.rows], _Matrices(gate, up)
             row_buffer = x.new_zeros(2, share.longest, d_model)
             hidden_buffer = x.new_empty(share.longest, d_ff)
-            if compiled:
-                native.call("forward_share", x.dtype, share.table, len(share.blocks), d_model, d_ff, gate, up, down,
-                            matrices.both, x, tokens, factors, products.gate, products.up, products.up.stride(0),
-                            *row_buffer, hidden_buffer, total)
-                return
             for block in share.blocks:
                 (rows, answers), hidden = row_buffer[:, : block.length], hidden_buffer[: block.length]
                 gather_rows(x, tokens[block.rows], rows[: block.size])
@@ -69,7 +64,10 @@ class _Blocks(torch.autograd.Function):
                 multiply(hidden, down[block.expert].T, answers)
                 add_rows(total, tokens[block.rows], answers[: block.size])
 
-        run_on_threads(run_share, shares, products, sums)
+        if compiled:
+            _forward(x, gate, up, down, weight, token, shares, products, sums)
+        else:
+            run_on_threads(run_share, shares, products, sums)
         ctx.shares, ctx.activation, ctx.compiled = shares, activation, compiled
         ctx.save_for_backward(x, gate, up, down, weight, token, *(each for part in products for each in part.stored))
         return _total(sums).to(x.dtype)
@@ -87,7 +85,6 @@ class _Blocks(torch.autograd.Function):
         grads = _ExpertGrads.like(gate, up, down)
         borrowed = [_ExpertGrads.like_one(gate, up, down) if share.blocks[0].borrowed else None for share in shares]
         sums, grad_weight = _sums(x, len(shares)), torch.empty_like(weight)
-        compiled = ctx.compiled
 
         def run_share(share: Share, products: _Features, grad_x: Tensor, borrowed: _ExpertGrads | None) -> None:
             matrices = _Matrices(gate, up)
@@ -95,13 +92,6 @@ class _Blocks(torch.autograd.Function):
             hidden_buffer = x.new_empty(2, share.longest, d_ff)
             grad_products = _Features.empty(gate, up, share.longest)
             tokens, factors, grad_factors = token[share.rows], weight[share.rows], grad_weight[share.rows]
-            if compiled:
-                both = None if matrices.both is None else torch.empty_like(matrices.both)
-                native.call("backward_share", x.dtype, share.table, len(share.blocks), d_model, d_ff, gate, up, down,
-                            matrices.both, x, tokens, factors, products.gate, products.up, products.up.stride(0), grad,
-                            *row_buffer, *hidden_buffer, grad_products.gate, grad_products.up, *grads, both,
-                            *(borrowed or (None, None, None)), grad_x, grad_factors)
-                return
             for block in share.blocks:
                 own_tokens, expert = tokens[block.rows], block.expert
                 own_grads = borrowed if borrowed is not None and block.borrowed else grads.take(expert)
@@ -128,11 +118,46 @@ class _Blocks(torch.autograd.Function):
                 # Back to the tokens.
                 add_rows(grad_x, own_tokens, grad_out[: block.size])
 
-        run_on_threads(run_share, shares, products, sums, borrowed)
+        if ctx.compiled:
+            _backward(x, gate, up, down, weight, token, grad, shares, products, grads, borrowed, sums, grad_weight)
+        else:
+            run_on_threads(run_share, shares, products, sums, borrowed)
         for share, part in zip(shares, borrowed, strict=True):
             if part is not None:
                 grads.take(share.blocks[0].expert).add_(part)
         return _total(sums).to(x.dtype), grads.gate, grads.up, grads.down, grad_weight, None, None, None
+
+
+def _forward(
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, weight: Tensor, token: Tensor, shares: list[Share],
+    products: list[_Features], sums: list[Tensor],
+) -> None:
+    """Compute all shares in one compiled call. products: those of gate and up, which are written. sums: added to"""
+    d_ff, d_model = up.shape[1:]
+    fields = []
+    for share, first, total in zip(shares, products, sums, strict=True):
+        rows, hidden = x.new_zeros(2, share.longest, d_model), x.new_empty(share.longest, d_ff)
+        fields.append([share.table, len(share.blocks), _Matrices(gate, up).both, token[share.rows], weight[share.rows],
+                       first.gate, first.up, *rows, hidden, total])
+    native.call_shares("forward_shares", x.dtype, fields, d_model, d_ff, gate, up, down, x, products[0].up.stride(0))
+
+
+def _backward(
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, weight: Tensor, token: Tensor, grad: Tensor,
+    shares: list[Share], products: list[_Features], grads: _ExpertGrads, borrowed: list[_ExpertGrads | None],
+    sums: list[Tensor], grad_weight: Tensor,
+) -> None:
+    """The same of the backward pass. grad: of the output. grads, borrowed, grad_weight: written. sums: added to"""
+    d_ff, d_model = up.shape[1:]
+    fields = []
+    for share, first, own_borrowed, total in zip(shares, products, borrowed, sums, strict=True):
+        rows, hidden = x.new_zeros(2, share.longest, d_model), x.new_empty(2, share.longest, d_ff)
+        grad_first = _Features.empty(gate, up, share.longest)
+        fields.append([share.table, len(share.blocks), _Matrices(gate, up).both, token[share.rows], weight[share.rows],
+                       first.gate, first.up, *rows, *hidden, grad_first.gate, grad_first.up, _Matrices(gate, up).both,
+                       *(own_borrowed or (None, None, None)), total, grad_weight[share.rows]])
+    native.call_shares("backward_shares", x.dtype, fields, d_model, d_ff, gate, up, down, x, products[0].up.stride(0),
+                       grad, *grads)
 
 
 class _Features(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moescale.ops import native
-from moescale.ops.shares import run_on_rows, slice_rows
+from moescale.ops.shares import slice_rows
 
 aten = torch.ops.aten
 
@@ -17,10 +17,7 @@ aten = torch.ops.aten
 def gather_rows(x: Tensor, token: Tensor, out: Tensor) -> None:
     """Copy the rows of these tokens. x: [tokens, width]. token: [rows]. out: [rows, width]."""
     if native.runs(x):
-        def run(part: slice) -> None:
-            native.call("gather", x.dtype, x, token[part], *out[part].shape, out[part])
-
-        run_on_rows(run, *out.shape)
+        native.call("gather", x.dtype, native.parts(*out.shape), x, token, *out.shape, out)
     else:
         torch.index_select(x, 0, token, out=out)
 
@@ -31,10 +28,7 @@ def add_rows(total: Tensor, token: Tensor, rows: Tensor) -> None:
     total: [tokens, width], float32 at least. token: [rows], none twice. rows: [rows, width].
     """
     if native.runs(rows):
-        def run(part: slice) -> None:
-            native.call("add", rows.dtype, rows[part], token[part], *rows[part].shape, total)
-
-        run_on_rows(run, *rows.shape)
+        native.call("add", rows.dtype, native.parts(*rows.shape), rows, token, *rows.shape, total)
     else:
         total.index_add_(0, token, rows.to(total.dtype))
 
@@ -46,11 +40,7 @@ def activate(name: str, gate: Tensor | None, up: Tensor, factor: Tensor, hidden:
     hidden: [rows, d_ff].
     """
     if gate is not None and name == "silu" and native.runs(up):
-        def run(part: slice) -> None:
-            native.call("activate", up.dtype, gate[part], up[part], up.stride(0), factor[part], *up[part].shape,
-                        hidden[part])
-
-        run_on_rows(run, *up.shape)
+        native.call("activate", up.dtype, native.parts(*up.shape), gate, up, up.stride(0), factor, *up.shape, hidden)
     elif gate is None:
         _activate(name, up, hidden).mul_(factor.unsqueeze(1).to(up.dtype))
     else:
@@ -66,12 +56,8 @@ def activate_backward(
     The rest is as there; the gradients of gate and up may have other strides than these, but one of them both.
     """
     if gate is not None and grad_gate is not None and name == "silu" and native.runs(up):
-        def run(part: slice) -> None:
-            native.call("activate_backward", up.dtype, gate[part], up[part], up.stride(0), factor[part],
-                        grad_hidden[part], *up[part].shape, hidden[part], grad_gate[part], grad_up[part],
-                        grad_up.stride(0), grad_factor[part])
-
-        run_on_rows(run, *up.shape)
+        native.call("activate_backward", up.dtype, native.parts(*up.shape), gate, up, up.stride(0), factor,
+                    grad_hidden, *up.shape, hidden, grad_gate, grad_up, grad_up.stride(0), grad_factor)
         return
     rows = slice_rows(up.shape[1])  # a few at a time, for the cache
     buffer = up.new_empty(2, min(rows, len(up)), up.shape[1])

@@ -4,14 +4,44 @@
 //
 // Rows are contiguous; `stride` is the distance between two rows of a matrix that is a part of a wider one. Arithmetic
 // is float and is rounded once, when it is stored. Products are torch's, called through the stable C interface that
-// torch.export's compiled models use (torch/csrc/inductor/aoti_torch/c/shim.h). Every function returns 0, or what torch
-// returned when it failed. Compiled at its first use by moescale/ops/native.py.
+// torch.export's compiled models use (torch/csrc/inductor/aoti_torch/c/shim.h). Work is split among the threads that
+// torch's own products run on: those of another team would wait for the cores on which these look for work. Every
+// function returns 0, or what torch returned when it failed. Compiled at its first use by moescale/ops/native.py.
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 namespace {
+
+// ---- threads
+
+void (*run_team)(void (*run)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel, of torch's OpenMP
+
+// Calls body(number) for each number below `parts`, on a thread each where there are as many.
+template <typename Body>
+void run_parts(int64_t parts, const Body& body) {
+    if (parts == 1) return body(0);
+    struct Job {
+        const Body& body;
+        const int64_t parts;
+        std::atomic<int64_t> next;
+    } job{body, parts, {0}};
+    const auto run = [](void* data) {
+        Job& job = *static_cast<Job*>(data);
+        for (int64_t number; (number = job.next++) < job.parts;) job.body(number);
+    };
+    run_team(run, &job, unsigned(parts), 0);
+}
+
+// Calls body(first, last, part) for consecutive rows, which together are all.
+template <typename Body>
+void split_rows(int64_t rows, int64_t parts, const Body& body) {
+    run_parts(parts, [&](int64_t part) { body(rows * part / parts, rows * (part + 1) / parts, part); });
+}
+
+// ---- numbers
 
 struct bfloat16 {
     uint16_t bits;
@@ -58,6 +88,8 @@ inline float exponential(float x) {
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// ---- steps between the products of experts
 
 template <typename T>
 void gather(const T* x, const int64_t* token, int64_t rows, int64_t width, T* out) {
@@ -328,17 +360,32 @@ struct Features {
         if (failed) return failed;                                                                                     \
     } while (0)
 
+// What a thread computes of the forward pass: an int64 each, as Python writes them.
 template <typename T>
-int64_t forward_share(const Block* blocks, int64_t count, Experts<T> experts, const T* x, const int64_t* token,
-                      const float* factor, Features<T> first, T* row_buffer, T* answer_buffer, T* hidden_buffer,
-                      float* total) {
+struct Forward {
+    const Block* blocks;
+    int64_t count;
+    T* both;
+    const int64_t* token;
+    const float* factor;
+    T *first_gate, *first_up, *rows, *answers, *hidden;
+    float* total;
+};
+
+// threads: among which steps without products are split, where the share is the only one.
+template <typename T>
+int64_t forward_share(const Forward<T>& share, int64_t threads, Experts<T> experts, const T* x, int64_t stride) {
     const int64_t d_model = experts.d_model, d_ff = experts.d_ff;
-    for (const Block* block = blocks; block != blocks + count; ++block) {
+    const Features<T> first{share.first_gate, share.first_up, d_ff, stride};
+    experts.both = share.both;
+    for (const Block* block = share.blocks; block != share.blocks + share.count; ++block) {
         const int64_t expert = block->expert, start = block->start, size = block->size, length = block->length;
         if (size == 0) continue;
-        const Matrix<T> rows{row_buffer, length, d_model, d_model}, answers{answer_buffer, length, d_model, d_model};
-        const Matrix<T> hidden{hidden_buffer, length, d_ff, d_ff};
-        gather(x, token + start, size, d_model, row_buffer);
+        const Matrix<T> rows{share.rows, length, d_model, d_model}, answers{share.answers, length, d_model, d_model};
+        const Matrix<T> hidden{share.hidden, length, d_ff, d_ff};
+        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
+            gather(x, share.token + start + low, high - low, d_model, share.rows + low * d_model);
+        });
         if (first.together()) {
             RETURN_IF_FAILED(multiply(rows, false, experts.take_both(expert), true, first.both(start, length), false));
         } else {
@@ -346,23 +393,42 @@ int64_t forward_share(const Block* blocks, int64_t count, Experts<T> experts, co
             RETURN_IF_FAILED(multiply(rows, false, experts.take_gate(expert), true, gates, false));
             RETURN_IF_FAILED(multiply(rows, false, experts.take_up(expert), true, ups, false));
         }
-        activate(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start, size,
-                 d_ff, hidden_buffer);
+        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
+            const int64_t at = start + low;
+            activate(first.gate + at * stride, first.up + at * stride, stride, share.factor + at, high - low, d_ff,
+                     share.hidden + low * d_ff);
+        });
         RETURN_IF_FAILED(multiply(hidden, false, experts.take_down(expert), true, answers, false));
-        add(answer_buffer, token + start, size, d_model, total);
+        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
+            add(share.answers + low * d_model, share.token + start + low, high - low, d_model, share.total);
+        });
     }
     return 0;
 }
 
-// grads, borrowed: of the experts' matrices, and of the one expert that begins in another share; `grads.both` holds the
-// product that is parted among gate and up.
+// The same of the backward pass. borrowed: gradients of the one expert that begins in another share. grad_both: holds
+// the product that is parted among gate and up.
 template <typename T>
-int64_t backward_share(const Block* blocks, int64_t count, Experts<T> experts, Experts<T> grads, Experts<T> borrowed,
-                       const T* x, const T* grad, const int64_t* token, const float* factor, Features<T> first,
-                       Features<T> grad_first, T* row_buffer, T* grad_buffer, T* hidden_buffer, T* grad_hidden_buffer,
-                       float* grad_x, float* grad_factor) {
+struct Backward {
+    const Block* blocks;
+    int64_t count;
+    T* both;
+    const int64_t* token;
+    const float* factor;
+    T *first_gate, *first_up, *rows, *grad_out, *hidden, *grad_hidden, *grad_first_gate, *grad_first_up, *grad_both,
+        *borrowed_gate, *borrowed_up, *borrowed_down;
+    float *grad_x, *grad_factor;
+};
+
+template <typename T>
+int64_t backward_share(const Backward<T>& share, int64_t threads, Experts<T> experts, Experts<T> grads, const T* x,
+                       const T* grad, int64_t stride) {
     const int64_t d_model = experts.d_model, d_ff = experts.d_ff;
-    for (const Block* block = blocks; block != blocks + count; ++block) {
+    const Features<T> first{share.first_gate, share.first_up, d_ff, stride};
+    const Features<T> grad_first{share.grad_first_gate, share.grad_first_up, d_ff, stride};
+    Experts<T> borrowed{share.borrowed_gate, share.borrowed_up, share.borrowed_down, nullptr, d_model, d_ff};
+    experts.both = share.both;
+    for (const Block* block = share.blocks; block != share.blocks + share.count; ++block) {
         const int64_t expert = block->expert, start = block->start, size = block->size, length = block->length;
         Experts<T>& own = block->borrowed ? borrowed : grads;
         const int64_t at = block->borrowed ? 0 : expert, behind = length - size;
@@ -373,31 +439,37 @@ int64_t backward_share(const Block* blocks, int64_t count, Experts<T> experts, E
             std::memset(const_cast<T*>(up.data), 0, own.size() * sizeof(T));
             continue;
         }
-        const Matrix<T> rows{row_buffer, length, d_model, d_model}, grad_out{grad_buffer, length, d_model, d_model};
-        const Matrix<T> hidden{hidden_buffer, length, d_ff, d_ff}, grad_hidden{grad_hidden_buffer, length, d_ff, d_ff};
+        const Matrix<T> rows{share.rows, length, d_model, d_model}, grad_out{share.grad_out, length, d_model, d_model};
+        const Matrix<T> hidden{share.hidden, length, d_ff, d_ff}, grad_hidden{share.grad_hidden, length, d_ff, d_ff};
         const bool accumulate = !block->first;
         // The rows and their gradients; zeros cancel the rows behind the block.
-        gather(x, token + start, size, d_model, row_buffer);
-        gather(grad, token + start, size, d_model, grad_buffer);
-        std::memset(grad_buffer + size * d_model, 0, behind * d_model * sizeof(T));
-        std::memset(hidden_buffer + size * d_ff, 0, behind * d_ff * sizeof(T));
+        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
+            gather(x, share.token + start + low, high - low, d_model, share.rows + low * d_model);
+            gather(grad, share.token + start + low, high - low, d_model, share.grad_out + low * d_model);
+        });
+        std::memset(share.grad_out + size * d_model, 0, behind * d_model * sizeof(T));
+        std::memset(share.hidden + size * d_ff, 0, behind * d_ff * sizeof(T));
         RETURN_IF_FAILED(multiply(grad_out, false, experts.take_down(expert), false, grad_hidden, false));
         // Hidden features again, and the gradients of weights and of the products of gate and up.
         for (int64_t row = size; row < length; ++row) {
-            std::memset(grad_first.gate + row * grad_first.stride, 0, d_ff * sizeof(T));
-            std::memset(grad_first.up + row * grad_first.stride, 0, d_ff * sizeof(T));
+            std::memset(grad_first.gate + row * stride, 0, d_ff * sizeof(T));
+            std::memset(grad_first.up + row * stride, 0, d_ff * sizeof(T));
         }
-        activate_backward(first.of_gate(start, size).data, first.of_up(start, size).data, first.stride, factor + start,
-                 grad_hidden_buffer, size, d_ff, hidden_buffer, grad_first.gate, grad_first.up, grad_first.stride,
-                 grad_factor + start);
+        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
+            const int64_t at = start + low;
+            activate_backward(first.gate + at * stride, first.up + at * stride, stride, share.factor + at,
+                              share.grad_hidden + low * d_ff, high - low, d_ff, share.hidden + low * d_ff,
+                              grad_first.gate + low * stride, grad_first.up + low * stride, stride,
+                              share.grad_factor + at);
+        });
         // The gradients of the matrices, and of the rows in the place of the output's.
         RETURN_IF_FAILED(multiply(grad_out, true, hidden, false, down, accumulate));
         if (first.together()) {
             const Matrix<T> both = grad_first.both(0, length);
             RETURN_IF_FAILED(multiply(both, false, experts.take_both(expert), false, grad_out, false));
-            const Matrix<T> made{grads.both, 2 * d_ff, d_model, d_model};
+            const Matrix<T> made{share.grad_both, 2 * d_ff, d_model, d_model};
             RETURN_IF_FAILED(multiply(both, true, rows, false, made, false));
-            part(grads.both, own.size(), accumulate, gate.data, up.data);
+            part(share.grad_both, own.size(), accumulate, gate.data, up.data);
         } else {
             const Matrix<T> of_gate = grad_first.of_gate(0, length), of_up = grad_first.of_up(0, length);
             RETURN_IF_FAILED(multiply(of_gate, false, experts.take_gate(expert), false, grad_out, false));
@@ -405,78 +477,108 @@ int64_t backward_share(const Block* blocks, int64_t count, Experts<T> experts, E
             RETURN_IF_FAILED(multiply(of_gate, true, rows, false, gate, accumulate));
             RETURN_IF_FAILED(multiply(of_up, true, rows, false, up, accumulate));
         }
-        add(grad_buffer, token + start, size, d_model, grad_x);
+        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
+            add(share.grad_out + low * d_model, share.token + start + low, high - low, d_model, share.grad_x);
+        });
     }
     return 0;
 }
 
+// Computes all shares, each on a thread of its own; a single one on all of them. -> what the first that failed returned
+template <typename Share, typename Body>
+int64_t run_shares(const Share* shares, int64_t count, int64_t threads, const Body& body) {
+    std::atomic<int64_t> status{0};
+    run_parts(count, [&](int64_t number) {
+        const int64_t own = body(shares[number], count == 1 ? threads : 1);
+        if (own) status = own;
+    });
+    return status;
+}
+
 }  // namespace
 
+// parts: how many threads compute it, each some of the rows.
 #define FOR_EACH_TYPE(T, NAME)                                                                                         \
-    int64_t gather_##NAME(const T* x, const int64_t* token, int64_t rows, int64_t width, T* out) {                     \
-        gather(x, token, rows, width, out);                                                                            \
+    int64_t gather_##NAME(int64_t parts, const T* x, const int64_t* token, int64_t rows, int64_t width, T* out) {      \
+        split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
+            gather(x, token + low, high - low, width, out + low * width);                                              \
+        });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t add_##NAME(const T* in, const int64_t* token, int64_t rows, int64_t width, float* total) {                 \
-        add(in, token, rows, width, total);                                                                            \
+    int64_t add_##NAME(int64_t parts, const T* in, const int64_t* token, int64_t rows, int64_t width, float* total) {  \
+        split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
+            add(in + low * width, token + low, high - low, width, total);                                              \
+        });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t activate_##NAME(const T* gate, const T* up, int64_t stride, const float* factor, int64_t rows,             \
-                           int64_t width, T* hidden) {                                                                 \
-        activate(gate, up, stride, factor, rows, width, hidden);                                                       \
+    int64_t activate_##NAME(int64_t parts, const T* gate, const T* up, int64_t stride, const float* factor,            \
+                            int64_t rows, int64_t width, T* hidden) {                                                  \
+        split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
+            activate(gate + low * stride, up + low * stride, stride, factor + low, high - low, width,                  \
+                     hidden + low * width);                                                                            \
+        });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t activate_backward_##NAME(const T* gate, const T* up, int64_t stride, const float* factor,                  \
+    int64_t activate_backward_##NAME(int64_t parts, const T* gate, const T* up, int64_t stride, const float* factor,   \
                                      const T* grad_hidden, int64_t rows, int64_t width, T* hidden, T* grad_gate,       \
                                      T* grad_up, int64_t grad_stride, float* grad_factor) {                            \
-        activate_backward(gate, up, stride, factor, grad_hidden, rows, width, hidden, grad_gate, grad_up, grad_stride, \
-                          grad_factor);                                                                                \
+        split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
+            activate_backward(gate + low * stride, up + low * stride, stride, factor + low, grad_hidden + low * width, \
+                              high - low, width, hidden + low * width, grad_gate + low * grad_stride,                  \
+                              grad_up + low * grad_stride, grad_stride, grad_factor + low);                            \
+        });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t norm_##NAME(const T* x, const T* weight, double eps, int64_t rows, int64_t width, T* out,                  \
+    int64_t norm_##NAME(int64_t parts, const T* x, const T* weight, double eps, int64_t rows, int64_t width, T* out,   \
                         float* inverse) {                                                                              \
-        norm(x, weight, eps, rows, width, out, inverse);                                                               \
+        split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
+            norm(x + low * width, weight, eps, high - low, width, out + low * width, inverse + low);                   \
+        });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t norm_backward_##NAME(const T* grad, const T* x, const T* weight, const float* inverse, int64_t rows,       \
-                                 int64_t width, T* grad_x, float* grad_weight) {                                       \
-        norm_backward(grad, x, weight, inverse, rows, width, grad_x, grad_weight);                                     \
+    int64_t norm_backward_##NAME(int64_t parts, const T* grad, const T* x, const T* weight, const float* inverse,      \
+                                 int64_t rows, int64_t width, T* grad_x, float* grad_weights) {                        \
+        split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t part) {                                         \
+            norm_backward(grad + low * width, x + low * width, weight, inverse + low, high - low, width,               \
+                          grad_x + low * width, grad_weights + part * width);                                          \
+        });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t rotate_##NAME(const T* x, const T* cosine, const T* sine, int64_t sign, int64_t rows, int64_t heads,       \
-                          int64_t half, T* out) {                                                                      \
-        rotate(x, cosine, sine, sign, rows, heads, half, out);                                                         \
+    int64_t rotate_##NAME(int64_t parts, const T* x, const T* cosine, const T* sine, int64_t sign, int64_t rows,       \
+                          int64_t heads, int64_t half, T* out) {                                                       \
+        split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
+            const int64_t at = low * heads * 2 * half;                                                                 \
+            rotate(x + at, cosine + low * half, sine + low * half, sign, high - low, heads, half, out + at);           \
+        });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t forward_share_##NAME(const Block* blocks, int64_t count, int64_t d_model, int64_t d_ff, T* gate, T* up,    \
-                                 T* down, T* both, const T* x, const int64_t* token, const float* factor,              \
-                                 T* first_gate, T* first_up, int64_t stride, T* rows, T* answers, T* hidden,           \
-                                 float* total) {                                                                       \
-        return forward_share<T>(blocks, count, {gate, up, down, both, d_model, d_ff}, x, token, factor,                \
-                                {first_gate, first_up, d_ff, stride}, rows, answers, hidden, total);                   \
+    int64_t forward_shares_##NAME(const Forward<T>* shares, int64_t count, int64_t threads, int64_t d_model,           \
+                                  int64_t d_ff, T* gate, T* up, T* down, const T* x, int64_t stride) {                 \
+        return run_shares(shares, count, threads, [&](const Forward<T>& share, int64_t own) {                          \
+            return forward_share<T>(share, own, {gate, up, down, nullptr, d_model, d_ff}, x, stride);                  \
+        });                                                                                                            \
     }                                                                                                                  \
-    int64_t backward_share_##NAME(                                                                                     \
-        const Block* blocks, int64_t count, int64_t d_model, int64_t d_ff, T* gate, T* up, T* down, T* both,           \
-        const T* x, const int64_t* token, const float* factor, T* first_gate, T* first_up, int64_t stride,             \
-        const T* grad, T* rows, T* grad_out, T* hidden, T* grad_hidden, T* grad_first_gate, T* grad_first_up,          \
-        T* grad_gate, T* grad_up, T* grad_down, T* grad_both, T* borrowed_gate, T* borrowed_up, T* borrowed_down,      \
-        float* grad_x, float* grad_factor) {                                                                           \
-        return backward_share<T>(                                                                                      \
-            blocks, count, {gate, up, down, both, d_model, d_ff},                                                      \
-            {grad_gate, grad_up, grad_down, grad_both, d_model, d_ff},                                                 \
-            {borrowed_gate, borrowed_up, borrowed_down, nullptr, d_model, d_ff}, x, grad, token, factor,               \
-            {first_gate, first_up, d_ff, stride}, {grad_first_gate, grad_first_up, d_ff, stride}, rows, grad_out,      \
-            hidden, grad_hidden, grad_x, grad_factor);                                                                 \
+    int64_t backward_shares_##NAME(const Backward<T>* shares, int64_t count, int64_t threads, int64_t d_model,         \
+                                   int64_t d_ff, T* gate, T* up, T* down, const T* x, int64_t stride, const T* grad,   \
+                                   T* grad_gate, T* grad_up, T* grad_down) {                                           \
+        return run_shares(shares, count, threads, [&](const Backward<T>& share, int64_t own) {                         \
+            return backward_share<T>(share, own, {gate, up, down, nullptr, d_model, d_ff},                             \
+                                     {grad_gate, grad_up, grad_down, nullptr, d_model, d_ff}, x, grad, stride);        \
+        });                                                                                                            \
     }
 
 extern "C" {
-void use_torch(void* addmm_out, void* from_blob, void* drop) {
+void use_torch(void* addmm_out, void* from_blob, void* drop, void* parallel) {
     torch.addmm_out = reinterpret_cast<decltype(torch.addmm_out)>(addmm_out);
     torch.from_blob = reinterpret_cast<decltype(torch.from_blob)>(from_blob);
     torch.drop = reinterpret_cast<decltype(torch.drop)>(drop);
+    run_team = reinterpret_cast<decltype(run_team)>(parallel);
 }
-int64_t largest_float32(const float* scores, int64_t rows, int64_t width, int64_t k, float* values, int64_t* indices) {
-    largest(scores, rows, width, k, values, indices);
+int64_t largest_float32(int64_t parts, const float* scores, int64_t rows, int64_t width, int64_t k, float* values,
+                        int64_t* indices) {
+    split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {
+        largest(scores + low * width, high - low, width, k, values + low * k, indices + low * k);
+    });
     return 0;
 }
 int64_t sort_rows_int64(const int64_t* expert, int64_t choices, int64_t experts, int64_t* order, int64_t* row,

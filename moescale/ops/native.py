@@ -7,7 +7,7 @@ import hashlib
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +19,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
          "-shared")
 COMPILER = "c++"
 COMPILE_SECONDS = 60.0
+PART_NUMBERS = 1 << 17  # numbers of the rows for which a thread pays
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int64: "int64"}
 
 
@@ -39,9 +40,26 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
     checked. Raises RuntimeError where torch fails in it.
     """
     function = _function(f"{name}_{TYPES[dtype]}", tuple(isinstance(each, float) for each in arguments))
-    status = function(*(each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments))
+    status = function(*(_number(each) for each in arguments))
     if status != 0:
         raise RuntimeError(f"torch could not compute a product within {name}")
+
+
+def call_shares(
+    name: str, dtype: torch.dtype, shares: Sequence[Sequence[Tensor | int | None]], *arguments: Tensor | int | None
+) -> None:
+    """Call a function that computes shares of rows on torch's threads. shares: the fields that each reads"""
+    table = torch.tensor([[_number(each) for each in share] for share in shares])
+    call(name, dtype, table, len(shares), torch.get_num_threads(), *arguments)
+
+
+def parts(rows: int, width: int) -> int:
+    """Say on how many threads a pass over so many rows is computed: as many as torch has and as pay. width: of a row"""
+    return max(1, min(torch.get_num_threads(), rows, rows * width // PART_NUMBERS))
+
+
+def _number(argument: Tensor | float | None) -> float:
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument or 0
 
 
 @cache
@@ -76,10 +94,11 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _functions_of_torch() -> list[ctypes.c_void_p]:
-    """Find the functions of torch's stable C interface that native.cpp calls."""
+    """Find the functions that native.cpp calls: of torch's stable C interface, and of its OpenMP."""
     torch_itself = ctypes.CDLL(torch._C.__file__)
-    return [ctypes.cast(getattr(torch_itself, f"aoti_torch_{name}"), ctypes.c_void_p)
-            for name in ("cpu_addmm_out", "create_tensor_from_blob", "delete_tensor_object")]
+    return [ctypes.cast(getattr(torch_itself, name), ctypes.c_void_p)
+            for name in ("aoti_torch_cpu_addmm_out", "aoti_torch_create_tensor_from_blob",
+                         "aoti_torch_delete_tensor_object", "GOMP_parallel")]
 
 
 def _processor() -> bytes:

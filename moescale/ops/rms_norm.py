@@ -10,7 +10,6 @@ from torch import Tensor
 
 from moescale.ops import native
 from moescale.ops.device import triton_runs
-from moescale.ops.shares import run_on_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -64,31 +63,19 @@ class _CompiledRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         out, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        rows, targets, inverses = x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), inverse.view(-1)
-
-        def run(part: slice) -> None:
-            native.call("norm", x.dtype, rows[part], weight, eps, *rows[part].shape, targets[part], inverses[part])
-
-        run_on_rows(run, *rows.shape)
+        shape = inverse.numel(), x.shape[-1]
+        native.call("norm", x.dtype, native.parts(*shape), x, weight, eps, *shape, out, inverse)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        grad_x, d_model = torch.empty_like(x), x.shape[-1]
-        rows, grads, targets = (each.view(-1, d_model) for each in (x, grad.contiguous(), grad_x))
-        inverses, sums = inverse.view(-1), []  # of the weight's gradient, one a thread
-
-        def run(part: slice) -> None:
-            total = torch.zeros(d_model)
-            sums.append((part.start or 0, total))
-            native.call("norm_backward", x.dtype, grads[part], rows[part], weight, inverses[part], *rows[part].shape,
-                        targets[part], total)
-
-        run_on_rows(run, *rows.shape)
-        grad_weight = torch.stack([total for _, total in sorted(sums, key=lambda each: each[0])]).sum(0)
-        return grad_x, grad_weight.to(weight.dtype), None
+        grad_x, shape = torch.empty_like(x), (inverse.numel(), x.shape[-1])
+        grad_weights = torch.zeros(native.parts(*shape), x.shape[-1])  # one a thread
+        native.call("norm_backward", x.dtype, len(grad_weights), grad.contiguous(), x, weight, inverse, *shape, grad_x,
+                    grad_weights)
+        return grad_x, grad_weights.sum(0).to(weight.dtype), None
 
 
 def _upcast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from moescale.ops import native
 from moescale.ops.device import triton_runs
-from moescale.ops.shares import run_on_rows
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -51,15 +50,10 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
         return rotary_triton.rotate(x, cosine, sine, sign)
     if native.runs(x) and x.dtype == cosine.dtype == sine.dtype:
         batch, seq, heads, head_dim = x.shape
-        half, out = head_dim // 2, x.new_empty(x.shape)
-        rows, targets = x.reshape(-1, heads * head_dim), out.view(-1, heads * head_dim)
-        cosines, sines = (each.expand(batch, seq, 1, half).reshape(-1, half) for each in (cosine, sine))
-
-        def run(part: slice) -> None:
-            native.call("rotate", x.dtype, rows[part], cosines[part], sines[part], sign, len(rows[part]), heads, half,
-                        targets[part])
-
-        run_on_rows(run, *rows.shape)
+        half, out, x = head_dim // 2, x.new_empty(x.shape), x.contiguous()
+        cosine, sine = (each.expand(batch, seq, 1, half).contiguous() for each in (cosine, sine))
+        native.call("rotate", x.dtype, native.parts(batch * seq, heads * head_dim), x, cosine, sine, sign, batch * seq,
+                    heads, half, out)
         return out
     partner = x.roll(x.shape[-1] // 2, -1)  # the halves change places
     return (x * torch.cat((cosine, cosine), -1)).addcmul_(partner, torch.cat((-sine, sine), -1), value=sign)

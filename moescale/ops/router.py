@@ -7,7 +7,6 @@ from torch import Tensor
 
 from moescale.ops import native
 from moescale.ops.device import triton_runs
-from moescale.ops.shares import run_on_rows
 
 FEW = 32  # of so many choices each score is compared with those before it; of more, scores are sorted
 
@@ -39,11 +38,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if scores.dtype == torch.float32 and 0 < k <= min(FEW, scores.shape[-1]) and native.runs(scores):
         rows = scores.detach().contiguous().view(-1, scores.shape[-1])
         values, indices = rows.new_empty(len(rows), k), rows.new_empty(len(rows), k, dtype=torch.int64)
-
-        def run(part: slice) -> None:
-            native.call("largest", rows.dtype, rows[part], *rows[part].shape, k, values[part], indices[part])
-
-        run_on_rows(run, *rows.shape)
+        native.call("largest", rows.dtype, native.parts(*rows.shape), rows, *rows.shape, k, values, indices)
         indices = indices.view(*scores.shape[:-1], k)
         return scores.gather(-1, indices), indices
     values, indices = scores.sort(dim=-1, descending=True, stable=True)

@@ -14,9 +14,8 @@ import torch
 T = TypeVar("T")
 BLOCK_NUMBERS = 1 << 20  # numbers that the blocks of all threads have together, at their widest
 SLICE_NUMBERS = 1 << 17  # numbers of the rows of a block that are activated together
-PART_NUMBERS = 1 << 17  # numbers of the rows for which a thread pays
 MOST_THREADS = 4  # each has a sum over all tokens
-FEWEST_ROWS = 4096  # per thread; of fewer, products on all threads take less time
+FEWEST_ROWS = 512  # per thread
 LARGEST_IN_STEPS = 1 << 26  # multiplications per expert beyond which they do, too, where a share is no compiled call
 
 
@@ -133,27 +132,8 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(MOST_THREADS - 1, "experts")
 
 
-@cache
-def _helpers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, "rows")
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay behind
-    os.register_at_fork(after_in_child=_helpers.cache_clear)
-
-
-def run_on_rows(run: Callable[[slice], None], rows: int, width: int) -> None:
-    """Call `run` for consecutive rows, which together are all, on as many threads as torch has and as pay.
-
-    run: releases Python's lock for most of its time. width: numbers in a row.
-    """
-    parts = min(torch.get_num_threads(), rows, rows * width // PART_NUMBERS)
-    if parts < 2:
-        run(slice(rows))
-        return
-    cuts = [rows * number // parts for number in range(parts + 1)]
-    _call_each(_helpers(), run, [slice(*each) for each in pairwise(cuts)])
 
 
 def _call_each(pool: ThreadPoolExecutor, run: Callable[[T], None], arguments: Sequence[T]) -> None:

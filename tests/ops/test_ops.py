@@ -45,11 +45,11 @@ def torch_threads(number: int) -> Iterator[None]:
     st.lists(st.one_of(st.integers(0, 130), st.integers(500, 530)), min_size=1, max_size=6),
     st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["silu", "gelu", "relu"]), st.booleans(),
     st.sampled_from([0, 1 << 20]), st.booleans(), st.integers(1, 5), st.booleans(), st.booleans(),
-    st.sampled_from([0, 256]),
+    st.sampled_from([0, 256]), st.sampled_from([1, 4096]),
 )
 def test_experts_equal_a_loop(
     sizes: list[int], dtype: torch.dtype, activation: str, gated: bool, block_numbers: int, dropout: bool, threads: int,
-    has_bfloat16: bool, compiled: bool, narrow: int,
+    has_bfloat16: bool, compiled: bool, narrow: int, fewest_rows: int,
 ) -> None:
     """Over 540 tokens, some without experts; in blocks of at most 256 rows, or one an expert and thread."""
     torch.manual_seed(sum(sizes))
@@ -68,7 +68,8 @@ def test_experts_equal_a_loop(
         routing = Routing(token, w, torch.tensor(sizes), row)
         arguments = (x, gate if gated else None, up, down, routing, activation)
         with (
-            mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, FEWEST_ROWS=1, PART_NUMBERS=100),
+            mock.patch.multiple(shares, BLOCK_NUMBERS=block_numbers, FEWEST_ROWS=fewest_rows),
+            mock.patch.object(native, "PART_NUMBERS", 100),
             torch_threads(threads), mock.patch.object(product, "HAS_BFLOAT16", has_bfloat16),
             mock.patch.object(expert_feed_forward_blocks, "NARROW", narrow),
             nullcontext() if compiled else mock.patch.object(native, "_library", return_value=None),
@@ -154,7 +155,7 @@ def test_linear_rounds_once_and_keeps_nothing_wide(monkeypatch: pytest.MonkeyPat
 @pytest.fixture(params=["compiled", "by torch"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With functions compiled on this machine, each part of which takes few numbers, and without."""
-    monkeypatch.setattr(shares, "PART_NUMBERS", 100)
+    monkeypatch.setattr(native, "PART_NUMBERS", 100)
     if request.param == "by torch":
         monkeypatch.setattr(native, "_library", lambda: None)
 
