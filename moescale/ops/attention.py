@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moescale.ops.attention_blocks import attention_in_blocks
 from moescale.ops.attention_chunked import chunked_attention
+from moescale.ops.attention_compiled import attention_compiled, fits_compiled
 from moescale.ops.attention_pattern import (
     NOTHING,
     AttentionPattern,
@@ -42,7 +43,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     positions: Tensor | None = None,
     scale: float | None = None,
-    backend: Literal["auto", "triton", "sdpa", "flex", "chunked", "reference"] = "auto",
+    backend: Literal["auto", "triton", "compiled", "sdpa", "flex", "chunked", "reference"] = "auto",
 ) -> Tensor:
     """Compute exact attention within documents, optionally causal and limited to a part of the past.
 
@@ -115,19 +116,22 @@ def _attend(
         documents = None
     pattern = replace(pattern, visibility=seen, positions=documents)
     if name == "auto":
-        name, why = _fastest(q, seq_k, pattern)
+        name, why = _fastest(q, k, v, pattern)
         _say_once(name, why)
     return _BACKENDS[name](q, k, v, pattern, remembered)
 
 
-def _fastest(q: Tensor, seq_k: int, pattern: AttentionPattern) -> tuple[str, str]:
+def _fastest(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> tuple[str, str]:
     """Choose a backend for these shapes and this device. -> its name, and the reason for the log"""
-    seq_q, hides = q.shape[1], pattern.visibility != Visibility() or pattern.positions is not None
+    seq_q, seq_k = q.shape[1], k.shape[1]
+    hides = pattern.visibility != Visibility() or pattern.positions is not None
     plain = not hides and pattern.slopes is None and seq_q == seq_k
     if q.device.type == "cpu":
         few = seq_q <= SHORT and not (hides and seq_k > LONG)
         if not pattern.causal or (few and seq_q < seq_k):
             return "sdpa", "on a processor, torch's kernel is the fastest where nothing can be skipped"
+        if fits_compiled(q, k, v, pattern) and 2 * len(k) * k.shape[2] >= torch.get_num_threads():
+            return "compiled", "on a processor with a compiler, no product is made that a query does not see"
         if q.dtype == torch.bfloat16 and not (plain and seq_k > LONG):
             return "blocks", "on a processor, torch's kernel is slow in bfloat16, and blocks work in float32"
         if not plain and not few:
@@ -215,6 +219,15 @@ def _beside(
     return torch.cat((k, memory_k), 1), torch.cat((v, memory_v), 1), mask
 
 
+def _compiled_on_processor(
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, remembered: Remembered
+) -> Tensor:
+    if not fits_compiled(q, k, v, pattern):
+        raise ValueError("backend=compiled needs a processor, a C++ compiler, causal=True, keys side by side, head_dim "
+                         "divisible by 16, float32 or bfloat16: use backend=auto")
+    return attention_compiled(q, k, v, pattern)
+
+
 def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, remembered: Remembered) -> Tensor:
     if remembered[0] is not None:
         raise ValueError("backend=flex cannot keep gradients from memory: use backend=auto")
@@ -273,5 +286,5 @@ def _reference(
 
 _BACKENDS = {
     "triton": _triton, "sdpa": _sdpa, "flex": _flex, "chunked": chunked_attention, "blocks": attention_in_blocks,
-    "reference": _reference,
+    "compiled": _compiled_on_processor, "reference": _reference,
 }

@@ -8,86 +8,12 @@
 // torch's own products run on: those of another team would wait for the cores on which these look for work. Every
 // function returns 0, or what torch returned when it failed. Compiled at its first use by moescale/ops/native.py.
 
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
+
+#include "native_attention.h"
+#include "native_numbers.h"
 
 namespace {
-
-// ---- threads
-
-void (*run_team)(void (*run)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel, of torch's OpenMP
-
-// Calls body(number) for each number below `parts`, on a thread each where there are as many.
-template <typename Body>
-void run_parts(int64_t parts, const Body& body) {
-    if (parts == 1) return body(0);
-    struct Job {
-        const Body& body;
-        const int64_t parts;
-        std::atomic<int64_t> next;
-    } job{body, parts, {0}};
-    const auto run = [](void* data) {
-        Job& job = *static_cast<Job*>(data);
-        for (int64_t number; (number = job.next++) < job.parts;) job.body(number);
-    };
-    run_team(run, &job, unsigned(parts), 0);
-}
-
-// Calls body(first, last, part) for consecutive rows, which together are all.
-template <typename Body>
-void split_rows(int64_t rows, int64_t parts, const Body& body) {
-    run_parts(parts, [&](int64_t part) { body(rows * part / parts, rows * (part + 1) / parts, part); });
-}
-
-// ---- numbers
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-
-inline float load(bfloat16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline void store(float& to, float x) { to = x; }
-
-inline void store(bfloat16& to, float x) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to.bits = uint16_t(x != x ? 0x7fc0 : rounded);
-}
-
-// exp(x) to 2e-7 of its value: 2^k by its exponent's bits, times a polynomial of what is left. Beyond +-87 that of 87.
-inline float exponential(float x) {
-    x = x > 87.0f ? 87.0f : x;
-    x = x < -87.0f ? -87.0f : x;  // not a number stays what it is
-    const float shifted = x * 1.44269504f + 12582912.0f;  // whose last bits are the nearest integer
-    const float k = shifted - 12582912.0f;
-    const float r = (x - k * 0.693145752f) - k * 1.42860677e-6f;
-    float p = 1.98756915e-4f;
-    p = p * r + 1.39819995e-3f;
-    p = p * r + 8.33345190e-3f;
-    p = p * r + 4.16657959e-2f;
-    p = p * r + 1.66666655e-1f;
-    p = p * r + 5.00000012e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    bits = int32_t(uint32_t(bits) << 23) + 0x3f800000;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
-}
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // ---- steps between the products of experts
 
@@ -488,7 +414,7 @@ int64_t backward_share(const Backward<T>& share, int64_t threads, Experts<T> exp
 template <typename Share, typename Body>
 int64_t run_shares(const Share* shares, int64_t count, int64_t threads, const Body& body) {
     std::atomic<int64_t> status{0};
-    run_parts(count, [&](int64_t number) {
+    run_parts(count, threads, [&](int64_t number) {
         const int64_t own = body(shares[number], count == 1 ? threads : 1);
         if (own) status = own;
     });
@@ -565,6 +491,29 @@ int64_t run_shares(const Share* shares, int64_t count, int64_t threads, const Bo
             return backward_share<T>(share, own, {gate, up, down, nullptr, d_model, d_ff},                             \
                                      {grad_gate, grad_up, grad_down, nullptr, d_model, d_ff}, x, grad, stride);        \
         });                                                                                                            \
+    }                                                                                                                  \
+    int64_t attend_##NAME(int64_t threads, const T* q, const T* k, const T* v, const int64_t* first,                   \
+                          int64_t first_row, const float* slopes, double scale, int64_t batch, int64_t seq_q,          \
+                          int64_t seq_k, int64_t heads, int64_t kv_heads, int64_t head_dim, T* out, float* log_sum) {  \
+        const Attention<T> of{q,     k,     v,     first,    first_row, slopes, float(scale), batch,                   \
+                              seq_q, seq_k, heads, kv_heads, head_dim,  out,    log_sum};                              \
+        const int64_t segments = (seq_q + segment - 1) / segment;                                                      \
+        run_parts(batch * kv_heads * segments, threads, [&](int64_t number) {                                          \
+            const int64_t begin = number % segments * segment, head = number / segments;                               \
+            attend(of, head / kv_heads, head % kv_heads, begin, std::min(begin + segment, seq_q));                     \
+        });                                                                                                            \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    int64_t attend_backward_##NAME(int64_t threads, const T* q, const T* k, const T* v, const int64_t* first,          \
+                                   int64_t first_row, const float* slopes, double scale, int64_t batch, int64_t seq_q, \
+                                   int64_t seq_k, int64_t heads, int64_t kv_heads, int64_t head_dim, T* out,           \
+                                   float* log_sum, const T* grad, T* grad_q, T* grad_k, T* grad_v) {                   \
+        const Attention<T> of{q,     k,     v,     first,    first_row, slopes, float(scale), batch,                   \
+                              seq_q, seq_k, heads, kv_heads, head_dim,  out,    log_sum};                              \
+        run_parts(batch * kv_heads, threads, [&](int64_t number) {                                                     \
+            attend_backward(of, grad, grad_q, grad_k, grad_v, number / kv_heads, number % kv_heads);                   \
+        });                                                                                                            \
+        return 0;                                                                                                      \
     }
 
 extern "C" {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).with_name("native.cpp")
+INCLUDED = "native_*.h"  # beside it
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC",
          "-shared")
 COMPILER = "c++"
@@ -76,7 +77,8 @@ def _library() -> ctypes.CDLL | None:
     """Load the functions, and compile them before where that was not done. None where it cannot be done."""
     try:
         version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS)
-        made_of = (SOURCE.read_bytes(), version.stdout, " ".join(FLAGS).encode(), _processor())
+        sources = [path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob(INCLUDED)))]
+        made_of = (*sources, version.stdout, " ".join(FLAGS).encode(), _processor())
         folder = Path.home() / ".cache/moescale/native"
         target = folder / f"{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:20]}.so"
         if not target.exists():

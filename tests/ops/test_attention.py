@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -18,6 +19,7 @@ from moescale.ops import attention_chunked
 from moescale.ops.attention import attention, flex
 from moescale.ops.attention_pattern import NOTHING, AttentionPattern, Visibility
 from tests.support.memory import Memory
+from tests.support.threads import torch_threads
 
 
 def peak(seq: int, backend: str, device: str = "cpu") -> int:
@@ -84,6 +86,36 @@ def test_backends_equal_the_reference(
         torch.testing.assert_close(ours, exact, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 330), st.integers(0, 330), st.sampled_from([(2, 2), (4, 1), (6, 2)]), st.sampled_from([16, 48, 64]),
+    st.one_of(st.none(), st.integers(1, 330)), st.lists(st.integers(1, 329), max_size=4), st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]), st.integers(1, 3),
+)
+def test_compiled_attention_equals_the_reference(
+    seq_k: int, fewer: int, heads: tuple[int, int], head_dim: int, window: int | None, restarts: list[int], alibi: bool,
+    dtype: torch.dtype, threads: int,
+) -> None:
+    """In tiles, blocks and segments that are full and not, against float64."""
+    torch.manual_seed(seq_k)
+    seq_q, positions = max(1, seq_k - fewer), torch.arange(seq_k).repeat(2, 1)
+    for start in sorted(restarts):
+        positions[1, start:] = torch.arange(max(0, seq_k - start))
+    q, k, v = (torch.randn(2, seq, count, head_dim).to(dtype).requires_grad_()
+               for seq, count in ((seq_q, heads[0]), (seq_k, heads[1]), (seq_k, heads[1])))
+    slopes, grad, results = torch.rand(heads[0]) if alibi else None, torch.randn(q.shape), []
+    with torch_threads(threads):
+        for name, to in (("compiled", dtype), ("reference", torch.float64)):
+            leaves = [leaf.detach().to(to).requires_grad_() for leaf in (q, k, v)]
+            out = attention(*leaves, window=window, positions=positions, alibi_slopes=slopes,
+                            backend=name)  # type: ignore[arg-type]
+            results.append((out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype).to(to))))
+    rtol, atol = (1e-5, 2e-5) if dtype == torch.float32 else (2**-7, 2**-6)
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=rtol, atol=atol)
+
+
 @settings(max_examples=60, deadline=None)
 @given(VISIBILITIES, st.lists(st.integers(0, 40), max_size=3))
 def test_what_a_query_sees_is_what_the_survey_says(seen: Visibility, restarts: list[int]) -> None:
@@ -128,7 +160,7 @@ def products(seq: int, seen: dict[str, int]) -> int:
     mapping = {forward: lambda q, k, *_, **__: 2 * scores(q, k), backward: lambda _, q, k, *__, **___: 5 * scores(q, k)}
     q, k, v = (torch.randn(1, seq, 2, 16, requires_grad=True) for _ in range(3))
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        attention(q, k, v, **seen).sum().backward()  # type: ignore[arg-type]
+        attention(q, k, v, **seen, backend="blocks").sum().backward()  # type: ignore[arg-type]
     return counter.get_total_flops()
 
 
@@ -161,7 +193,7 @@ def test_flex_says_the_same_pattern(causal: bool) -> None:
 
 def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     module._say_once.cache_clear()
-    q = torch.randn(1, module.SHORT + 1, 2, 16)
+    q = torch.randn(1, module.SHORT + 1, 2, 16, dtype=torch.float64)
     with caplog.at_level(logging.DEBUG, logger=module.__name__):
         for _ in range(2):
             attention(q, q, q, window=10)
@@ -176,6 +208,7 @@ def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     (lambda q: attention(q, q, q, window=2, global_tokens=3, backend="triton"), "knows no global tokens"),
     (lambda q: attention(q[..., :8], q[..., :8], q[..., :8], backend="triton"), "head_dim 16"),
     (lambda q: attention(q, q, q, backend="flex"), "backend=auto"),
+    (lambda q: attention(q.double(), q.double(), q.double(), backend="compiled"), "backend=auto"),
     (lambda q: attention(q, q, q, block_size=2, memory=9, remembered=(q, q), backend="flex"), "backend=auto"),
     (lambda q: attention(q, q, q, window=3, memory=2), "block_size alone"),
 ])

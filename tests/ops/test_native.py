@@ -11,6 +11,7 @@ import torch
 from moescale.ops import expert_feed_forward_blocks as blocks
 from moescale.ops import native, shares
 from moescale.ops.expert_rows import activate, activate_backward
+from tests.support.threads import torch_threads
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -56,9 +57,7 @@ def test_a_compiled_share_has_the_bits_of_its_steps(dtype: torch.dtype, narrow: 
     shapes = [(540, 16), (5, 24, 16), (5, 24, 16), (5, 16, 24)]
     inputs = [torch.randn(shape).to(dtype) for shape in shapes]
     found = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with torch_threads(2):
         for compiled in (True, False):
             if not compiled:
                 monkeypatch.setattr(blocks, "is_compiled", lambda *_: False)
@@ -66,8 +65,6 @@ def test_a_compiled_share_has_the_bits_of_its_steps(dtype: torch.dtype, narrow: 
             out = blocks.feed_forward_in_blocks(*leaves, token, sizes, "silu")
             out.backward(grad)
             found.append([out, *(leaf.grad for leaf in leaves)])
-    finally:
-        torch.set_num_threads(before)
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -23,21 +22,12 @@ from moescale.ops.rms_norm import rms_norm, rms_norm_reference
 from moescale.ops.rotary import rotate, rotate_reference
 from moescale.ops.router import rows_by_expert, rows_by_expert_reference, top_k
 from moescale.ops.token_random import uniform, uniform_features
+from tests.support.threads import torch_threads
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     b = b.double()
     return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
-
-
-@contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @settings(max_examples=60, deadline=None)
