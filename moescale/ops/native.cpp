@@ -298,9 +298,8 @@ struct Forward {
     float* total;
 };
 
-// threads: among which steps without products are split, where the share is the only one.
 template <typename T>
-int64_t forward_share(const Forward<T>& share, int64_t threads, Experts<T> experts, const T* x, int64_t stride) {
+int64_t forward_share(const Forward<T>& share, Experts<T> experts, const T* x, int64_t stride) {
     const int64_t d_model = experts.d_model, d_ff = experts.d_ff;
     const Features<T> first{share.first_gate, share.first_up, d_ff, stride};
     experts.both = share.both;
@@ -309,9 +308,7 @@ int64_t forward_share(const Forward<T>& share, int64_t threads, Experts<T> exper
         if (size == 0) continue;
         const Matrix<T> rows{share.rows, length, d_model, d_model}, answers{share.answers, length, d_model, d_model};
         const Matrix<T> hidden{share.hidden, length, d_ff, d_ff};
-        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
-            gather(x, share.token + start + low, high - low, d_model, share.rows + low * d_model);
-        });
+        gather(x, share.token + start, size, d_model, share.rows);
         if (first.together()) {
             RETURN_IF_FAILED(multiply(rows, false, experts.take_both(expert), true, first.both(start, length), false));
         } else {
@@ -319,15 +316,10 @@ int64_t forward_share(const Forward<T>& share, int64_t threads, Experts<T> exper
             RETURN_IF_FAILED(multiply(rows, false, experts.take_gate(expert), true, gates, false));
             RETURN_IF_FAILED(multiply(rows, false, experts.take_up(expert), true, ups, false));
         }
-        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
-            const int64_t at = start + low;
-            activate(first.gate + at * stride, first.up + at * stride, stride, share.factor + at, high - low, d_ff,
-                     share.hidden + low * d_ff);
-        });
+        activate(first.of_gate(start, size).data, first.of_up(start, size).data, stride, share.factor + start, size,
+                 d_ff, share.hidden);
         RETURN_IF_FAILED(multiply(hidden, false, experts.take_down(expert), true, answers, false));
-        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
-            add(share.answers + low * d_model, share.token + start + low, high - low, d_model, share.total);
-        });
+        add(share.answers, share.token + start, size, d_model, share.total);
     }
     return 0;
 }
@@ -347,8 +339,8 @@ struct Backward {
 };
 
 template <typename T>
-int64_t backward_share(const Backward<T>& share, int64_t threads, Experts<T> experts, Experts<T> grads, const T* x,
-                       const T* grad, int64_t stride) {
+int64_t backward_share(const Backward<T>& share, Experts<T> experts, Experts<T> grads, const T* x, const T* grad,
+                       int64_t stride) {
     const int64_t d_model = experts.d_model, d_ff = experts.d_ff;
     const Features<T> first{share.first_gate, share.first_up, d_ff, stride};
     const Features<T> grad_first{share.grad_first_gate, share.grad_first_up, d_ff, stride};
@@ -369,10 +361,8 @@ int64_t backward_share(const Backward<T>& share, int64_t threads, Experts<T> exp
         const Matrix<T> hidden{share.hidden, length, d_ff, d_ff}, grad_hidden{share.grad_hidden, length, d_ff, d_ff};
         const bool accumulate = !block->first;
         // The rows and their gradients; zeros cancel the rows behind the block.
-        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
-            gather(x, share.token + start + low, high - low, d_model, share.rows + low * d_model);
-            gather(grad, share.token + start + low, high - low, d_model, share.grad_out + low * d_model);
-        });
+        gather(x, share.token + start, size, d_model, share.rows);
+        gather(grad, share.token + start, size, d_model, share.grad_out);
         std::memset(share.grad_out + size * d_model, 0, behind * d_model * sizeof(T));
         std::memset(share.hidden + size * d_ff, 0, behind * d_ff * sizeof(T));
         RETURN_IF_FAILED(multiply(grad_out, false, experts.take_down(expert), false, grad_hidden, false));
@@ -381,13 +371,9 @@ int64_t backward_share(const Backward<T>& share, int64_t threads, Experts<T> exp
             std::memset(grad_first.gate + row * stride, 0, d_ff * sizeof(T));
             std::memset(grad_first.up + row * stride, 0, d_ff * sizeof(T));
         }
-        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
-            const int64_t at = start + low;
-            activate_backward(first.gate + at * stride, first.up + at * stride, stride, share.factor + at,
-                              share.grad_hidden + low * d_ff, high - low, d_ff, share.hidden + low * d_ff,
-                              grad_first.gate + low * stride, grad_first.up + low * stride, stride,
-                              share.grad_factor + at);
-        });
+        activate_backward(first.of_gate(start, size).data, first.of_up(start, size).data, stride, share.factor + start,
+                          share.grad_hidden, size, d_ff, share.hidden, grad_first.gate, grad_first.up, stride,
+                          share.grad_factor + start);
         // The gradients of the matrices, and of the rows in the place of the output's.
         RETURN_IF_FAILED(multiply(grad_out, true, hidden, false, down, accumulate));
         if (first.together()) {
@@ -403,20 +389,17 @@ int64_t backward_share(const Backward<T>& share, int64_t threads, Experts<T> exp
             RETURN_IF_FAILED(multiply(of_gate, true, rows, false, gate, accumulate));
             RETURN_IF_FAILED(multiply(of_up, true, rows, false, up, accumulate));
         }
-        split_rows(size, threads, [&](int64_t low, int64_t high, int64_t) {
-            add(share.grad_out + low * d_model, share.token + start + low, high - low, d_model, share.grad_x);
-        });
+        add(share.grad_out, share.token + start, size, d_model, share.grad_x);
     }
     return 0;
 }
 
-// Computes all shares, each on a thread of its own; a single one on all of them. -> what the first that failed returned
+// Computes all shares, each on a thread of its own. -> what one that failed returned, or 0
 template <typename Share, typename Body>
-int64_t run_shares(const Share* shares, int64_t count, int64_t threads, const Body& body) {
+int64_t run_shares(const Share* shares, int64_t count, const Body& body) {
     std::atomic<int64_t> status{0};
-    run_parts(count, threads, [&](int64_t number) {
-        const int64_t own = body(shares[number], count == 1 ? threads : 1);
-        if (own) status = own;
+    run_parts(count, count, [&](int64_t number) {
+        if (const int64_t failed = body(shares[number])) status = failed;
     });
     return status;
 }
@@ -478,17 +461,17 @@ int64_t run_shares(const Share* shares, int64_t count, int64_t threads, const Bo
         });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
-    int64_t forward_shares_##NAME(const Forward<T>* shares, int64_t count, int64_t threads, int64_t d_model,           \
-                                  int64_t d_ff, T* gate, T* up, T* down, const T* x, int64_t stride) {                 \
-        return run_shares(shares, count, threads, [&](const Forward<T>& share, int64_t own) {                          \
-            return forward_share<T>(share, own, {gate, up, down, nullptr, d_model, d_ff}, x, stride);                  \
+    int64_t forward_shares_##NAME(const Forward<T>* shares, int64_t count, int64_t d_model, int64_t d_ff, T* gate,     \
+                                  T* up, T* down, const T* x, int64_t stride) {                                        \
+        return run_shares(shares, count, [&](const Forward<T>& share) {                                                \
+            return forward_share<T>(share, {gate, up, down, nullptr, d_model, d_ff}, x, stride);                       \
         });                                                                                                            \
     }                                                                                                                  \
-    int64_t backward_shares_##NAME(const Backward<T>* shares, int64_t count, int64_t threads, int64_t d_model,         \
-                                   int64_t d_ff, T* gate, T* up, T* down, const T* x, int64_t stride, const T* grad,   \
-                                   T* grad_gate, T* grad_up, T* grad_down) {                                           \
-        return run_shares(shares, count, threads, [&](const Backward<T>& share, int64_t own) {                         \
-            return backward_share<T>(share, own, {gate, up, down, nullptr, d_model, d_ff},                             \
+    int64_t backward_shares_##NAME(const Backward<T>* shares, int64_t count, int64_t d_model, int64_t d_ff, T* gate,   \
+                                   T* up, T* down, const T* x, int64_t stride, const T* grad, T* grad_gate,            \
+                                   T* grad_up, T* grad_down) {                                                         \
+        return run_shares(shares, count, [&](const Backward<T>& share) {                                               \
+            return backward_share<T>(share, {gate, up, down, nullptr, d_model, d_ff},                                  \
                                      {grad_gate, grad_up, grad_down, nullptr, d_model, d_ff}, x, grad, stride);        \
         });                                                                                                            \
     }                                                                                                                  \

@@ -49,9 +49,9 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
 def call_shares(
     name: str, dtype: torch.dtype, shares: Sequence[Sequence[Tensor | int | None]], *arguments: Tensor | int | None
 ) -> None:
-    """Call a function that computes shares of rows on torch's threads. shares: the fields that each reads"""
+    """Call a function that computes each share on one of torch's threads. shares: the fields that each reads"""
     table = torch.tensor([[_number(each) for each in share] for share in shares])
-    call(name, dtype, table, len(shares), torch.get_num_threads(), *arguments)
+    call(name, dtype, table, len(shares), *arguments)
 
 
 def parts(rows: int, width: int) -> int:

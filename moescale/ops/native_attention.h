@@ -1,4 +1,4 @@
-// Causal attention on a processor, over keys that lie side by side: all of the past, those of a window or of a document.
+// Causal attention on a processor over keys that lie side by side: all of the past, those of a window or a document.
 //
 // A few queries at a time are multiplied with the keys that any of them sees, and with no others; what of these one of
 // them does not see counts nothing. Every number is a float until it is stored. Scores are not kept for the backward
@@ -204,8 +204,9 @@ void attend(const Attention<T>& of, int64_t sequence, int64_t kv_head, int64_t b
                          false);
             float inverse[tile_rows];
             for (int64_t r = 0; r < rows; ++r) {
-                const int64_t from = first[query + r] - low - seen.begin, to = of.last(query + r) + 1 - low - seen.begin;
-                inverse[r] = 1 / exponentials(scores + r * width, seen.size(), from, to, bias, true,
+                const int64_t origin = low + seen.begin;
+                inverse[r] = 1 / exponentials(scores + r * width, seen.size(), first[query + r] - origin,
+                                              of.last(query + r) + 1 - origin, bias, true,
                                               of.log_sum[of.sum_at(sequence, query + r, head)]);
             }
             multiply_few(rows, head_dim, seen.size(), scores, {width, 1}, values + seen.begin * head_dim, head_dim,
@@ -261,8 +262,8 @@ void attend_backward(const Attention<T>& of, const T* grad, T* grad_q, T* grad_k
                              value_columns + seen.begin, width, grad_score + behind, width, false);
                 for (int64_t r = 0; r < rows; ++r) {
                     float *own = weight + r * width, *own_grad = grad_score + r * width;
-                    exponentials(own, all.size(), first[query + r] - all.begin, of.last(query + r) + 1 - all.begin, bias,
-                                 false, of.log_sum[of.sum_at(sequence, query + r, head)]);
+                    exponentials(own, all.size(), first[query + r] - all.begin, of.last(query + r) + 1 - all.begin,
+                                 bias, false, of.log_sum[of.sum_at(sequence, query + r, head)]);
                     std::memset(own_grad, 0, behind * sizeof(float));
                     const float mean = inner[row + r];
 #pragma omp simd

@@ -14,9 +14,12 @@ import torch
 T = TypeVar("T")
 BLOCK_NUMBERS = 1 << 20  # numbers that the blocks of all threads have together, at their widest
 SLICE_NUMBERS = 1 << 17  # numbers of the rows of a block that are activated together
-MOST_THREADS = 4  # each has a sum over all tokens
-FEWEST_ROWS = 512  # per thread
-LARGEST_IN_STEPS = 1 << 26  # multiplications per expert beyond which they do, too, where a share is no compiled call
+MOST_SHARES = 16  # of one compiled call, each on a thread and with a sum over all tokens
+FEWEST_ROWS = 16  # of each
+# Without compiled calls products have threads of their own, beside those of Python that take the shares:
+MOST_THREADS = 4
+FEWEST_ROWS_IN_STEPS = 4096  # of each; of fewer, products on all threads take less time
+LARGEST_IN_STEPS = 1 << 26  # multiplications per expert beyond which they do, too
 
 
 class RowBlock(NamedTuple):
@@ -74,7 +77,8 @@ def cut(sizes: list[int], d_model: int, d_ff: int, *, round_up: bool, compiled: 
     """
     # How many threads, and where their shares begin: next to the end of an expert, when one is near.
     total, ends = sum(sizes), list(accumulate(sizes))
-    threads = max(1, min(torch.get_num_threads(), MOST_THREADS, total // FEWEST_ROWS))
+    most, fewest = (MOST_SHARES, FEWEST_ROWS) if compiled else (MOST_THREADS, FEWEST_ROWS_IN_STEPS)
+    threads = max(1, min(torch.get_num_threads(), most, total // fewest))
     if not compiled and total // len(sizes) * d_model * d_ff > LARGEST_IN_STEPS:
         threads = 1
     cuts = [0]

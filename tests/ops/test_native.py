@@ -49,7 +49,7 @@ def test_a_compiled_share_has_the_bits_of_its_steps(dtype: torch.dtype, narrow: 
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """Of experts in several blocks, across two threads, and without rows: as one call, and step by step."""
     monkeypatch.setattr(blocks, "NARROW", narrow)
-    monkeypatch.setattr(shares, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(shares, "FEWEST_ROWS_IN_STEPS", shares.FEWEST_ROWS)
     monkeypatch.setattr(shares, "BLOCK_NUMBERS", 1)  # of 256 rows
     sizes = [300, 0, 520, 41, 0]
     token = torch.cat([torch.randperm(540)[:size].sort().values for size in sizes])
