@@ -160,12 +160,21 @@ class Cluster:
         return _marked(f"{self.folder.name}/{host}")
 
     def ranks(self, host: int) -> dict[int, int]:
-        """Find the ranks on a host. -> process ids, by rank"""
-        found = self.processes(host)
+        """Find the processes that train on a host. -> process ids, by rank
+
+        Such a process is started by an agent, or is forked of a spare for one that an agent
+        started; a spare has outlived the process that started it (`moescale/warm.py`).
+        """
+        all_here = self.processes(host)
+        marked = {pid: given for pid, given in all_here.items() if "LOCAL_RANK" in given}
+        parents = {pid: _parent(pid) for pid in marked}
+        spares = {pid for pid, parent in parents.items() if parent not in all_here}
+        started = {pid for pid, parent in parents.items() if parent in all_here.keys() - marked}
+        forked = {
+            marked[pid]["LOCAL_RANK"]: pid for pid, parent in parents.items() if parent in spares
+        }
         return {
-            int(given["RANK"]): pid
-            for pid, given in found.items()
-            if "LOCAL_RANK" in given and "LOCAL_RANK" not in found.get(_parent(pid), {})
+            int(marked[pid]["RANK"]): forked.get(marked[pid]["LOCAL_RANK"], pid) for pid in started
         }
 
     # ---- taking apart, putting back

@@ -1,12 +1,13 @@
 """Time from each kind of fault to the next finished step, on hosts of this machine.
 
-    python tools/faults.py [--shapes 1x4 2x2] [--kinds rank_killed ...] [--repeats 10]
+    python tools/faults.py [--shapes 1x4 2x2] [--kinds rank_killed ...] [--repeats 10] [--warm]
     python tools/faults.py --summary
 
 A small model trains under launch/torchrun.sh while faults are planted one by one. An agent that
 ends, with whatever status, is started again at once, as a cluster's scheduler would do it. Each
 fault becomes a line of tools/benchmark/results/faults.jsonl: the seconds to the next step that was
 finished after it, and how many steps were lost, which is those that are computed a second time.
+With --warm each rank leaves a spare process behind, and the next fault waits until all are ready.
 
 Needs root and network namespaces for several hosts; one host works everywhere.
 """
@@ -21,6 +22,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -117,6 +119,19 @@ class Job:
         """Tend the job until that many steps more are done. -> whether they were, in time"""
         wanted = self.last_step() + count
         return self.wait_for(lambda step: step["step"] >= wanted, START_SECONDS) is not None
+
+    def wait_for_spares(self) -> bool:
+        """Tend the job until each rank has a spare that waits. -> whether all have, in time"""
+        hosts = range(self.cluster.size)
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            self.wait(0.5)
+            alive = {pid for host in hosts for pid in self.cluster.processes(host)}
+            sockets = Path(tempfile.gettempdir()).glob("moescale-spares-*/*")
+            ready = [path for path in sockets if int(path.name.split("-")[0]) in alive]
+            if len(ready) == self.cluster.size * self.ranks:
+                return True
+        return False
 
     def draw_rank(self, draw: random.Random) -> int:
         """Draw one of the ranks that live. -> its process id"""
@@ -268,12 +283,13 @@ def strike(job: Job, kind: str, draw: random.Random) -> dict[str, Any]:
     return {**line, "seconds": round(found["time"] - began, 2), "lost_steps": lost}
 
 
-def measure(shape: str, kinds: Sequence[str], repeats: int, seed: int) -> None:
+def measure(shape: str, kinds: Sequence[str], repeats: int, seed: int, warm: bool) -> None:
     """Plant faults of these kinds in one job, in turns, and write down what comes of each."""
     hosts, ranks = map(int, shape.split("x"))
     draw = random.Random(seed)
     with Cluster(hosts) as cluster:
-        job = Job(cluster, ranks, shared_disk(cluster) / "run", ["run.steps=1000000"])
+        words = ["run.steps=1000000", *(["--warm"] if warm else [])]
+        job = Job(cluster, ranks, shared_disk(cluster) / "run", words)
         began = time.monotonic()
         if not job.wait_for_steps(12):
             sys.exit(job.said(0).read_text()[-3000:])
@@ -282,7 +298,9 @@ def measure(shape: str, kinds: Sequence[str], repeats: int, seed: int) -> None:
             for kind in kinds:
                 if kind in impossible(cluster):
                     continue
-                line = strike(job, kind, draw)
+                if warm and not job.wait_for_spares():
+                    sys.exit("not every rank has a spare")
+                line = {**strike(job, kind, draw), **({"warm": True} if warm else {})}
                 print(json.dumps(line), flush=True)
                 note(line)
                 if line["seconds"] is None:
@@ -295,7 +313,8 @@ def summarize() -> None:
     rows = defaultdict(list)
     for text in RESULTS.read_text().splitlines():
         line = json.loads(text)
-        rows[line["kind"], line["shape"]].append(line)
+        kind = line["kind"] + (", warm" if "warm" in line else "")
+        rows[kind, line["shape"]].append(line)
     for (kind, shape), lines in sorted(rows.items()):
         seconds = [line["seconds"] for line in lines if line["seconds"] is not None]
         never = len(lines) - len(seconds)
@@ -314,11 +333,12 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm", action="store_true", help="with a spare process for each rank")
     parser.add_argument("--summary", action="store_true")
     given = parser.parse_args()
     if not given.summary:
         for shape in given.shapes:
-            measure(shape, given.kinds, given.repeats, given.seed)
+            measure(shape, given.kinds, given.repeats, given.seed, given.warm)
     summarize()
 
 
