@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moescale"
 MAY_IMPORT: dict[str, set[str]] = {  # besides `errors`
     "errors": set(), "files": set(), "spec": set(), "config": {"files", "spec"}, "comm": set(), "ops": {"comm"},
-    "data": {"config", "files"}, "optim": {"comm", "config", "spec"}, "layers": {"comm", "ops", "spec"},
+    "data": {"config", "files"}, "optim": {"comm", "config", "ops", "spec"}, "layers": {"comm", "ops", "spec"},
     "mixers": {"comm", "layers", "ops"}, "moe": {"comm", "layers", "ops", "spec"},
     "model": {"comm", "config", "layers", "mixers", "moe", "ops", "spec"},
     "parallel": {"cluster", "comm", "config", "layers", "mixers", "moe", "model", "ops", "planner",

@@ -153,6 +153,41 @@ void rotate(const T* x, const T* cosine, const T* sine, int64_t sign, int64_t ro
     }
 }
 
+// ---- the optimizer
+
+// Rounds to one of the two nearest numbers, up where the last bits and `draw`, of 16 bits, have a carry. What is not
+// finite becomes no number.
+inline bfloat16 rounded(float x, uint32_t draw) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return {uint16_t(x - x == 0 ? (bits + draw) >> 16 : 0x7fc0)};
+}
+
+// One step of AdamW (Loshchilov and Hutter, algorithm 2) by moments that are not yet rounded. number: of each row's
+// first element, mixed with the step; the draws of an element are those of optim/rounding.py. kept1, kept2: 1 less beta.
+inline void adamw(float* weight, const float* grad, bfloat16* mean, bfloat16* square, const int32_t* number,
+                  int64_t rows, int64_t width, float decay, float kept1, float beta2, float kept2, float rate,
+                  float root, float eps) {
+    for (int64_t row = 0; row < rows; ++row) {
+        float* w = weight + row * width;
+        const float* g = grad + row * width;
+        bfloat16 *m = mean + row * width, *s = square + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            uint32_t draw = uint32_t(number[row]) + uint32_t(i);
+            draw = (draw ^ draw >> 16) * 0x7feb352du;
+            draw = (draw ^ draw >> 15) * 0x846ca68bu;
+            draw ^= draw >> 16;
+            const float gradient = g[i], old = load(m[i]);
+            const float first = old + (gradient - old) * kept1;
+            const float second = load(s[i]) * beta2 + gradient * gradient * kept2;
+            w[i] = w[i] * decay - rate * first / (std::sqrt(second) / root + eps);
+            m[i] = rounded(first, draw & 0xffff);
+            s[i] = rounded(second, draw >> 16);
+        }
+    }
+}
+
 // ---- routing
 
 // Whether a comes before b, the largest first, as torch sorts: what is not a number before all.
@@ -505,6 +540,16 @@ void use_torch(void* addmm_out, void* from_blob, void* drop, void* parallel) {
     torch.from_blob = reinterpret_cast<decltype(torch.from_blob)>(from_blob);
     torch.drop = reinterpret_cast<decltype(torch.drop)>(drop);
     run_team = reinterpret_cast<decltype(run_team)>(parallel);
+}
+int64_t adamw_float32(int64_t parts, float* weight, const float* grad, bfloat16* mean, bfloat16* square,
+                      const int32_t* number, int64_t rows, int64_t width, double decay, double kept1, double beta2,
+                      double kept2, double rate, double root, double eps) {
+    split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {
+        const int64_t at = low * width;
+        adamw(weight + at, grad + at, mean + at, square + at, number + low, high - low, width, decay, kept1, beta2,
+              kept2, rate, root, eps);
+    });
+    return 0;
 }
 int64_t largest_float32(int64_t parts, const float* scores, int64_t rows, int64_t width, int64_t k, float* values,
                         int64_t* indices) {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moescale.comm.collectives import local_tensor
 from moescale.config import OptimConfig
+from moescale.ops import native
 from moescale.optim.base import Groups
 from moescale.optim.rounding import Draws, high_bits, store_rounded
 
@@ -42,7 +43,7 @@ class RoundedAdamW(LocalAdamW):
     """Keeps moments in bfloat16, and computes with them as `LocalAdamW` does, on float32 copies of some at a time.
 
     Weights are updated by moments that are not yet rounded, as in Transformer Engine's FusedAdam, which rounds to
-    nearest what it stores; here rounding is stochastic.
+    nearest what it stores; here rounding is stochastic. On a processor with a compiler that is one pass.
     """
 
     moments = torch.bfloat16
@@ -63,6 +64,12 @@ class RoundedAdamW(LocalAdamW):
         weight, gradient, *moments = (_by_rows(tensor) for tensor in (
             parameter.data, grad, state["exp_avg"], state["exp_avg_sq"]))
         draws = Draws(name, parameter.data)
+        if weight.numel() and weight.dtype == gradient.dtype == torch.float32 and native.runs(weight):
+            (beta1, beta2), rate = group["betas"], group["lr"]
+            native.call("adamw", weight.dtype, native.parts(*weight.shape), weight, gradient.contiguous(), *moments,
+                        draws.firsts(step), *weight.shape, 1 - rate * group["weight_decay"], 1 - beta1, beta2,
+                        1 - beta2, rate / (1 - beta1 ** step.item()), (1 - beta2 ** step.item()) ** 0.5, group["eps"])
+            return
         numbers = CHUNK_NUMBERS.get(weight.device.type, LARGE_CHUNK_NUMBERS)
         size = max(1, numbers // max(1, weight.shape[1]))
         for start in range(0, len(weight), size):

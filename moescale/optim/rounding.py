@@ -39,6 +39,10 @@ class Draws:
         self._rows = (numbers.flatten() * shape[-1] + salt).to(torch.int32)  # [rows]
         self._columns = torch.arange(cut[-1].start, cut[-1].stop, device=device, dtype=torch.int32)
 
+    def firsts(self, step: Tensor) -> Tensor:
+        """Number the first element of each row, mixed with the step: what native.cpp draws from. -> [rows] int32"""
+        return self._rows + step.to(torch.int32) * _STEP + self._columns[0]
+
     def of(self, rows: slice, step: Tensor) -> Tensor:
         """Draw for some rows of the part, all dims but the last flattened. step: scalar. -> [rows, columns] int32"""
         bits = (self._rows[rows] + step.to(torch.int32) * _STEP).unsqueeze(-1) + self._columns

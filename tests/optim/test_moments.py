@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from moescale.config import ConfigError, OptimConfig, parse_config
 from moescale.engine.native import NativeEngine
+from moescale.ops import native
 from moescale.optim import adamw
 from moescale.optim.adamw import RoundedAdamW
 from moescale.optim.base import bytes_of_moments
@@ -17,6 +19,7 @@ from moescale.optim.rounding import Draws, store_rounded
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.parallel.ranks import run_ranks
 from tests.support.layouts import make_batches, make_config, whole
+from tests.support.threads import torch_threads
 
 CONFIG = OptimConfig(moments="bfloat16", lr=0.01, eps=1e-6, betas=(0.9, 0.999))
 
@@ -37,7 +40,10 @@ def neighbours(exact: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, (nearest.view(torch.int16) + step).view(torch.bfloat16)
 
 
-def test_the_update_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "by torch"])
+def test_the_update_in_float64(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "_library", lambda: None)
     monkeypatch.setitem(adamw.CHUNK_NUMBERS, "cpu", 32)  # rows of a matrix come in several chunks
     parameters, optimizer = make((), (7,), (9, 12), (3, 5, 4))
     (low, high), rate = CONFIG.betas, CONFIG.lr
@@ -60,6 +66,27 @@ def test_the_update_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
                 # float32 errs by little more than its last place, which may cross a number of bfloat16
                 around = [side for near in (exact * (1 - 1e-6), exact * (1 + 1e-6)) for side in neighbours(near)]
                 assert torch.stack([stored == side for side in around]).any(0).all(), name
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_or_not_the_draws_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored differs only where a last place of float32 crosses a number of bfloat16."""
+    monkeypatch.setattr(native, "PART_NUMBERS", 100)
+    found = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(native, "_library", lambda: None)
+        parameters, optimizer = make((), (700,), (90, 120))
+        with torch_threads(3):
+            for _ in range(2):
+                for parameter in parameters:
+                    parameter.grad = parameter.detach() * 0.1
+                optimizer.step()
+        found.append([optimizer.state[parameter][name].flatten()
+                      for parameter in parameters for name in ("exp_avg", "exp_avg_sq")])
+    ours, theirs = map(torch.cat, found)
+    assert (ours != theirs).float().mean() < 0.002
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
 
 
 def test_rounding_is_right_in_the_mean_and_hides_nothing_that_is_not_finite() -> None:

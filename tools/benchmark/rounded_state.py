@@ -26,6 +26,7 @@ from moescale.config import Config, parse_config
 from moescale.data.batches import Batches
 from moescale.data.token_file import prepare_tokens
 from moescale.engine.native import NativeEngine
+from moescale.ops import native
 from moescale.optim import adamw
 from moescale.parallel.mesh import start_mesh, stop_mesh, world_size
 from moescale.parallel.ranks import run_ranks
@@ -60,7 +61,10 @@ def train(config: Config, steps: int, nudged: bool, nearest: bool) -> list[float
             for parameter in engine.parameters().values():
                 parameter.mul_(1 + 1e-6 * torch.randn_like(parameter))
     losses = []
-    with mock.patch.object(adamw, "store_rounded", _to_nearest if nearest else adamw.store_rounded):
+    with (
+        mock.patch.object(adamw, "store_rounded", _to_nearest if nearest else adamw.store_rounded),
+        mock.patch.object(native, "_library", (lambda: None) if nearest else native._library),
+    ):
         for step in range(steps):
             part = batches.micro_batches(step, mesh.batch_rank, mesh.batch_size, BATCH // mesh.batch_size)
             losses.append(float(engine.forward_backward(part).cross_entropy))
