@@ -111,9 +111,9 @@ def test_compiled_attention_equals_the_reference(
             out = attention(*leaves, window=window, positions=positions, alibi_slopes=slopes,
                             backend=name)  # type: ignore[arg-type]
             results.append((out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype).to(to))))
-    rtol, atol = (1e-5, 2e-5) if dtype == torch.float32 else (2**-7, 2**-6)
-    for ours, exact in zip(*results, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=rtol, atol=atol)
+    bound = 1e-5 if dtype == torch.float32 else 2**-7
+    for ours, exact in zip(*results, strict=True):  # 0.1: of a gradient that is zero
+        assert (ours.double() - exact).norm() <= bound * (exact.norm() + 0.1 * exact.numel() ** 0.5)
 
 
 @settings(max_examples=60, deadline=None)

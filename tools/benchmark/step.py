@@ -1,6 +1,7 @@
 """One training step beside transformers' Mixtral: the same weights, tokens and optimizer, in alternation.
 
     python tools/benchmark/step.py [--threads 2] [--rounds 15] [--compiled]
+    python tools/benchmark/step.py --limit [--threads 2]            # our step, and what it multiplies, alone
     python tools/benchmark/step.py --engine [native zero1 zero3]    # engines beside each other, on 2 ranks with ep 2
 
 Before timing, the losses and gradient norms of both are compared. transformers runs its `eager` and its `grouped_mm`
@@ -8,7 +9,8 @@ experts, in bfloat16 with bfloat16 weights and optimizer state, which is its fas
 and optimizer state in both. Its step computes the balance loss, transformers' does not. Prints medians, and how much
 faster MoEScale is than the best of the others. With --compiled both run under torch.compile, too.
 
-Engines take their steps in alternation too, each on 2 ranks of one thread, which wait for their turn.
+Engines take their steps in alternation too, each on 2 ranks of one thread, which wait for their turn. The limit is what
+a step would take that did nothing but its matrix products, one after another on all threads, and its attention.
 """
 
 from __future__ import annotations
@@ -22,19 +24,23 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moescale.config import Config, parse_config
 from moescale.data.batches import Batch
 from moescale.engine.base import Engine, build_engine
 from moescale.engine.native import NativeEngine
+from moescale.ops import native, shares
 from moescale.optim.gradient_norm import clip_gradients
-from moescale.parallel.mesh import start_mesh
+from moescale.parallel.mesh import start_mesh, stop_mesh
 
 BATCH, SEQ = 8, 256
 WARM_UP = 5
@@ -201,6 +207,58 @@ def race(
     return {name: statistics.median(values) for name, values in seconds.items()}, first
 
 
+class Products(TorchDispatchMode):
+    """Keeps the matrix products that torch is asked for, with their factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
+            kept = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs))
+            self.calls.append((function, *kept))
+        return function(*args, **kwargs)
+
+
+def compare_with_limit(compute: str, rounds: int, threads: int) -> list[str]:
+    """Time our step, its products alone and its attention alone, in alternation. -> a row of the table"""
+    torch.set_num_threads(threads)
+    config = make_config(compute)
+    engine = NativeEngine(config, start_mesh(config))
+    step = our_step(engine, torch.randint(1024, (BATCH, SEQ), generator=torch.Generator().manual_seed(0)))
+    step()
+    with mock.patch.object(native, "call", side_effect=native.call) as calls:
+        step()
+    attention = [call.args for call in calls.call_args_list if call.args[0].startswith("attend")]
+    with (  # step by step in Python, where products can be seen
+        mock.patch.object(native, "_library", return_value=None), mock.patch.object(shares, "MOST_THREADS", 1),
+        Products() as products,
+    ):
+        step()
+
+    def multiply() -> None:
+        with torch.no_grad():
+            for function, args, kwargs in products.calls:
+                function(*args, **kwargs)
+
+    def attend() -> None:
+        for each in attention:
+            native.call(*each)
+
+    seconds: dict[Callable[[], Any], list[float]] = {step: [], multiply: [], attend: []}
+    for number in range(rounds + WARM_UP):
+        for run, taken in seconds.items():
+            started = time.perf_counter()
+            run()
+            if number >= WARM_UP:
+                taken.append(time.perf_counter() - started)
+    whole, *parts = (statistics.median(taken) for taken in seconds.values())
+    stop_mesh()
+    return [compute, *(f"{each * 1000:.0f} ms" for each in (whole, *parts)), f"{sum(parts) / whole:.2f}"]
+
+
 def compare_engines(names: Sequence[str], compute: str, rounds: int) -> list[str]:
     """Time engines. -> a row of the table"""
     medians, first = race({name: start_engine(name, compute) for name in names}, compute, rounds)
@@ -222,7 +280,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--engine", nargs="*", choices=ENGINES, metavar="NAME", help="native, zero0, ... zero3")
     parser.add_argument("--compiled", action="store_true", help="transformers under torch.compile beside the others")
+    parser.add_argument("--limit", action="store_true", help="what our step multiplies, alone, beside it")
     arguments = parser.parse_args()
+    if arguments.limit:
+        table = Table("compute", "step", "products", "attention", "share of the step",
+                      title=f"one training step, {BATCH} x {SEQ} tokens, {arguments.threads} threads, medians")
+        for compute in ("float32", "bfloat16"):
+            table.add_row(*compare_with_limit(compute, arguments.rounds, arguments.threads))
+        Console(width=120).print(table)
+        return
     if arguments.engine is not None:
         names = arguments.engine or ["native", "zero1", "zero3"]
         table = Table("compute", *names, "first losses", title=f"one training step, {BATCH} x {SEQ} tokens, ep {RANKS} "
