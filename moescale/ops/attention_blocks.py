@@ -118,7 +118,7 @@ def _blocks(
     """Walk the blocks of queries. -> for each: its queries, the keys that any of them sees, the bias of the scores"""
     seq_q, seq_k = q.shape[1], k.shape[1]
     place, mask = torch.arange(seq_k), torch.empty(0)
-    first = _first_keys(seq_q, seq_k, pattern)
+    first = pattern.first_keys(seq_q, seq_k).amin(0).tolist()  # that any sequence sees
     for start in range(0, seq_q, BLOCK):
         queries = slice(start, min(start + BLOCK, seq_q))
         stretch = slice(first[start], seq_k - seq_q + queries.stop)
@@ -132,20 +132,6 @@ def _blocks(
         elif pattern.positions is not None or mask.shape[-2:] != (len(query), len(key)):
             mask = pattern.bias(query, key, dtype)
         yield queries, _Keys(stretch, tokens), mask
-
-
-def _first_keys(seq_q: int, seq_k: int, pattern: AttentionPattern) -> list[int]:
-    """Find the first key that any sequence sees but for global ones, from each query on. -> [seq_q]
-
-    It never decreases.
-    """
-    if pattern.visibility.memory:
-        return pattern.bounds()[0].amin(0)[seq_k - seq_q :].tolist()
-    index, reach = torch.arange(seq_k), pattern.visibility.reach
-    first = torch.zeros_like(index) if reach is None else (index - reach + 1).clamp(min=0)
-    if pattern.positions is not None:
-        first = torch.maximum(first, pattern.documents()[0].amin(0))
-    return first[seq_k - seq_q :].tolist()
 
 
 def _heads_first(x: Tensor, positions: slice) -> Tensor:

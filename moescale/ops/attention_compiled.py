@@ -33,7 +33,7 @@ class _Compiled(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, log_sum = torch.empty_like(q), q.new_empty(len(q), q.shape[2], q.shape[1], dtype=torch.float32)
         slopes = None if pattern.slopes is None else pattern.slopes.float().contiguous()
-        ctx.scale, first = pattern.scale, _first_keys(q.shape[1], k.shape[1], pattern)
+        ctx.scale, first = pattern.scale, pattern.first_keys(q.shape[1], k.shape[1]).contiguous()
         native.call("attend", q.dtype, *_arguments(q, k, v, first, slopes, pattern.scale), out, log_sum)
         ctx.save_for_backward(q, k, v, first, slopes, out, log_sum)
         return out
@@ -54,13 +54,3 @@ def _arguments(
     batch, seq_q, heads, head_dim = q.shape
     return (torch.get_num_threads(), q, k, v, first, seq_q if len(first) > 1 else 0, slopes, float(scale), batch, seq_q,
             k.shape[1], heads, k.shape[2], head_dim)
-
-
-def _first_keys(seq_q: int, seq_k: int, pattern: AttentionPattern) -> Tensor:
-    """Find the first key that each query sees. -> [batch or 1, seq_q] int64, never decreasing in a sequence"""
-    index = torch.arange(seq_k)
-    first = torch.zeros_like(index) if pattern.window is None else (index - pattern.window + 1).clamp(min=0)
-    first = first.unsqueeze(0)
-    if pattern.positions is not None:
-        first = torch.maximum(first, pattern.documents()[0])
-    return first[:, seq_k - seq_q :].contiguous()

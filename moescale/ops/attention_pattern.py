@@ -95,6 +95,19 @@ class AttentionPattern:
             last = torch.minimum(last, index + size - 1 + memory - (self.positions + memory) % size)
         return first, last
 
+    def first_keys(self, seq_q: int, seq_k: int) -> Tensor:
+        """Find the first key that each of the last seq_q positions sees, global tokens apart, in causal use.
+
+        Returns [batch or 1, seq_q] int64, never decreasing.
+        """
+        if self.visibility.memory:
+            return self.bounds()[0][:, seq_k - seq_q :]
+        index, reach = torch.arange(seq_k), self.visibility.reach
+        first = (torch.zeros_like(index) if reach is None else (index - reach + 1).clamp(min=0)).unsqueeze(0)
+        if self.positions is not None:
+            first = torch.maximum(first, self.documents()[0])
+        return first[:, seq_k - seq_q :]
+
     @property
     def without_memory(self) -> AttentionPattern:
         """The same, where a query sees its own block alone."""
