@@ -137,9 +137,16 @@ def _forward(
     fields = []
     for share, first, total in zip(shares, products, sums, strict=True):
         rows, hidden = x.new_zeros(2, share.longest, d_model), x.new_empty(share.longest, d_ff)
-        fields.append([share.table, len(share.blocks), _Matrices(gate, up).both, token[share.rows], weight[share.rows],
-                       first.gate, first.up, *rows, hidden, total])
+        fields.append([*_both_ways(share, gate, up, weight, token, first), *rows, hidden, total])
     native.call_shares("forward_shares", x.dtype, fields, d_model, d_ff, gate, up, down, x, products[0].up.stride(0))
+
+
+def _both_ways(
+    share: Share, gate: Tensor | None, up: Tensor, weight: Tensor, token: Tensor, first: _Features
+) -> list[Tensor | int | None]:
+    """List the fields that a share begins with in both passes."""
+    return [share.table, len(share.blocks), _Matrices(gate, up).both, token[share.rows], weight[share.rows], first.gate,
+            first.up]
 
 
 def _backward(
@@ -153,9 +160,9 @@ def _backward(
     for share, first, own_borrowed, total in zip(shares, products, borrowed, sums, strict=True):
         rows, hidden = x.new_zeros(2, share.longest, d_model), x.new_empty(2, share.longest, d_ff)
         grad_first = _Features.empty(gate, up, share.longest)
-        fields.append([share.table, len(share.blocks), _Matrices(gate, up).both, token[share.rows], weight[share.rows],
-                       first.gate, first.up, *rows, *hidden, grad_first.gate, grad_first.up, _Matrices(gate, up).both,
-                       *(own_borrowed or (None, None, None)), total, grad_weight[share.rows]])
+        fields.append([*_both_ways(share, gate, up, weight, token, first), *rows, *hidden, grad_first.gate,
+                       grad_first.up, _Matrices(gate, up).both, *(own_borrowed or (None, None, None)), total,
+                       grad_weight[share.rows]])
     native.call_shares("backward_shares", x.dtype, fields, d_model, d_ff, gate, up, down, x, products[0].up.stride(0),
                        grad, *grads)
 

@@ -321,15 +321,20 @@ struct Features {
         if (failed) return failed;                                                                                     \
     } while (0)
 
-// What a thread computes of the forward pass: an int64 each, as Python writes them.
+// What a thread computes: an int64 each, as Python writes them.
 template <typename T>
-struct Forward {
+struct Share {
     const Block* blocks;
     int64_t count;
     T* both;
     const int64_t* token;
     const float* factor;
-    T *first_gate, *first_up, *rows, *answers, *hidden;
+    T *first_gate, *first_up;
+};
+
+template <typename T>
+struct Forward : Share<T> {
+    T *rows, *answers, *hidden;
     float* total;
 };
 
@@ -359,16 +364,11 @@ int64_t forward_share(const Forward<T>& share, Experts<T> experts, const T* x, i
     return 0;
 }
 
-// The same of the backward pass. borrowed: gradients of the one expert that begins in another share. grad_both: holds
-// the product that is parted among gate and up.
+// borrowed: gradients of the one expert that begins in another share. grad_both: holds the product that is parted among
+// gate and up.
 template <typename T>
-struct Backward {
-    const Block* blocks;
-    int64_t count;
-    T* both;
-    const int64_t* token;
-    const float* factor;
-    T *first_gate, *first_up, *rows, *grad_out, *hidden, *grad_hidden, *grad_first_gate, *grad_first_up, *grad_both,
+struct Backward : Share<T> {
+    T *rows, *grad_out, *hidden, *grad_hidden, *grad_first_gate, *grad_first_up, *grad_both,
         *borrowed_gate, *borrowed_up, *borrowed_down;
     float *grad_x, *grad_factor;
 };
@@ -430,8 +430,8 @@ int64_t backward_share(const Backward<T>& share, Experts<T> experts, Experts<T> 
 }
 
 // Computes all shares, each on a thread of its own. -> what one that failed returned, or 0
-template <typename Share, typename Body>
-int64_t run_shares(const Share* shares, int64_t count, const Body& body) {
+template <typename Kind, typename Body>
+int64_t run_shares(const Kind* shares, int64_t count, const Body& body) {
     std::atomic<int64_t> status{0};
     run_parts(count, count, [&](int64_t number) {
         if (const int64_t failed = body(shares[number])) status = failed;
