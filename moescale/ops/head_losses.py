@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescale.comm.collectives import Group
+from moescale.ops import native
 from moescale.ops.device import triton_runs
 from moescale.ops.product import multiply
 
@@ -104,6 +105,11 @@ def _normalise(logits: Tensor, column: Tensor, scale: float) -> tuple[Tensor, Te
         from moescale.ops.head_losses_triton import normalise
 
         return normalise(logits, column, scale)
+    if native.runs(logits):
+        log_sum, chosen = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        native.call("normalise", logits.dtype, native.parts(*logits.shape), logits, column, float(scale),
+                    *logits.shape, log_sum, chosen)
+        return log_sum, chosen
     dtype, index = torch.promote_types(logits.dtype, torch.float32), column.clamp(min=0).unsqueeze(1)
     chosen = logits.gather(1, index).to(dtype) * scale
     log_sum = torch.empty_like(chosen)
@@ -125,6 +131,10 @@ def _grad_logits(
         from moescale.ops.head_losses_triton import grad_logits
 
         return grad_logits(logits, column, log_sum, grad_probs, grad_chosen, scale, out)
+    if native.runs(logits):
+        native.call("grad_logits", logits.dtype, native.parts(*logits.shape), logits, column, log_sum, grad_probs,
+                    grad_chosen, float(scale), *logits.shape, out)
+        return
     minus_chosen = torch.where(column < 0, 0, grad_chosen).neg_().unsqueeze(1)
     column, shift = column.clamp(min=0).unsqueeze(1), log_sum.neg().unsqueeze(1)
     grad_probs, downcast = grad_probs.unsqueeze(1), out.dtype != log_sum.dtype

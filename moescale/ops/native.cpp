@@ -1,6 +1,6 @@
-// What a processor computes in one pass over its rows, for float and bfloat16: norms, rotations, routing, and the steps
-// between the products of experts; and a thread's whole share of experts' rows, in which it waits for no other in
-// Python.
+// What a processor computes in one pass over its rows, for float and bfloat16: norms, rotations, losses of the head,
+// routing, and the steps between the products of experts; and a thread's whole share of experts' rows, in which it waits
+// for no other in Python.
 //
 // Rows are contiguous; `stride` is the distance between two rows of a matrix that is a part of a wider one. Arithmetic
 // is float and is rounded once, when it is stored. Products are torch's, called through the stable C interface that
@@ -150,6 +150,40 @@ void rotate(const T* x, const T* cosine, const T* sine, int64_t sign, int64_t ro
                 store(to[half + i], b * cos + a * sin);
             }
         }
+    }
+}
+
+// ---- losses of the head
+
+// log_sum: of exp(scale * logit) over each row. chosen: the scaled logit at the column, 0 where that is -1.
+template <typename T>
+void normalise(const T* logits, const int64_t* column, float scale, int64_t rows, int64_t width, float* log_sum,
+               float* chosen) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* from = logits + row * width;
+        float top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < width; ++i) top = load(from[i]) * scale > top ? load(from[i]) * scale : top;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; ++i) sum += exponential(load(from[i]) * scale - top);
+        log_sum[row] = top + std::log(sum);
+        chosen[row] = column[row] < 0 ? 0.0f : load(from[column[row]]) * scale;
+    }
+}
+
+// out: probability * grad_probs, less grad_chosen at the column; it may be the logits.
+template <typename T>
+void grad_logits(const T* logits, const int64_t* column, const float* log_sum, const float* grad_probs,
+                 const float* grad_chosen, float scale, int64_t rows, int64_t width, T* out) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* from = logits + row * width;
+        T* to = out + row * width;
+        const float shift = log_sum[row], factor = grad_probs[row];
+        const int64_t at = column[row] < 0 ? 0 : column[row];
+        const float last = exponential(load(from[at]) * scale - shift) * factor - grad_chosen[row];
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) store(to[i], exponential(load(from[i]) * scale - shift) * factor);
+        if (column[row] >= 0) store(to[at], last);
     }
 }
 
@@ -493,6 +527,23 @@ int64_t run_shares(const Kind* shares, int64_t count, const Body& body) {
         split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
             const int64_t at = low * heads * 2 * half;                                                                 \
             rotate(x + at, cosine + low * half, sine + low * half, sign, high - low, heads, half, out + at);           \
+        });                                                                                                            \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    int64_t normalise_##NAME(int64_t parts, const T* logits, const int64_t* column, double scale, int64_t rows,        \
+                             int64_t width, float* log_sum, float* chosen) {                                           \
+        split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
+            normalise(logits + low * width, column + low, float(scale), high - low, width, log_sum + low,              \
+                      chosen + low);                                                                                   \
+        });                                                                                                            \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    int64_t grad_logits_##NAME(int64_t parts, const T* logits, const int64_t* column, const float* log_sum,            \
+                               const float* grad_probs, const float* grad_chosen, double scale, int64_t rows,          \
+                               int64_t width, T* out) {                                                                \
+        split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
+            grad_logits(logits + low * width, column + low, log_sum + low, grad_probs + low, grad_chosen + low,        \
+                        float(scale), high - low, width, out + low * width);                                           \
         });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
