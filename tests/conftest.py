@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.support.command_line import TINY
+
+
+@pytest.fixture(autouse=True)
+def products_of_torch() -> Iterator[None]:
+    """Let torch multiply as it does by itself again after a test that set this process up for training."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moescale.ops import native
 from moescale.ops.expert_rows import activate, activate_backward, add_rows, gather_rows
-from moescale.ops.product import multiply, upcasts
+from moescale.ops.product import compiles, multiply, upcasts
 from moescale.ops.shares import Share, cut, run_on_threads
 
 NARROW = 256  # d_ff up to which gate and up are multiplied as one matrix, a copy that pays
@@ -30,11 +30,10 @@ def feed_forward_in_blocks(
 class _Blocks(torch.autograd.Function):
     """Each thread takes an equal share of the rows and has its own sum over tokens.
 
-    Backward keeps x and the products of gate and up, and computes gathered rows and activations again. Where a
-    processor has bfloat16 products, they compile a kernel for every new number of rows, which takes ten times longer
-    than to run it, and routing brings new numbers at every step: row counts are rounded up there. A block is then
-    multiplied together with some of the rows behind it; what that writes is overwritten when their turn comes, or
-    multiplied by zeros.
+    Backward keeps x and the products of gate and up, and computes gathered rows and activations again. oneDNN compiles
+    a kernel for every new number of rows, which takes ten times longer than to run it, and routing brings new numbers
+    at every step: row counts are rounded up for it. A block is then multiplied together with some of the rows behind
+    it; what that writes is overwritten when their turn comes, or multiplied by zeros.
     """
 
     @staticmethod
@@ -44,7 +43,7 @@ class _Blocks(torch.autograd.Function):
     ) -> Tensor:
         d_ff, d_model = up.shape[1:]
         compiled = is_compiled(x, gate, up, down, activation)
-        shares = cut(sizes, d_model, d_ff, round_up=x.dtype == torch.bfloat16 and not upcasts(x), compiled=compiled)
+        shares = cut(sizes, d_model, d_ff, round_up=compiles(x), compiled=compiled)
         # Per share, so that threads write apart: the products of gate and up, and a sum over tokens.
         products = [_Features.empty(gate, up, share.length) for share in shares]
         sums = _sums(x, len(shares))

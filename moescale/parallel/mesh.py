@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from moescale.cluster.launch import read_launch
 from moescale.comm.placement import Share
 from moescale.config import Config, ConfigError, ParallelConfig
-from moescale.ops.device import keep_freed_memory
+from moescale.ops.device import prepare_processor
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def start_mesh(config: Config, store: dist.Store | None = None) -> Mesh:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        keep_freed_memory()
+        prepare_processor()
     if size == 1:
         return Mesh(0, local_rank, 1, device, parallel)
     if not dist.is_initialized():

@@ -47,7 +47,11 @@ def test_activations_of_every_size_of_number_equal_torch(dtype: torch.dtype, mon
 @pytest.mark.parametrize("narrow", [0, 256], ids=["wide", "narrow"])
 def test_a_compiled_share_has_the_bits_of_its_steps(dtype: torch.dtype, narrow: int,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of experts in several blocks, across two threads, and without rows: as one call, and step by step."""
+    """Of experts in several blocks, across two threads, and without rows: as one call, and step by step.
+
+    Blocks are rounded up in both dtypes, as for oneDNN.
+    """
+    torch.set_float32_matmul_precision("medium")
     monkeypatch.setattr(blocks, "NARROW", narrow)
     monkeypatch.setattr(shares, "FEWEST_ROWS_IN_STEPS", shares.FEWEST_ROWS)
     monkeypatch.setattr(shares, "BLOCK_NUMBERS", 1)  # of 256 rows

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from traffic import Counter
 
+from moescale.ops.device import prepare_processor
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the norm of the difference over the norm
 
 
@@ -147,6 +149,7 @@ def measure(
     What takes longer than ten times the first entry is timed in three rounds only.
     """
     torch.set_num_threads(threads)
+    prepare_processor()  # for all alike
     clock = time.process_time if cpu_time else time.perf_counter
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
