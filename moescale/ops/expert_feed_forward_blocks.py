@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moescale.ops import native
 from moescale.ops.expert_rows import activate, activate_backward, add_rows, gather_rows
-from moescale.ops.product import compiles, multiply, upcasts
+from moescale.ops.product import by_onednn, multiply, upcasts
 from moescale.ops.shares import Share, cut, run_on_threads
 
 NARROW = 256  # d_ff up to which gate and up are multiplied as one matrix, a copy that pays
@@ -43,7 +43,7 @@ class _Blocks(torch.autograd.Function):
     ) -> Tensor:
         d_ff, d_model = up.shape[1:]
         compiled = is_compiled(x, gate, up, down, activation)
-        shares = cut(sizes, d_model, d_ff, round_up=compiles(x), compiled=compiled)
+        shares = cut(sizes, d_model, d_ff, round_up=by_onednn(x), compiled=compiled)
         # Per share, so that threads write apart: the products of gate and up, and a sum over tokens.
         products = [_Features.empty(gate, up, share.length) for share in shares]
         sums = _sums(x, len(shares))

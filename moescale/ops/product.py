@@ -20,7 +20,7 @@ def upcasts(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not HAS_BFLOAT16
 
 
-def compiles(x: Tensor) -> bool:
+def by_onednn(x: Tensor) -> bool:
     """Say whether a processor's products of such tensors are oneDNN's, which compiles a kernel for every shape."""
     if x.dtype == torch.float32:
         return torch.get_float32_matmul_precision() == "medium"  # as `prepare_processor` sets it
