@@ -56,3 +56,11 @@ def test_every_result_is_of_a_script_and_on_the_page() -> None:
         verdict = "pass" if json.loads(result.read_text())["passed"] else "**short**"
         assert re.search(rf"{re.escape(verdict)} \| \d+ \| `python tools/reproduce/{result.stem}.py`", page), (
             f"docs/reproduced.md does not say {verdict} of {result.stem}: run python tools/reproduce/all.py --page")
+
+
+def test_the_survey_counts_what_attention_multiplies() -> None:
+    """Within a window, four times for sequences four times as long, whatever this processor computes it with."""
+    from survey import attention_flops
+
+    short, long = (attention_flops(seq, {"window": 32}) for seq in (256, 1024))
+    assert 3 * short < long < 5 * short

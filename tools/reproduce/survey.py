@@ -101,7 +101,7 @@ def attention_flops(seq: int, visible: dict[str, int]) -> int:
         kernel: lambda q, k, *_, **__: 2 * product(q, k), backward: lambda _, q, k, *__, **___: 5 * product(q, k)})
     q, k, v = (torch.randn(1, seq, 2, 16, requires_grad=True) for _ in range(3))
     with counter:
-        attention(q, k, v, **visible).sum().backward()  # type: ignore[arg-type]
+        attention(q, k, v, **visible, backend="blocks").sum().backward()  # type: ignore[arg-type]
     return counter.get_total_flops()
 
 
