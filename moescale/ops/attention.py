@@ -67,6 +67,10 @@ def attention(
         raise ValueError("memory is what lies before a block: use it with block_size alone")
     if block_size is not None and positions is None:
         positions = torch.arange(seq_k, device=q.device).expand(len(q), -1)
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        if backend not in ("auto", "sdpa", "reference"):
+            raise ValueError(f"backend={backend} gives alibi_slopes no gradient: use backend=auto, or detach them")
+        backend = "reference" if backend == "reference" else "sdpa"
     pattern = AttentionPattern(
         causal, visibility, positions, alibi_slopes, q.shape[3] ** -0.5 if scale is None else scale)
     if backend == "reference":

@@ -211,7 +211,18 @@ def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     (lambda q: attention(q.double(), q.double(), q.double(), backend="compiled"), "backend=auto"),
     (lambda q: attention(q, q, q, block_size=2, memory=9, remembered=(q, q), backend="flex"), "backend=auto"),
     (lambda q: attention(q, q, q, window=3, memory=2), "block_size alone"),
+    (lambda q: attention(q, q, q, alibi_slopes=torch.ones(2, requires_grad=True), backend="blocks"), "no gradient"),
 ])
 def test_what_cannot_be_is_refused(call: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.randn(1, 10, 2, 16))
+
+
+def test_slopes_that_are_learned_have_a_gradient() -> None:
+    torch.manual_seed(0)
+    q, grads = torch.randn(1, 20, 2, 16), []
+    for backend in ("auto", "reference"):
+        slopes = torch.tensor([0.5, 0.1], requires_grad=True)
+        attention(q, q, q, alibi_slopes=slopes, backend=backend).square().sum().backward()
+        grads.append(slopes.grad)
+    torch.testing.assert_close(*grads)
