@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moescale.ops import native
 from moescale.ops.attention_pattern import AttentionPattern, Visibility
@@ -17,7 +18,8 @@ def fits_compiled(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) ->
     """Say whether these functions can compute it: causal, of float32 or bfloat16, over keys that lie side by side."""
     return (
         pattern.causal and pattern.visibility == Visibility(pattern.window) and q.shape[3] % LANES == 0
-        and k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16)
+        and k.shape == v.shape and len(q) == len(k) and q.shape[3] == k.shape[3] and q.shape[2] % k.shape[2] == 0
+        and q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16)
         and all(map(native.runs, (q, k, v)))
     )
 
@@ -39,6 +41,7 @@ class _Compiled(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, first, slopes, out, log_sum = ctx.saved_tensors
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -102,7 +102,7 @@ class AttentionPattern:
         """
         if self.visibility.memory:
             return self.bounds()[0][:, seq_k - seq_q :]
-        index, reach = torch.arange(seq_k), self.visibility.reach
+        index, reach = torch.arange(seq_k, device="cpu"), self.visibility.reach
         first = (torch.zeros_like(index) if reach is None else (index - reach + 1).clamp(min=0)).unsqueeze(0)
         if self.positions is not None:
             first = torch.maximum(first, self.documents()[0])

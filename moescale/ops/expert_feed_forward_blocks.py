@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moescale.ops import native
 from moescale.ops.expert_rows import activate, activate_backward, add_rows, gather_rows
@@ -23,8 +24,14 @@ def feed_forward_in_blocks(
     """Compute `expert_feed_forward` on the CPU, block by block.
 
     x, gate, up, down, activation: as there. weight, token: those of its routing. sizes: rows of each expert. -> like x
+    Raises ValueError for matrices that do not fit each other or x.
     """
-    return _Blocks.apply(x.contiguous(), gate, up, down, weight, token, sizes, activation)
+    experts, d_ff, d_model = up.shape
+    if x.shape[1] != d_model or down.shape != (experts, d_model, d_ff) or (gate is not None and gate.shape != up.shape):
+        shapes = [list(each.shape) for each in (x, gate, up, down) if each is not None]
+        raise ValueError(f"features and matrices of experts do not fit each other: {shapes}")
+    weight = weight.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    return _Blocks.apply(x.contiguous(), gate, up, down, weight, token.contiguous(), sizes, activation)
 
 
 class _Blocks(torch.autograd.Function):
@@ -72,6 +79,7 @@ class _Blocks(torch.autograd.Function):
         return _total(sums).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shares: list[Share] = ctx.shares
         x, gate, up, down, weight, token, *stored = ctx.saved_tensors
@@ -94,12 +102,12 @@ class _Blocks(torch.autograd.Function):
             for block in share.blocks:
                 own_tokens, expert = tokens[block.rows], block.expert
                 own_grads = borrowed if borrowed is not None and block.borrowed else grads.take(expert)
-                # Gather the rows and their gradients; zeros cancel the rows behind the block.
+                # Gather the rows and their gradients, with zeros behind the block.
                 rows, grad_out = row_buffer[:, : block.length]
                 hidden, grad_hidden = hidden_buffer[:, : block.length]
                 gather_rows(x, own_tokens, rows[: block.size])
                 gather_rows(grad, own_tokens, grad_out[: block.size])
-                grad_out[block.size :] = hidden[block.size :] = 0
+                rows[block.size :] = grad_out[block.size :] = hidden[block.size :] = 0
                 multiply(grad_out, down[expert], grad_hidden)
                 # Hidden features again, and the gradients of weights and of the products of gate and up.
                 grad_first = grad_products.take(slice(block.length))
@@ -257,7 +265,7 @@ class _ExpertGrads(NamedTuple):
 def is_compiled(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: str) -> bool:
     """Say whether a compiled function computes a whole share: the same, without a word of Python between two steps."""
     return (gate is not None and activation == "silu" and native.runs(x) and not upcasts(x)
-            and all(matrix.is_contiguous() for matrix in (gate, up, down)))
+            and all(matrix.is_contiguous() and matrix.dtype == x.dtype for matrix in (gate, up, down)))
 
 
 def _sums(x: Tensor, shares: int) -> list[Tensor]:

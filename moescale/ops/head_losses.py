@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moescale.comm.collectives import Group
 from moescale.ops import native
@@ -73,6 +74,7 @@ class _HeadLosses(torch.autograd.Function):
         return ((log_sum - chosen) * valid).sum(), (log_sum.square() * valid).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, column, valid, log_sum, kept = ctx.saved_tensors
         matrix = weight.to(x.dtype)

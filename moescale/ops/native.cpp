@@ -429,9 +429,10 @@ int64_t backward_share(const Backward<T>& share, Experts<T> experts, Experts<T> 
         const Matrix<T> rows{share.rows, length, d_model, d_model}, grad_out{share.grad_out, length, d_model, d_model};
         const Matrix<T> hidden{share.hidden, length, d_ff, d_ff}, grad_hidden{share.grad_hidden, length, d_ff, d_ff};
         const bool accumulate = !block->first;
-        // The rows and their gradients; zeros cancel the rows behind the block.
+        // The rows and their gradients, and zeros behind the block.
         gather(x, share.token + start, size, d_model, share.rows);
         gather(grad, share.token + start, size, d_model, share.grad_out);
+        std::memset(share.rows + size * d_model, 0, behind * d_model * sizeof(T));
         std::memset(share.grad_out + size * d_model, 0, behind * d_model * sizeof(T));
         std::memset(share.hidden + size * d_ff, 0, behind * d_ff * sizeof(T));
         RETURN_IF_FAILED(multiply(grad_out, false, experts.take_down(expert), false, grad_hidden, false));

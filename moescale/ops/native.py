@@ -27,18 +27,19 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int64: "int
 def runs(x: Tensor) -> bool:
     """Say whether `call` takes tensors like this one: on a processor, of one of the types, with a compiler there.
 
-    Not where torch compiles what calls it, which it could not look into, and not of a subclass, whose numbers may lie
-    elsewhere.
+    Not where torch compiles what calls it, which it could not look into, and not of a subclass or of what torch.func
+    wraps, whose numbers may lie elsewhere.
     """
-    plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    plain = (type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+             and not torch._C._functorch.is_functorch_wrapped_tensor(x))
     return plain and x.device.type == "cpu" and x.dtype in TYPES and _library() is not None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
     """Call a function of native.cpp with the addresses of tensors, and with numbers; other threads of Python go on.
 
-    name: without the type. arguments: None is no address. What the tensors must be like stands there; nothing is
-    checked. Raises RuntimeError where torch fails in it.
+    name: without the type. arguments: None is no address, and a real number must be a float, not an int. What the
+    tensors must be like stands there; nothing is checked. Raises RuntimeError where torch fails in it.
     """
     function = _function(f"{name}_{TYPES[dtype]}", tuple(isinstance(each, float) for each in arguments))
     status = function(*(_number(each) for each in arguments))
@@ -50,7 +51,7 @@ def call_shares(
     name: str, dtype: torch.dtype, shares: Sequence[Sequence[Tensor | int | None]], *arguments: Tensor | int | None
 ) -> None:
     """Call a function that computes each share on one of torch's threads. shares: the fields that each reads"""
-    table = torch.tensor([[_number(each) for each in share] for share in shares])
+    table = torch.tensor([[_number(each) for each in share] for share in shares], dtype=torch.int64, device="cpu")
     call(name, dtype, table, len(shares), *arguments)
 
 

@@ -79,6 +79,6 @@ inline float exponential(float x) {
     return p * scale;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+inline float sigmoid(float x) { return x < -87.0f ? 0.0f : 1.0f / (1.0f + exponential(-x)); }
 
 }  // namespace

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moescale.ops import native
 from moescale.ops.device import triton_runs
@@ -42,6 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         return (upcast_x * inverse).mul_(upcast_weight).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         upcast_x, upcast_weight = _upcast(x, weight)
@@ -64,15 +66,16 @@ class _CompiledRMSNorm(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         out, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
         shape = inverse.numel(), x.shape[-1]
-        native.call("norm", x.dtype, native.parts(*shape), x, weight, eps, *shape, out, inverse)
+        native.call("norm", x.dtype, native.parts(*shape), x, weight, float(eps), *shape, out, inverse)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         grad_x, shape = torch.empty_like(x), (inverse.numel(), x.shape[-1])
-        grad_weights = torch.zeros(native.parts(*shape), x.shape[-1])  # one a thread
+        grad_weights = inverse.new_zeros(native.parts(*shape), x.shape[-1])  # one a thread
         native.call("norm_backward", x.dtype, len(grad_weights), grad.contiguous(), x, weight, inverse, *shape, grad_x,
                     grad_weights)
         return grad_x, grad_weights.sum(0).to(weight.dtype), None

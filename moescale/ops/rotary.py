@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moescale.ops import native
 from moescale.ops.device import triton_runs
@@ -34,6 +35,7 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, cosine, sine, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
         return _rotate(grad, cosine, sine, -1), None, None

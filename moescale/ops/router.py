@@ -57,8 +57,8 @@ def rows_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
         return router_triton.rows_by_expert(expert, num_experts)
     if native.runs(expert):
         expert = expert.contiguous()
-        order, row = torch.empty(expert.numel(), dtype=torch.int64), torch.empty_like(expert)
-        counts, ends = (torch.empty(size, dtype=torch.int64) for size in (num_experts, num_experts + 1))
+        order, row = expert.new_empty(expert.numel()), torch.empty_like(expert)
+        counts, ends = (expert.new_empty(size) for size in (num_experts, num_experts + 1))
         native.call("sort_rows", expert.dtype, expert, expert.numel(), num_experts, order, row, counts, ends)
         return order, row, counts
     return rows_by_expert_reference(expert, num_experts)

@@ -56,7 +56,7 @@ class Share(NamedTuple):
     @property
     def table(self) -> torch.Tensor:
         """The blocks as compiled functions read them. -> [blocks, 6] int64, the fields of each"""
-        return torch.tensor(self.blocks, dtype=torch.int64)
+        return torch.tensor(self.blocks, dtype=torch.int64, device="cpu")
 
     @property
     def longest(self) -> int:

@@ -64,11 +64,13 @@ class RoundedAdamW(LocalAdamW):
         weight, gradient, *moments = (_by_rows(tensor) for tensor in (
             parameter.data, grad, state["exp_avg"], state["exp_avg_sq"]))
         draws = Draws(name, parameter.data)
-        if weight.numel() and weight.dtype == gradient.dtype == torch.float32 and native.runs(weight):
-            (beta1, beta2), rate, number = group["betas"], group["lr"], step.item()
+        if (weight.numel() and weight.dtype == gradient.dtype == torch.float32 and native.runs(weight)
+                and all(moment.dtype == self.moments for moment in moments)):
+            beta1, beta2, rate, eps = map(float, (*group["betas"], group["lr"], group["eps"]))
+            number = step.item()
             native.call("adamw", weight.dtype, native.parts(*weight.shape), weight, gradient.contiguous(), *moments,
                         draws.firsts(step), *weight.shape, 1 - rate * group["weight_decay"], 1 - beta1, beta2,
-                        1 - beta2, rate / (1 - beta1**number), (1 - beta2**number) ** 0.5, group["eps"])
+                        1 - beta2, rate / (1 - beta1**number), (1 - beta2**number) ** 0.5, eps)
             return
         numbers = CHUNK_NUMBERS.get(weight.device.type, LARGE_CHUNK_NUMBERS)
         size = max(1, numbers // max(1, weight.shape[1]))

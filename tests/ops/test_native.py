@@ -10,7 +10,11 @@ import torch
 
 from moescale.ops import expert_feed_forward_blocks as blocks
 from moescale.ops import native, shares
+from moescale.ops.attention import attention
 from moescale.ops.expert_rows import activate, activate_backward
+from moescale.ops.rms_norm import rms_norm, rms_norm_reference
+from moescale.ops.rotary import rotate
+from moescale.ops.router import rows_by_expert, top_k
 from tests.support.threads import torch_threads
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -19,10 +23,10 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_activations_of_every_size_of_number_equal_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of features side by side in one tensor, from 1e-30 to 1e30, zeros, infinities and no numbers among them."""
+    """Of features side by side in one tensor, from 1e-30 to 1e30, zeros, both infinities and no numbers among them."""
     size = torch.logspace(-30, 30, 120).repeat(2)
     gate = torch.cat((size * torch.tensor([1.0, -1.0]).repeat_interleave(120), torch.linspace(-100, 100, 200),
-                      torch.tensor([0.0, -0.0, float("inf"), float("nan")])))
+                      torch.tensor([0.0, -0.0, float("inf"), float("nan"), -1e38, float("-inf")])))
     rows, width = 3, len(gate)
     both = torch.cat((gate.repeat(rows, 1), torch.randn(rows, width)), 1).to(dtype)
     factor, grad = torch.rand(rows), torch.randn(rows, width).to(dtype)
@@ -97,3 +101,85 @@ def test_without_a_compiler_torch_does_it(compiler: str, tmp_path: Path, monkeyp
         assert not native.runs(torch.empty(1))
     finally:
         native._library.cache_clear()
+
+
+@needs_compiler
+def test_defaults_of_torch_and_integers_change_nothing() -> None:
+    """What is compiled has buffers of its own dtype, on the processor, and takes an int for a real number."""
+    x, weight = torch.randn(5, 8), torch.randn(8, requires_grad=True)
+    expected = torch.autograd.grad(rms_norm_reference(x, weight, 1).square().sum(), weight)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = torch.autograd.grad(rms_norm(x, weight, 1).square().sum(), weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected)
+    expert = torch.tensor([[0, 1], [1, 0]])
+    with torch.device("meta"):
+        order, row, counts = rows_by_expert(expert, 2)
+    assert (order.tolist(), row.tolist(), counts.tolist()) == ([0, 3, 1, 2], [[0, 2], [3, 1]], [2, 2])
+
+
+@needs_compiler
+def test_functions_that_torch_wraps_are_left_to_torch() -> None:
+    scores = torch.tensor([3.0, 1.0, 2.0])
+    assert torch.func.grad(lambda given: top_k(given, 2)[0].sum())(scores).tolist() == [1, 0, 1]
+
+
+@needs_compiler
+def test_experts_take_weights_and_tokens_however_they_lie() -> None:
+    """Of any stride and dtype, as one call and step by step."""
+    x, (gate, up), down = torch.randn(6, 8), torch.randn(2, 2, 4, 8), torch.randn(2, 8, 4)
+    token, sizes = torch.tensor([0, 2, 4, 1, 3, 5]), [3, 3]
+    for weight in (torch.rand(6, 2)[:, 0], torch.ones(1).expand(6), torch.rand(6).bfloat16()):
+        found = blocks.feed_forward_in_blocks(
+            x, gate, up, down, weight, token.repeat_interleave(2)[::2], sizes, "silu")
+        expected = blocks.feed_forward_in_blocks(x, gate, up, down, weight.float().clone(), token, sizes, "silu")
+        torch.testing.assert_close(found, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_does_not_fit_is_refused_as_torch_does(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    x, gate, down = torch.randn(6, 8), torch.randn(2, 4, 8), torch.randn(2, 8, 4)
+    token, weight, sizes = torch.arange(6), torch.rand(6), [3, 3]
+    for features, first, last in (
+        (x.bfloat16(), gate, down), (x[:, :6], gate, down), (x, gate[:, :, :6], down), (x, gate, down[:, :6])
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=r"dtype|do not fit"):
+            blocks.feed_forward_in_blocks(features, first, first, last, weight, token, sizes, "silu")
+    q, k = torch.randn(2, 64, 6, 16), torch.randn(2, 64, 4, 16)
+    for keys in (k, k[:, :, :3, :8], k[:1, :, :3]):
+        with pytest.raises((RuntimeError, ValueError, AssertionError)):
+            attention(q, keys, keys, backend="compiled")
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiled", [True, False])
+def test_an_expert_that_is_no_number_spoils_no_other(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of blocks that are rounded up, over what the block before has left in the buffer."""
+    if not compiled:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    torch.set_float32_matmul_precision("medium")
+    x = torch.randn(6, 8)
+    x[2] = torch.inf  # in the first expert's block, of five rows
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 8), (2, 4, 8), (2, 8, 4))]
+    token, sizes = torch.tensor([0, 1, 2, 3, 4, 5]), [5, 1]
+    blocks.feed_forward_in_blocks(x, *leaves, torch.rand(6), token, sizes, "silu").sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad[1].isfinite().all()
+
+
+@needs_compiler
+def test_second_derivatives_are_refused() -> None:
+    """No formula is there for them, and a gradient without them would be wrong in silence."""
+    x = torch.randn(2, 32, 2, 16, requires_grad=True)
+    angle = torch.rand(2, 32, 1, 8)
+    for call in (lambda: rms_norm(x, torch.ones(16), 1e-5), lambda: rotate(x, angle.cos(), angle.sin()),
+                 lambda: attention(x, x, x, backend="compiled")):
+        gradient, = torch.autograd.grad(call().square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()

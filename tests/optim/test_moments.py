@@ -120,6 +120,21 @@ def test_a_second_moment_falls_as_slowly_as_beta2_says() -> None:
     assert float(second.double().mean() / begin) == pytest.approx(0.999**400, rel=0.01)  # to nearest, 1.0
 
 
+def test_state_that_torch_has_loaded_keeps_its_meaning() -> None:
+    """torch casts what it loads to the dtype of the weights."""
+    weights = []
+    for loads in (False, True):
+        torch.manual_seed(0)
+        (parameter,), optimizer = make((4, 8))
+        for step in range(20):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            if loads and step == 9:
+                optimizer.load_state_dict(optimizer.state_dict())
+        weights.append(parameter.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-3)
+
+
 def moments_after_steps(parallel: dict[str, Any], compute: str = "float64") -> dict[str, Tensor]:
     config = make_config("mixtral", parallel, compute)
     config = config.model_copy(update={"optim": config.optim.model_copy(update={"moments": "bfloat16"})})
