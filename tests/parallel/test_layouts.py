@@ -76,7 +76,8 @@ def test_biases_move_once_a_step_by_the_load_of_the_global_batch(one_rank: dict)
 
 
 @pytest.mark.parametrize(("family", "recompute", "backend"), [
-    ("mixtral", "none", "inductor"), ("switch", "selective", "aot_eager"),  # the second makes no code, and takes less
+    pytest.param("mixtral", "none", "inductor", marks=pytest.mark.slow),  # which makes code, and takes longer
+    ("switch", "selective", "aot_eager"),
 ])
 def test_compiled_blocks_change_nothing(one_rank: dict, family: str, recompute: str, backend: str) -> None:
     with mock.patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend)):
