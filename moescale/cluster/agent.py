@@ -84,8 +84,8 @@ class Agent(LocalElasticAgent):
 
     def _leave(self) -> None:
         assert self._asked is not None
-        status = INTERRUPTED_STATUS if self._asked == signal.SIGINT else STOPPED_STATUS
-        raise Stopped(f"{self.host}: stopped by {self._asked.name} before ranks were started", status)
+        raise Stopped(f"{self.host}: stopped by {self._asked.name} before ranks were started",
+                      _status_when(self._asked))
 
     def _living(self) -> list[int]:
         context = self._pcontext
@@ -114,6 +114,10 @@ class Agent(LocalElasticAgent):
                 if status < 0 and status != -signal.SIGTERM:
                     self._speak_for(worker_group, rank, processes[rank], -status)
             self.status = _status_of(list(statuses.values()))
+            if self._asked is not None and self.status not in FINAL:  # as for a failure: the same command goes on
+                self.status = _status_when(self._asked)
+                if {-status for status in statuses.values()} <= {self._asked, signal.SIGTERM}:
+                    _say(f"{self.host}: stopped by {self._asked.name} while ranks were starting")
             if (self.status in FINAL and not self._others_came_or_went()) or self._asked is not None:
                 self._remaining_restarts = 0
             elif worker_group.group_rank == 0:
@@ -134,7 +138,7 @@ class Agent(LocalElasticAgent):
                  "ends; the same command goes on from the last checkpoint")
 
     def _speak_for(self, group: WorkerGroup, rank: int, process: int, number: int) -> None:
-        if process in self._dead:
+        if process in self._dead or number == self._asked:  # which ends a rank that has not taken signals yet
             return
         self._dead.add(process)
         kills = _count_kills()
@@ -151,6 +155,10 @@ def _status_of(statuses: list[int]) -> int:
         if status in statuses and status > 0:
             return status
     return 1
+
+
+def _status_when(asked: signal.Signals) -> int:
+    return INTERRUPTED_STATUS if asked == signal.SIGINT else STOPPED_STATUS
 
 
 def _is_running(process: int) -> bool:

@@ -71,6 +71,20 @@ def test_signals_go_on_to_the_ranks_which_may_finish(tmp_path: Path, number: sig
     assert node.starts == 1
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)],
+                         ids=str)
+def test_ranks_that_a_signal_ends_while_they_start_were_asked_to_leave(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    node = Node(tmp_path, "importing", restarts=3)
+    node.wait_for_ranks()
+    assert node.process.pid is not None
+    os.kill(node.process.pid, number)
+    assert node.end() == status
+    assert node.starts == 1
+    assert node.said == [f"moescale: {socket.gethostname()}: stopped by {number.name} while ranks were starting"]
+
+
 def test_an_agent_that_waits_for_other_nodes_leaves_when_asked_to(tmp_path: Path) -> None:
     def wait_for_two() -> None:
         sys.argv[1:1] = ["--nnodes", "2"]
