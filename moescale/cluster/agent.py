@@ -16,11 +16,12 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed import DistError
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec
@@ -70,8 +71,7 @@ class Agent(LocalElasticAgent):
 
     def listen_to_signals(self) -> None:
         """Take signals from now on: pass them on to the ranks, or leave where there are none yet."""
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
+        _take_signals(self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or signal.Signals(number)
@@ -80,12 +80,7 @@ class Agent(LocalElasticAgent):
             with suppress(ProcessLookupError):
                 os.kill(process, number)
         if not ranks:
-            self._leave()
-
-    def _leave(self) -> None:
-        assert self._asked is not None
-        raise Stopped(f"{self.host}: stopped by {self._asked.name} before ranks were started",
-                      _status_when(self._asked))
+            _leave_without_ranks(self._asked)
 
     def _living(self) -> list[int]:
         context = self._pcontext
@@ -93,7 +88,7 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self._asked is not None:
-            self._leave()
+            _leave_without_ranks(self._asked)
         self.status = 0  # of these ranks, and not of those before them
         started = super()._start_workers(worker_group)
         self.listen_to_signals()  # torch takes them for itself with each start
@@ -161,6 +156,16 @@ def _status_when(asked: signal.Signals) -> int:
     return INTERRUPTED_STATUS if asked == signal.SIGINT else STOPPED_STATUS
 
 
+def _take_signals(receive: Callable[[int, FrameType | None], None]) -> None:
+    for number in SIGNALS:
+        signal.signal(number, receive)
+
+
+def _leave_without_ranks(number: int, frame: FrameType | None = None) -> NoReturn:
+    asked = signal.Signals(number)
+    raise Stopped(f"{socket.gethostname()}: stopped by {asked.name} before ranks were started", _status_when(asked))
+
+
 def _is_running(process: int) -> bool:
     try:
         return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
@@ -219,6 +224,7 @@ def main() -> None:
     """Run the agent of this node."""
     logging.disable(logging.ERROR)  # torch's words about what is said here in one line
     try:
+        _take_signals(_leave_without_ranks)
         status = run(sys.argv[1:])
     except (RendezvousError, DistError) as error:
         _say(f"{socket.gethostname()}: the nodes did not meet: {' '.join(str(error).split()) or type(error).__name__}")

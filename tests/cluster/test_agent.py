@@ -95,3 +95,18 @@ def test_an_agent_that_waits_for_other_nodes_leaves_when_asked_to(tmp_path: Path
     os.kill(node.process.pid, signal.SIGTERM)
     assert node.end() == 75
     assert "stopped by SIGTERM before ranks were started" in node.said[0]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=str)
+def test_an_agent_that_looks_for_the_first_node_leaves_when_asked_to(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    def look_elsewhere() -> None:
+        sys.argv[sys.argv.index("--rdzv-endpoint") + 1] = "192.0.2.1:29500"  # nobody's
+
+    node = Node(tmp_path, "0", before=look_elsewhere)
+    time.sleep(1.0)
+    assert node.process.pid is not None
+    os.kill(node.process.pid, number)
+    assert node.end() == status
+    assert node.said == [f"moescale: {socket.gethostname()}: stopped by {number.name} before ranks were started"]
