@@ -13,7 +13,7 @@
 #   MOESCALE_SECRET   a secret that all nodes of the job share; what is not signed with it is not taken in
 # With --warm after the configuration, ranks that are started again import nothing (docs/recovery.md).
 # SIGTERM, SIGINT, SIGHUP and SIGUSR1 go on to the ranks, which finish their step, save and leave; this process leaves
-# with their status, 75 where the same line goes on from there.
+# with their status, 75 where the same line goes on from there. After nohup SIGHUP is heeded by none of them.
 set -eu
 HEAD=${HEAD:-localhost:29500}
 if [ -z "${RANKS:-}" ]; then

@@ -30,7 +30,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from torch.distributed.run import config_from_args, parse_args
 
 from moescale.cluster.agreement import accuse
-from moescale.cluster.launch import read_secret
+from moescale.cluster.launch import leave_signals_to_agent, read_secret
 from moescale.cluster.rendezvous import create_rendezvous
 from moescale.cluster.stopping import INTERRUPTED_STATUS, STOPPED_STATUS
 from moescale.config import Stopped
@@ -66,6 +66,7 @@ class Agent(LocalElasticAgent):
         self.status = 0  # with which this process is to leave
         self.host = socket.gethostname()
         self._asked: signal.Signals | None = None
+        self._starting = False  # whether ranks are being started, which then get what came meanwhile
         self._dead: set[int] = set()  # processes of which was spoken
         self._kills_before = _count_kills()
 
@@ -75,12 +76,16 @@ class Agent(LocalElasticAgent):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or signal.Signals(number)
+        if not self._starting and not self._pass_on(number):
+            _leave_without_ranks(self._asked)
+
+    def _pass_on(self, number: int) -> bool:
+        """Send a signal to the ranks that are running. Returns whether there are any."""
         ranks = self._living()
         for process in ranks:
             with suppress(ProcessLookupError):
                 os.kill(process, number)
-        if not ranks:
-            _leave_without_ranks(self._asked)
+        return bool(ranks)
 
     def _living(self) -> list[int]:
         context = self._pcontext
@@ -90,8 +95,11 @@ class Agent(LocalElasticAgent):
         if self._asked is not None:
             _leave_without_ranks(self._asked)
         self.status = 0  # of these ranks, and not of those before them
+        self._starting = True
         started = super()._start_workers(worker_group)
-        self.listen_to_signals()  # torch takes them for itself with each start
+        self._starting = False
+        if self._asked is not None:
+            self._pass_on(self._asked)
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -158,6 +166,8 @@ def _status_when(asked: signal.Signals) -> int:
 
 def _take_signals(receive: Callable[[int, FrameType | None], None]) -> None:
     for number in SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # nohup, which ranks inherit
         signal.signal(number, receive)
 
 
@@ -225,6 +235,7 @@ def main() -> None:
     logging.disable(logging.ERROR)  # torch's words about what is said here in one line
     try:
         _take_signals(_leave_without_ranks)
+        leave_signals_to_agent()
         status = run(sys.argv[1:])
     except (RendezvousError, DistError) as error:
         _say(f"{socket.gethostname()}: the nodes did not meet: {' '.join(str(error).split()) or type(error).__name__}")

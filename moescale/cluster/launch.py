@@ -80,6 +80,11 @@ def read_secret() -> str:
     return os.environ.get("MOESCALE_SECRET", "")
 
 
+def leave_signals_to_agent() -> None:
+    """Keep torch, which would take them with each start of ranks, from the signals that our agent takes itself."""
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+
+
 def is_one_of_many() -> bool:
     """Whether other ranks were started together with this process; an odd environment counts as one."""
     given = os.environ

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +85,36 @@ def test_ranks_that_a_signal_ends_while_they_start_were_asked_to_leave(
     assert node.end() == status
     assert node.starts == 1
     assert node.said == [f"moescale: {socket.gethostname()}: stopped by {number.name} while ranks were starting"]
+
+
+def test_a_signal_that_comes_between_the_starts_of_two_ranks_reaches_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signal_in_between() -> None:
+        start = subprocess.Popen.__init__
+
+        def start_and_signal(process: Any, *words: Any, **options: Any) -> None:
+            start(process, *words, **options)
+            if options["env"]["LOCAL_RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", start_and_signal)
+
+    node = Node(tmp_path, "importing", before=signal_in_between)
+    assert node.end() == 75
+    assert node.said == [f"moescale: {socket.gethostname()}: stopped by SIGTERM while ranks were starting"]
+
+
+def test_a_hang_up_is_ignored_after_nohup_by_the_agent_and_its_ranks(tmp_path: Path) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    node = Node(tmp_path, "nohup", before=ignore)
+    node.wait_for_ranks()
+    assert node.process.pid is not None
+    os.kill(node.process.pid, signal.SIGHUP)
+    os.kill(node.process.pid, signal.SIGUSR1)
+    assert node.end() == 0, node.said
 
 
 def test_an_agent_that_waits_for_other_nodes_leaves_when_asked_to(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75 if act == "wait" else 1))
 if act == "importing":  # no handlers yet
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
+if act == "nohup":
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(signal.getsignal(signal.SIGHUP) != signal.SIG_IGN))
 with open("started", "a") as file:
     file.write(rank)
 if rank == "1" and act.startswith("SIG"):
