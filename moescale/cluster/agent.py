@@ -205,14 +205,31 @@ def _say(text: str) -> None:
         print(f"moescale: {text}", file=sys.stderr, flush=True)
 
 
+def _advise(endpoint: str, nodes: str, ranks: str) -> str:
+    """Say what to write where these options cannot be taken; empty where they can."""
+    if not re.fullmatch(r".+:\d+", endpoint):
+        return "write --rdzv-endpoint HOST:PORT, of any one of the nodes, or --standalone for one node"
+    least, _, most = nodes.partition(":")
+    if not re.fullmatch(r"\d+(:\d+)?", nodes) or not 0 < int(least) <= int(most or least):
+        return f"NODES={nodes} (--nnodes) is no number of nodes: write one from 1, or MIN:MAX"
+    if not re.fullmatch(r"0*[1-9]\d*|auto|cpu|gpu|xpu", ranks):
+        return f"RANKS={ranks} (--nproc-per-node) is no number of ranks: write how many this node has"
+    return ""
+
+
 def run(arguments: list[str]) -> int:
     """Start ranks as these options of torchrun say, and watch them. Returns the exit status of the node."""
     options = parse_args(arguments)
     endpoint = "localhost:0" if options.standalone else options.rdzv_endpoint
-    if not re.fullmatch(r".+:\d+", endpoint):
-        _say("write --rdzv-endpoint HOST:PORT, of any one of the nodes, or --standalone for one node")
+    advice = _advise(endpoint, options.nnodes, options.nproc_per_node)
+    if advice:
+        _say(advice)
         return 2
-    config, command, words = config_from_args(options)
+    try:
+        config, command, words = config_from_args(options)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        _say(f"an option of torchrun cannot be taken: {' '.join(str(error).split())}")
+        return 2
     assert isinstance(command, str)
     parameters = RendezvousParameters(
         "c10d", endpoint, config.run_id, config.min_nodes, config.max_nodes, config.local_addr,

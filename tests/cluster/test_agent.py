@@ -142,3 +142,17 @@ def test_an_agent_that_looks_for_the_first_node_leaves_when_asked_to(
     os.kill(node.process.pid, number)
     assert node.end() == status
     assert node.said == [f"moescale: {socket.gethostname()}: stopped by {number.name} before ranks were started"]
+
+
+@pytest.mark.parametrize(("option", "value", "words"), [
+    ("--nnodes", "4x", "NODES=4x (--nnodes) is no number of nodes: write one from 1, or MIN:MAX"),
+    ("--nnodes", "4:2", "NODES=4:2 (--nnodes) is no number of nodes: write one from 1, or MIN:MAX"),
+    ("--nproc-per-node", "two", "RANKS=two (--nproc-per-node) is no number of ranks: write how many this node has"),
+    ("--nproc-per-node", "0", "RANKS=0 (--nproc-per-node) is no number of ranks: write how many this node has"),
+    ("--max-restarts", "-1", "an option of torchrun cannot be taken: max_restarts must be >= 0"),
+])
+def test_numbers_that_are_none_are_refused_for_good(
+    capfd: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    assert agent.run(["--rdzv-endpoint", "localhost:0", f"{option}={value}", "rank.py"]) == 2
+    assert capfd.readouterr().err == f"moescale: {words}\n"
