@@ -31,11 +31,12 @@ from torch.distributed.run import config_from_args, parse_args
 
 from moescale.cluster.agreement import accuse
 from moescale.cluster.launch import leave_signals_to_agent, read_secret
-from moescale.cluster.rendezvous import create_rendezvous
+from moescale.cluster.rendezvous import BoundRendezvous, create_rendezvous
 from moescale.cluster.stopping import INTERRUPTED_STATUS, STOPPED_STATUS
 from moescale.config import Stopped
 
 FINAL = (2, STOPPED_STATUS, INTERRUPTED_STATUS)  # after which ranks would do the same again, or were asked to leave
+CHANGE_SECONDS = 3.0  # until a node that was asked to leave, or waits to come in, is known to all
 SET_BY_TORCH = ("rank", "timeout")  # keys of other kinds of rendezvous
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -60,8 +61,10 @@ class Agent(LocalElasticAgent):
     """Starts and watches the ranks of one node."""
 
     def __init__(self, spec: WorkerSpec, *, elastic: bool, **options: Any) -> None:
-        """elastic: whether the number of nodes may change."""
+        """elastic: whether the number of nodes may change. Of the spec, the handler is a BoundRendezvous."""
         super().__init__(spec, **options)
+        assert isinstance(spec.rdzv_handler, BoundRendezvous)
+        self.meeting = spec.rdzv_handler
         self.elastic = elastic
         self.status = 0  # with which this process is to leave
         self.host = socket.gethostname()
@@ -69,6 +72,11 @@ class Agent(LocalElasticAgent):
         self._starting = False  # whether ranks are being started, which then get what came meanwhile
         self._dead: set[int] = set()  # processes of which was spoken
         self._kills_before = _count_kills()
+
+    @property
+    def leaves_alone(self) -> bool:
+        """Whether this node was asked to leave and the others go on; Ctrl-C ends them all."""
+        return self.elastic and self._asked not in (None, signal.SIGINT)
 
     def listen_to_signals(self) -> None:
         """Take signals from now on: pass them on to the ranks, or leave where there are none yet."""
@@ -104,6 +112,9 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Look how the ranks are. Who died without a word is spoken for before torch ends the others."""
+        if self.leaves_alone:
+            with suppress(RendezvousError, DistError):
+                self.meeting.retire()
         ranks = {worker.id: worker.global_rank for worker in worker_group.workers}
         for process, rank in ranks.items():
             number = _killed_by(process)
@@ -121,15 +132,21 @@ class Agent(LocalElasticAgent):
                 self.status = _status_when(self._asked)
                 if {-status for status in statuses.values()} <= {self._asked, signal.SIGTERM}:
                     _say(f"{self.host}: stopped by {self._asked.name} while ranks were starting")
-            if (self.status in FINAL and not self._others_came_or_went()) or self._asked is not None:
+            if self._asked is None and self._others_came_or_went():
+                self._remaining_restarts += 1  # torch takes one
+                if worker_group.group_rank == 0:
+                    _say(f"{self.host}: nodes came or went, and all ranks are started again")
+            elif self._asked is not None or self.status in FINAL:
                 self._remaining_restarts = 0
             elif worker_group.group_rank == 0:
                 self._announce()
         return result
 
     def _others_came_or_went(self) -> bool:
-        """Whether ranks may have been asked to leave so that more or fewer nodes can meet anew."""
-        return self.elastic and self.status == STOPPED_STATUS
+        """Whether ranks were asked to leave because more or fewer nodes are to go on, and not to end the run."""
+        with suppress(RendezvousError, DistError):  # with the store that they meet in, all of them end
+            return self.elastic and self.status == STOPPED_STATUS and self.meeting.wait_for_change(CHANGE_SECONDS)
+        return False
 
     def _announce(self) -> None:
         """Say, as the first node, how it goes on after a failure."""
@@ -242,8 +259,9 @@ def run(arguments: list[str]) -> int:
                   start_method=config.start_method)
     agent.listen_to_signals()
     agent.run()
-    with suppress(RendezvousError, DistError):  # the store is gone with the node that kept it
-        spec.rdzv_handler.shutdown()
+    if not agent.leaves_alone:
+        with suppress(RendezvousError, DistError):  # the store is gone with the node that kept it
+            spec.rdzv_handler.shutdown()
     return agent.status
 
 

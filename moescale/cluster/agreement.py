@@ -314,6 +314,11 @@ def accuse(address: str, port: int, run_id: str, rank: int) -> bool:
         return True
 
 
+def forget_word(store: TCPStore, run_id: str) -> None:
+    """Let ranks begin, as the launcher, though those before them left when asked to: nodes came or went."""
+    PrefixStore(f"moescale/{run_id}", store).delete_key(STOPPED)
+
+
 def ranks_text(ranks: Sequence[int]) -> str:
     """Write ranks as a person reads them: `ranks 1, 4-7`."""
     spans: list[list[int]] = []

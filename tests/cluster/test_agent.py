@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from moescale.cluster import agent
 from tests.support.agents import Node
+from tests.support.ports import free_port, wait_until_open
 
 
 @pytest.mark.parametrize(("act", "words"), [
@@ -156,3 +158,44 @@ def test_numbers_that_are_none_are_refused_for_good(
 ) -> None:
     assert agent.run(["--rdzv-endpoint", "localhost:0", f"{option}={value}", "rank.py"]) == 2
     assert capfd.readouterr().err == f"moescale: {words}\n"
+
+
+def be_elastic(port: int) -> Callable[[], None]:
+    """Return what makes an agent one of one or two nodes that meet there."""
+    def change() -> None:
+        agent.CHANGE_SECONDS = 1.0
+        sys.argv[sys.argv.index("--rdzv-endpoint") + 1] = f"127.0.0.1:{port}"
+        sys.argv[1:1] = ["--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=1"]
+
+    return change
+
+
+def test_ranks_of_an_elastic_job_that_ended_as_asked_are_not_started_again(tmp_path: Path) -> None:
+    node = Node(tmp_path, "75", restarts=3, before=be_elastic(free_port()))
+    assert node.end() == 75
+    assert node.starts == 1
+    assert node.said == []
+
+
+def test_an_elastic_job_goes_on_without_a_node_that_was_asked_to_leave(tmp_path: Path) -> None:
+    port = free_port()
+    nodes = []
+    for name in ("stays", "leaves"):
+        (tmp_path / name).mkdir()
+        nodes.append(Node(tmp_path / name, "wait", before=be_elastic(port)))  # no restarts: this is none
+        wait_until_open(port)
+    for node in nodes:
+        node.wait_for_ranks()
+    stays, leaves = (node.process.pid for node in nodes)
+    assert stays is not None
+    assert leaves is not None
+    ranks = [int(each) for each in Path(f"/proc/{stays}/task/{stays}/children").read_text().split()]
+    os.kill(leaves, signal.SIGTERM)
+    for rank in ranks:  # which hear of it from the others
+        os.kill(rank, signal.SIGUSR1)
+    assert nodes[1].end() == 75
+    nodes[0].wait_for_ranks(starts=2)
+    os.kill(stays, signal.SIGTERM)
+    assert nodes[0].end() == 75
+    first = f"moescale: {socket.gethostname()}: nodes came or went, and all ranks are started again"
+    assert nodes[0].said in ([], [first])

@@ -57,9 +57,9 @@ class Node:
         before()
         agent.main()
 
-    def wait_for_ranks(self) -> None:
+    def wait_for_ranks(self, starts: int = 1) -> None:
         deadline = time.monotonic() + 20
-        while not (self.folder / "started").exists() or len((self.folder / "started").read_text()) < 2:
+        while not (self.folder / "started").exists() or len((self.folder / "started").read_text()) < 2 * starts:
             assert time.monotonic() < deadline, self.said
             time.sleep(0.02)
         time.sleep(0.1)  # handlers are set before a rank notes its start
