@@ -153,13 +153,7 @@ class _Doctor:
         if ranks.launch.size == 1:
             yield "one process needs none"
             return
-        mesh = start_mesh(config, ranks.store)
-        try:
-            mine = _measure_link(mesh.device)
-        except RuntimeError as error:
-            raise TrainingError(f"rank {ranks.launch.rank} on {ranks.launch.host} cannot exchange tensors with its "
-                                f"neighbours: {' '.join(str(error).split())[:200]}: open all ports between the nodes, "
-                                "and see docs/operations.md for the interfaces that gloo and NCCL take") from None
+        mine = ranks.together(lambda: _connect_and_measure(config, ranks))
         links: Measured = ranks.settle(mine, list)
         yield from judge_links([LINK_BYTES / link[0] for link in links], ranks.hosts)
         slowest = max(link[1] for link in links)
@@ -181,6 +175,16 @@ def judge_links(speeds: Sequence[float], hosts: Sequence[str]) -> list[Finding]:
         slow = slowest < SLOW_LINK * middle
         found.append(Finding("network", "warn" if slow else "ok", text + (": look at that link" if slow else "")))
     return found
+
+
+def _connect_and_measure(config: Config, ranks: Agreement) -> list[float]:
+    """Connect this rank with all others, as a run does, and measure its link. Raises ConfigError where that fails."""
+    try:
+        return _measure_link(start_mesh(config, ranks.store).device)
+    except RuntimeError as error:
+        raise ConfigError(f"ranks cannot exchange tensors: {' '.join(str(error).split())[:200]}: open all ports "
+                          "between the nodes, and see docs/operations.md for the interfaces that gloo and NCCL "
+                          "take") from None
 
 
 def _measure_link(device: torch.device) -> list[float]:

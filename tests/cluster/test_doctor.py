@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,27 @@ def test_what_fails_is_said_and_the_other_checks_go_on(here: Path) -> None:
     assert [check for level, check in found if level == "fail"] == ["sameness", "text"]
     assert ("ok", "network") in found
     assert any("optim.lr is 0.5 on rank 0" in line for line in results[0][1])
+
+
+def on_ranks_that_cannot_connect(place: Path, blocked: list[int]) -> tuple[bool, list[str]]:
+    """Let ranks fail where they connect; the others connect to nobody, and find out by themselves."""
+    from moescale.cluster.launch import read_launch
+
+    rank = read_launch().rank
+    if rank in blocked:
+        os.environ["GLOO_SOCKET_IFNAME"] = "absent"  # gloo fails in earnest
+    return on_ranks(place, [["run.timeout_seconds=3"]] * 2)
+
+
+@pytest.mark.parametrize("blocked", [[0, 1], [1]])
+def test_ranks_that_cannot_connect_fail_the_check_on_each_rank(here: Path, blocked: list[int]) -> None:
+    (passed, lines), (other, _) = run_ranks(2, on_ranks_that_cannot_connect, here, blocked, timeout_seconds=60)
+    assert not passed
+    assert not other
+    (line,) = [line for line in lines if line.startswith("fail")]
+    assert line.startswith("fail  network: ")
+    assert "ranks cannot exchange tensors" in line
+    assert "open all ports between the nodes" in line
 
 
 def test_a_slow_link_is_named() -> None:
