@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moescale.checkpoint.remote import RemoteStorage
 from moescale.cluster.agreement import Agreement
 from moescale.cluster.directory import choose_checkpoint, shared_directory
 from moescale.cluster.identity import describe_run, refuse_differences
 from moescale.cluster.launch import read_launch
+from moescale.cluster.recovery import try_memory
 from moescale.cluster.stopping import die_with_launcher
 from moescale.cluster.surroundings import Finding, Needs, look_around
 from moescale.config import Config, ConfigError, TrainingError
 from moescale.files.writing import write_synced
 from moescale.parallel.mesh import start_mesh, stop_mesh
 from moescale.planner.picture import draw_layout
-from moescale.resume import go_on
+from moescale.resume import Standing, first_batches, go_on
 from moescale.start import check_packages, meet, needs_of, prepare
 
 LINK_BYTES = 2**24  # that each rank sends its neighbour at a time
@@ -57,6 +59,7 @@ class _Doctor:
     def __init__(self, ranks: Agreement, say: Callable[[str], None]) -> None:
         self.ranks, self.failed = ranks, False
         self._checkpoint: Path | None = None  # that a run would go on from
+        self._storage: RemoteStorage | None = None
         self._say = say if ranks.launch.rank == 0 else lambda _: None
 
     def examine(self, load: Callable[[], Config]) -> None:
@@ -69,6 +72,7 @@ class _Doctor:
         self._passes("sameness", lambda: self._compare(config))
         self._passes("packages", lambda: self._check_packages(config))
         self._passes("run.dir", lambda: self._enter(config))
+        self._passes("copies", lambda: self._try_memory(config))
         self._passes("text", lambda: self._read_text(config))
         self._passes("network", lambda: self._measure_network(config))
 
@@ -101,19 +105,35 @@ class _Doctor:
 
     def _check_packages(self, config: Config) -> Iterable[str]:
         self.ranks.together(lambda: check_packages(config))
+        url = config.checkpoint.url
+        self._storage = None if url is None else self.ranks.together(lambda: RemoteStorage(url))
         yield "those that the configuration asks for are there"
 
     def _enter(self, config: Config) -> Iterable[Finding | str]:
         """See what the run directory offers: whether all see it, room, speed, and what a run would go on from."""
         ranks, needs = self.ranks, needs_of(config, self.ranks.launch.size)
         with shared_directory(ranks, config.run.dir) as run_dir:
-            checkpoint, damage = choose_checkpoint(ranks, run_dir)
-            self._checkpoint = checkpoint
+            self._checkpoint, damage = choose_checkpoint(ranks, run_dir, rename=False)
             yield from (Finding("run.dir", "warn", line) for line in damage)
-            yield f"every rank sees {config.run.dir}, " + (
-                "where a new run would begin" if checkpoint is None else f"where a run goes on from {checkpoint.name}")
+            yield f"every rank sees {config.run.dir}, {self._beginning()}"
             yield from look_around(ranks, run_dir, needs)
             yield self._measure_disk(run_dir, needs, config.checkpoint.timeout_seconds)
+
+    def _beginning(self) -> str:
+        """Say where a run begins. Raises ConfigError where a storage that it would look into cannot be read."""
+        if self._checkpoint is not None:
+            return f"where a run goes on from {self._checkpoint.name}"
+        storage = self._storage
+        stored = None if storage is None else self.ranks.on_first(lambda: max(storage.steps(), default=None))
+        if storage is None or stored is None:
+            return "where a new run would begin"
+        return f"where a run would begin with step {stored} of {storage.url}"
+
+    def _try_memory(self, config: Config) -> Iterable[str]:
+        kept = config.checkpoint
+        if kept.in_memory is not None:
+            try_memory(self.ranks, Path(config.run.dir).expanduser(), kept.memory_dir)
+            yield f"every host can keep them in checkpoint.memory_dir={kept.memory_dir}"
 
     def _measure_disk(self, run_dir: Path, needs: Needs, limit_seconds: float) -> Finding:
         """Let all ranks write at the same time, as they do for a checkpoint."""
@@ -142,11 +162,12 @@ class _Doctor:
         yield (f"{corpus.train.num_tokens:,} tokens of {corpus.train.num_documents:,} documents to train on, the same "
                "on every rank")
         yield from corpus.notes
-        checkpoint = self._checkpoint
+        checkpoint, standing = self._checkpoint, Standing()
         if checkpoint is not None:
-            notes = ranks.together(lambda: go_on(checkpoint, config, corpus, tokenizer)).notes
+            standing = ranks.together(lambda: go_on(checkpoint, config, corpus, tokenizer))
             yield f"the run can go on from {checkpoint.name}"
-            yield from notes
+            yield from standing.notes
+        ranks.together(lambda: first_batches(config, corpus, standing.start))
 
     def _measure_network(self, config: Config) -> Iterable[Finding | str]:
         ranks = self.ranks

@@ -138,11 +138,14 @@ def _refuse_unanswered(probe: Path, answering: Sequence[int], hosts: Sequence[st
                               f"{rank} ({hosts[rank]}) wrote there: write a directory that all nodes share")
 
 
-def choose_checkpoint(ranks: Agreement, run_dir: Path) -> tuple[Path | None, tuple[str, ...]]:
+def choose_checkpoint(
+    ranks: Agreement, run_dir: Path, *, rename: bool = True
+) -> tuple[Path | None, tuple[str, ...]]:
     """Let rank 0 choose the checkpoint to go on from, and see to it that every rank sees that very one, undamaged.
 
-    Instead of a damaged one the one before it is taken. Returns the folder, None to start anew, and lines that say what
-    was damaged. Raises ConfigError where none is whole, and with the hosts that lack it and what they lack.
+    Instead of a damaged one the one before it is taken. rename: damaged ones, so that no run looks at them again.
+    Returns the folder, None to start anew, and lines that say what was damaged.
+    Raises ConfigError where none is whole, and with the hosts that lack it and what they lack.
     """
     damage: dict[str, str] = {}  # by the name of the folder
     while (choice := ranks.on_first(lambda: _describe(_newest(run_dir, damage)))) is not None:
@@ -150,7 +153,7 @@ def choose_checkpoint(ranks: Agreement, run_dir: Path) -> tuple[Path | None, tup
         folder = run_dir / "checkpoints" / str(name)
         problem = _problem_of(ranks, folder, manifest, whole)
         if problem is None:
-            notes = ranks.on_first(partial(_put_aside, run_dir, damage, folder.name))
+            notes = ranks.on_first(partial(_settle_damage, run_dir, damage, folder.name, rename))
             return folder, tuple(notes)
         damage[folder.name] = problem
     if damage:
@@ -176,12 +179,13 @@ def _newest(run_dir: Path, without: Collection[str]) -> Path | None:
     return next((folder for folder in newest_first(run_dir) if folder.name not in without), None)
 
 
-def _put_aside(run_dir: Path, damage: Mapping[str, str], chosen: str) -> list[str]:
+def _settle_damage(run_dir: Path, damage: Mapping[str, str], chosen: str, rename: bool) -> list[str]:
     """Rename damaged checkpoints, so that they count no longer among those that are kept. Returns what to say."""
     notes = []
     for name, problem in damage.items():
         try:
-            left = f"it is kept as {put_aside(run_dir / 'checkpoints' / name).name}"
+            left = (f"it is kept as {put_aside(run_dir / 'checkpoints' / name).name}" if rename else
+                    f"a run keeps it as {name}.damaged")
         except OSError as error:
             left = f"it cannot be renamed: {error.strerror}"
         notes.append(f"{name} is damaged: {problem}; {left}, and the run goes on from {chosen}")

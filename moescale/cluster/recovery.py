@@ -48,6 +48,20 @@ def open_memory(ranks: Agreement, run_dir: Path, memory_dir: str) -> MemoryPlace
     return MemoryPlace(folder, partners([str(node) for node in nodes]), first)
 
 
+def try_memory(ranks: Agreement, run_dir: Path, memory_dir: str) -> None:
+    """See whether `open_memory` can make its folders, and leave nothing behind; all ranks call. Raises ConfigError."""
+    token = str(ranks.on_first(lambda: _read_token(run_dir) or secrets.token_hex(8)))
+    folder = _home(run_dir, memory_dir, token) / f".probe-{secrets.token_hex(6)}"
+    first, there = ranks.launch.local_rank == 0, folder.parent.exists()
+    try:
+        ranks.together(lambda: _make(folder) if first else None)
+    finally:
+        if first:
+            for made in [folder] if there else [folder, folder.parent]:
+                with suppress(OSError):  # another node of this machine still has its own there
+                    made.rmdir()
+
+
 def taken_by_copies(run_dir: Path, memory_dir: str) -> int:
     """Add up the bytes of this run's copies on this machine."""
     token = _read_token(run_dir)

@@ -16,6 +16,7 @@ from moescale.config import load_config
 from moescale.doctor import examine, judge_links
 from moescale.parallel.ranks import run_ranks
 from tests.support.command_line import TINY
+from tests.support.saved import flip, save
 
 
 @pytest.fixture
@@ -46,6 +47,43 @@ def test_one_process_is_examined_and_nothing_is_left(here: Path) -> None:
     result = CliRunner().invoke(app, ["doctor", "tiny.yaml", "data.files=[none/*.txt]", "parallel.tp=2"])
     assert result.exit_code == 2
     assert result.output.startswith("fail  ranks: parallel.tp=2 is 2 ranks")
+
+
+@pytest.mark.parametrize(("word", "check", "said"), [
+    ("checkpoint.url=none://bucket/run", "packages", "checkpoint.url=none://bucket/run cannot be used"),
+    ("data.max_epochs=0.001", "text", "write data.max_epochs="),
+    ("checkpoint.memory_dir=none", "copies", "checkpoint.memory_dir=none cannot be used"),
+])
+def test_what_a_run_would_refuse_before_its_first_step_fails(here: Path, word: str, check: str, said: str) -> None:
+    result = CliRunner().invoke(app, ["doctor", "tiny.yaml", "checkpoint.in_memory=1", word])
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("fail")]
+    assert line.startswith(f"fail  {check}: ")
+    assert said in line
+
+
+def test_nothing_is_changed(here: Path) -> None:
+    """Neither a damaged checkpoint nor a folder of copies, and nothing new is left."""
+    (here / "memory").mkdir()
+    for step in (5, 10):
+        save(here / "run", step, keep=9)
+    flip(here / "run/checkpoints/step_00000010/__0_0.distcp")
+
+    def there() -> list[Path]:
+        return sorted(path for folder in ("run", "memory") for path in (here / folder).rglob("*"))
+
+    before = there()
+    words = ["checkpoint.in_memory=1", "checkpoint.memory_dir=memory"]
+    output = CliRunner().invoke(app, ["doctor", "tiny.yaml", *words]).output
+    assert "warn  run.dir: step_00000010 is damaged: __0_0.distcp was altered; a run keeps it as " in output
+    assert "ok    copies: every host can keep them in checkpoint.memory_dir=memory" in output
+    assert there() == before
+
+
+def test_the_step_that_lies_in_a_storage_is_said(here: Path) -> None:
+    save(here / "away", 5, keep=9)
+    output = CliRunner().invoke(app, ["doctor", "tiny.yaml", f"checkpoint.url=file://{here}/away/checkpoints"]).output
+    assert f"where a run would begin with step 5 of file://{here}/away/checkpoints" in output
 
 
 def on_ranks(place: Path, words: list[list[str]]) -> tuple[bool, list[str]]:
