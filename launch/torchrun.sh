@@ -3,10 +3,11 @@
 #   NODES=4 HEAD=node0:29500 launch/torchrun.sh configs/mixtral_8x7b.yaml run.dir=/shared/runs/mixtral
 # What a user may set, in the environment:
 #   NODES      how many nodes (1), or MIN:MAX where parallel.elastic=true; one that is silent for 6 s counts as lost
-#   HEAD       host:port of any one of them, by the address that the others reach it at (localhost:29500)
+#   HEAD       host:port of any one of them, by the address that the others reach it at (localhost:29500); each job
+#              needs a port of its own: two on one port meet in one store, and the second waits, or ends with the first
 #   ADDRESS    this node's own address, where it has several (what its name leads to)
 #   RANKS      ranks on this node (one a GPU, or one a core)
-#   JOB        a name that tells two jobs on one head apart (moescale)
+#   JOB        a name that tells two jobs apart (moescale)
 #   RESTARTS   how often the ranks are started again, from the last checkpoint, when one of them dies (3)
 #   COMMAND    train, or doctor, which checks everything without training (train)
 #   PYTHON     the Python that has MoEScale (python)
