@@ -42,11 +42,12 @@ class Saver:
         self.spoilt: NotFiniteError | None = None  # what was to be saved and may not be, since the run last went back
         self.last = last
 
-    def save(self, capture: Callable[[HostCopy | None], Capture]) -> None:
+    def save(self, capture: Callable[[HostCopy | None], Capture], *, last: bool = False) -> None:
         """Save this moment; all ranks call. Returns when the copy is made, or, in the foreground, all is written.
 
         capture: holds the moment still, in the host memory that it is given. A write that is still under way is waited
-        for first.
+        for first. last: no other save follows: all is written when this returns. Raises ConfigError where the last one
+        could not be written.
         """
         began = time.monotonic()
         self.finish()
@@ -56,8 +57,8 @@ class Saver:
         moment = capture(self._host if self._background else None)
         self._step = moment.step
         self._writer.start(partial(self._write, moment))
-        if not self._background:
-            self.finish()
+        if last or not self._background:
+            self.finish(must=last)
 
     def look(self) -> None:
         """Take note of a write that has ended since the last look."""
@@ -143,17 +144,17 @@ class Saving:
             self._memory.finish()
             self._copies.clear()
 
-    def end(self) -> Path | None:
-        """Wait until the last checkpoint is on the disk, and let go of copies in memory.
+    def end(self, capture: Callable[[HostCopy | None], Capture]) -> Path | None:
+        """Save the last moment of a run and let go of copies in memory; all ranks call.
 
-        Returns the checkpoint. Raises ConfigError where it could not be written. What may not be written is in
-        `disk.spoilt`: then the run does not end here.
+        Returns the checkpoint. Raises ConfigError where it could not be written: then the copies stay. What may not be
+        written is in `disk.spoilt`: then the run does not end here.
         """
-        folder = self.disk.finish(must=True)
+        self.disk.save(capture, last=True)
         if self.disk.spoilt is None and self._copies is not None and self._memory is not None:
             self._memory.finish()
             self._copies.remove()
-        return folder
+        return self.disk.last
 
     def leave(self, seconds: float) -> None:
         """Let writes under way end within a limited time, where the run ends on an error."""

@@ -238,9 +238,12 @@ class _Run:
             self.saving.copy(self._capture)
         if save or order.save:
             self.watchdog.pause("saving")
-            self.saving.disk.save(self._capture)
+            checkpoint = None
+            if order.stop or last:
+                checkpoint = self.saving.end(self._capture)
+            else:
+                self.saving.disk.save(self._capture)
             orders.saved()
-            checkpoint = self.saving.end() if order.stop or last else None
             if self._goes_back(self.rollbacks.decide_save(), order):
                 return
             if order.stop and not last:

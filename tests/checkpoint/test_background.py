@@ -137,12 +137,11 @@ def test_a_write_that_fails_is_told_at_the_next_step_and_tried_again_at_the_next
     assert "no checkpoint of step 1 could be written" in word
     assert "no space left on device" in word
     assert "the next save tries again" in word
-    saver.save(moments)
     with pytest.raises(ConfigError, match="no checkpoint of step 2"):
-        saver.finish(must=True)
+        saver.save(moments, last=True)
     monkeypatch.setattr(store, "_finish", real)
-    saver.save(moments)
-    assert saver.finish(must=True).name == "step_00000003"
+    saver.save(moments, last=True)
+    assert saver.last.name == "step_00000003"
 
 
 def lose_a_rank(folder: Path) -> str:

@@ -120,6 +120,26 @@ def test_a_signal_during_an_evaluation_or_a_save_lets_it_be_finished(
     assert "step_00000005" in saved(folder / "saving")
 
 
+@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("asked", [True, False], ids=["asked to end", "last step"])
+def test_a_last_save_that_fails_is_a_failure_and_leaves_the_copies_in_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str, asked: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_finish", fail)
+    if asked:
+        monkeypatch.setattr(NativeEngine, "step", once(6, send(signal.SIGTERM), NativeEngine.step))
+    status, output = start(folder, f"full_{background}_{asked}", f"checkpoint.background={background}",
+                           "checkpoint.in_memory=4", f"checkpoint.memory_dir={tmp_path}")
+    assert status == 2
+    assert f"no checkpoint of step {6 if asked else STEPS} could be written" in output.splitlines()[-1]
+    assert "training goes on" not in output
+    (copy,) = tmp_path.glob("*/*/step_*/copy.json")
+    assert copy.parent.name == f"step_{4 if asked else 8:08d}"
+
+
 def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
