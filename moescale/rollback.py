@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from moescale.audit import Audit
-from moescale.checkpoint.store import find_damage, go_back, latest_checkpoint, put_aside, read_state
-from moescale.checkpoint.together import Ranks
-from moescale.config import Config, TrainingError
+from moescale.checkpoint.store import find_damage, latest_checkpoint, put_aside, read_state, up_to
+from moescale.checkpoint.together import Failed, Ranks
+from moescale.config import Config, ConfigError, TrainingError
 from moescale.data.batches import Batches, Position
 from moescale.parallel.mesh import Mesh
 from moescale.saving import Saver
@@ -38,14 +39,16 @@ class Rollbacks:
     """Decides after each stretch of steps how a run goes on, the same on every rank.
 
     state: as a checkpoint says it. spoilt: names the weights whose gradients on this rank were not finite first.
-    saver: writes the checkpoints, of which one under way is waited for before the run goes back.
+    saver: writes the checkpoints, of which one under way is waited for before the run goes back. report: is told, in a
+    sentence, of checkpoints that are damaged.
     """
 
     def __init__(
         self, config: Config, mesh: Mesh, run_dir: Path, state: Mapping[str, Any], *, spoilt: Callable[[], list[str]],
-        saver: Saver,
+        saver: Saver, report: Callable[[str], None],
     ) -> None:
         self.config, self.mesh, self.run_dir, self.spoilt, self.saver = config, mesh, run_dir, spoilt, saver
+        self._report = report
         self.spikes = Spikes(config.spikes, state)
         self.skips = config.spikes.on_not_finite == "skip"  # whether the engine leaves updates out
         self._skipped_in_a_row = 0
@@ -89,9 +92,11 @@ class Rollbacks:
             back_to = self._checkpoint_before(at, what)
             if back_to is not None:
                 return Decision(back_to, (*notes, what))
+            notes = (*notes, f"{what}, and {self._nowhere}, so that training goes on")
             self.spikes.take(losses[spike:])
         if end < len(steps):
-            return self._answer(first + end + 1, self._blame(*steps[end]))
+            answer = self._answer(first + end + 1, self._blame(*steps[end]))
+            return replace(answer, notes=(*notes, *answer.notes))
         return Decision(notes=notes)
 
     def decide_save(self) -> Decision:
@@ -125,7 +130,7 @@ class Rollbacks:
             return Decision()
         cause = f"audit of step {step}: {what}"
         if self.config.spikes.on_not_finite == "back":
-            back_to = self._checkpoint_before(step, cause, up_to=sound)
+            back_to = self._checkpoint_before(step, cause, highest=sound)
             if back_to is not None:
                 return Decision(back_to, (cause,), around=False)
         raise TrainingError(f"{cause}; weights were last found sound after step {sound}: remove the checkpoints of "
@@ -182,39 +187,45 @@ class Rollbacks:
         cause = cause or f"not finite: {what} at step {step}"
         back_to = self._checkpoint_before(step, cause)
         if back_to is None:
-            self._end(step, f"{what}, and no checkpoint lies spikes.back={self.config.spikes.back} steps before to go "
-                      "back to")
+            self._end(step, f"{what}, and {self._nowhere}")
         return Decision(back_to, (cause,))
 
-    def _checkpoint_before(self, step: int, what: str, up_to: int | None = None) -> Path | None:
-        """Find the last undamaged checkpoint to go back to. Raises TrainingError where the run went back too often.
+    def _checkpoint_before(self, step: int, what: str, highest: int | None = None) -> Path | None:
+        """Find the last undamaged checkpoint to go back to, and put those aside that are found to be damaged.
 
-        up_to: its step at most; None is spikes.back before.
+        highest: its step at most; None is spikes.back before. What is newer stays: where none is found, it is the best
+        there is. Raises TrainingError where the run went back too often, and ConfigError where one cannot be read.
         """
         most = self.config.spikes.most
         if self.count >= most:
             self._end(step, f"{what}, after the run went back spikes.most={most} times")
         self.saver.finish()
-        up_to = step - self.config.spikes.back if up_to is None else up_to
-        while True:
-            told = torch.tensor(-1, device=self.mesh.device)
-            if self.mesh.rank == 0:
-                to = go_back(self.run_dir, up_to, self.config.checkpoint.every)
-                told.fill_(-1 if to is None else read_state(to)["step"])
-            if self.mesh.world_group is not None:
-                dist.broadcast(told, 0, group=self.mesh.world_group)
-            if int(told) < 0:
-                return None
-            folder = self.run_dir / "checkpoints" / f"step_{int(told):08d}"
-            if self._is_whole(folder):
-                return folder
-            if self.mesh.rank == 0:
-                put_aside(folder)
+        highest = step - self.config.spikes.back if highest is None else highest
+        ranks, damage = Ranks(self.mesh.world_group), dict[Path, str]()
+        try:
+            seen = ranks.together(lambda: up_to(self.run_dir, highest, self.config.checkpoint.every))
+            names = ranks.gather([folder.name for folder in seen])[0]  # those that the first rank sees
+            for folder in (self.run_dir / "checkpoints" / name for name in names):
+                found = ranks.together(partial(find_damage, folder, ranks.rank, ranks.size))
+                problem = next((each for each in ranks.gather(found) if each is not None), None)
+                if problem is None:
+                    self._put_aside(damage, f"the run goes back to {folder.name}")
+                    return folder
+                damage[folder] = problem
+        except Failed as error:
+            raise ConfigError(str(error)) from None
+        self._put_aside(damage, "no checkpoint before it is whole")
+        return None
 
-    def _is_whole(self, checkpoint: Path) -> bool:
-        """Whether no rank finds damage in its share of the files."""
-        damage = find_damage(checkpoint, self.mesh.rank, self.mesh.world_size)
-        return self._hold_everywhere([damage is None])[0]
+    def _put_aside(self, damage: Mapping[Path, str], then: str) -> None:
+        """Let rank 0 rename damaged checkpoints, and say so. then: what follows"""
+        if self.mesh.rank == 0:
+            for folder, problem in damage.items():
+                self._report(f"{folder.name} is damaged: {problem}; {put_aside(folder)}, and {then}")
+
+    @property
+    def _nowhere(self) -> str:
+        return f"no whole checkpoint lies spikes.back={self.config.spikes.back} steps before to go back to"
 
     def _blame(self, loss: float, grad_norm: float) -> str:
         """Say what is not finite, as a rank has it that sees it, and whose gradient of those backward came to first."""

@@ -11,6 +11,8 @@ from moescale.checkpoint.background import BackgroundWriter
 from moescale.checkpoint.capture import Capture, HostCopy
 from moescale.checkpoint.memory import MemoryCopies, MemoryPlace
 from moescale.checkpoint.remote import RemoteStorage
+from moescale.checkpoint.store import remove_after
+from moescale.checkpoint.together import Failed, Ranks
 from moescale.config import CheckpointConfig, ConfigError, NotFiniteError
 from moescale.parallel.mesh import Mesh
 
@@ -88,10 +90,13 @@ class Saver:
             self._saved(self._step, folder)
         return self.last
 
-    def go_back(self) -> None:
-        """Wait for the write under way, and forget what may not be saved, before a run takes another course."""
+    def go_back(self, to: Path) -> None:
+        """Wait for the write under way, and forget what may not be saved, before a run takes another course.
+
+        to: the folder that it takes it from, as if that were written last.
+        """
         self.finish()
-        self.spoilt = None
+        self.spoilt, self.last = None, to
 
     def leave(self, seconds: float) -> None:
         """Let a write under way end within a limited time, where the run ends on an error."""
@@ -109,7 +114,7 @@ class Saving:
         """place: where copies in memory are kept; None keeps none. storage: where checkpoints are copied to, if
         anywhere. The others are those of `Saver`, for the disk.
         """
-        self._every = config.in_memory
+        self._every, self._mesh = config.in_memory, mesh
 
         def write(moment: Capture) -> Path:
             folder = moment.write(run_dir, config.keep, mesh.checkpoint_group)
@@ -137,12 +142,20 @@ class Saving:
         for saver in self._savers:
             saver.look()
 
-    def go_back(self) -> None:
-        """Let go of copies in memory and of what may not be saved, before a run goes back and takes another course."""
-        self.disk.go_back()
+    def go_back(self, checkpoint: Path) -> None:
+        """Let go of all that is newer than a whole checkpoint, from which a run takes another course; all ranks call.
+
+        Raises ConfigError on every rank where a checkpoint cannot be removed from the disk.
+        """
+        self.disk.go_back(checkpoint)
         if self._copies is not None and self._memory is not None:
             self._memory.finish()
             self._copies.clear()
+        try:
+            Ranks(self._mesh.checkpoint_group).on_first(lambda: remove_after(checkpoint))
+        except Failed as error:
+            raise ConfigError(f"what is newer than {checkpoint}, to which the run goes back, cannot be removed: "
+                              f"{error}; remove it and start again") from None
 
     def end(self, capture: Callable[[HostCopy | None], Capture]) -> Path | None:
         """Save the last moment of a run and let go of copies in memory; all ranks call.

@@ -164,7 +164,7 @@ class _Run:
         self.files: dict[str, str | bytes] = {"config.yaml": config.to_yaml(), **tokenizer.files}  # of a checkpoint
         self.saving = saving(saved=self.output.saved, report=self.output.tell)
         self.rollbacks = Rollbacks(config, mesh, run_dir, {} if checkpoint is None else read_state(checkpoint),
-                                   spoilt=self.engine.spoilt, saver=self.saving.disk)
+                                   spoilt=self.engine.spoilt, saver=self.saving.disk, report=self.output.tell)
         self.audit = Audit(self.engine, mesh, config.run.audit_every, hosts)
         self._greet(checkpoint, standing.notes)
 
@@ -274,7 +274,7 @@ class _Run:
     def _go_back(self, checkpoint: Path, decision: Decision) -> None:
         """Go on from an earlier checkpoint, around the batches that the run has seen since if that was decided."""
         self.watchdog.pause("going back")
-        self.saving.go_back()
+        self.saving.go_back(checkpoint)
         standing = self.stands(checkpoint)
         order = partial(order_text, self.config, self.corpus)
         if decision.around:

@@ -187,15 +187,18 @@ def newest_first(run_dir: Path) -> list[Path]:
     return sorted(_all(run_dir / "checkpoints"), key=_step, reverse=True)
 
 
-def put_aside(folder: Path) -> Path:
-    """Give a damaged checkpoint a name by which no run goes on from it. Returns where it lies. Raises OSError."""
+def put_aside(folder: Path) -> str:
+    """Give a damaged checkpoint a name by which no run goes on from it. Returns in words where it lies then."""
     aside = folder.with_suffix(".damaged")
     number = 1
     while aside.exists():
         number += 1
         aside = folder.with_suffix(f".damaged{number}")
-    folder.rename(aside)
-    return aside
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        return f"it cannot be renamed: {describe(error)}"
+    return f"it is kept as {aside.name}"
 
 
 def write_manifest(folder: Path, state: dict[str, Any]) -> None:
@@ -225,19 +228,16 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def go_back(run_dir: Path, step: int, every: int) -> Path | None:
-    """Find the checkpoint of the highest step up to this one, of those that every so many steps ask for.
+def up_to(run_dir: Path, step: int, every: int) -> list[Path]:
+    """List the checkpoints up to this step that every so many steps ask for, whole or damaged, the last one first."""
+    return [folder for folder in newest_first(run_dir) if _step(folder) <= step and _step(folder) % every == 0]
 
-    Where there is one, those of higher steps are removed, since the run takes another course from there.
-    """
-    found = _all(run_dir / "checkpoints")
-    to = max((folder for folder in found if _step(folder) <= step and _step(folder) % every == 0), key=_step,
-             default=None)
-    if to is not None:
-        for folder in sorted(found, key=_step, reverse=True):  # a kill in the middle leaves an older one as the last
-            if _step(folder) > _step(to):
-                _remove(folder)
-    return to
+
+def remove_after(checkpoint: Path) -> None:
+    """Remove the checkpoints of later steps than this one, from which a run takes another course. Raises OSError."""
+    for folder in newest_first(checkpoint.parent.parent):  # a kill in the middle leaves an older one as the last
+        if _step(folder) > _step(checkpoint):
+            _remove(folder)
 
 
 def _names(parent: Path) -> set[str]:

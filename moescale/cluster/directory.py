@@ -183,11 +183,7 @@ def _settle_damage(run_dir: Path, damage: Mapping[str, str], chosen: str, rename
     """Rename damaged checkpoints, so that they count no longer among those that are kept. Returns what to say."""
     notes = []
     for name, problem in damage.items():
-        try:
-            left = (f"it is kept as {put_aside(run_dir / 'checkpoints' / name).name}" if rename else
-                    f"a run keeps it as {name}.damaged")
-        except OSError as error:
-            left = f"it cannot be renamed: {error.strerror}"
+        left = put_aside(run_dir / "checkpoints" / name) if rename else f"a run keeps it as {name}.damaged"
         notes.append(f"{name} is damaged: {problem}; {left}, and the run goes on from {chosen}")
     return notes
 

@@ -22,6 +22,7 @@ from moescale.data.batches import Batch, Batches
 from moescale.engine.base import StepLosses
 from moescale.engine.native import NativeEngine
 from moescale.generate import load_model
+from moescale.monitor.output import Output
 from moescale.parallel.ranks import run_ranks
 from moescale.rollback import Decision, Rollbacks
 from moescale.spikes import Losses, Spikes
@@ -183,19 +184,83 @@ def test_a_run_goes_back_from_a_step_that_is_not_finite(tmp_path: Path, monkeypa
     assert [line["rollbacks"] for line in lines] == 8 * [0] + 7 * [1]
 
 
-def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, TWENTY_ONE)
+def damage_at_twenty(monkeypatch: pytest.MonkeyPatch, *files: Path) -> None:
+    """Change a bit of each file before what comes after step 20 is looked at first."""
     decide = Rollbacks.decide
 
     def damage(self: Rollbacks, first: int, steps: Any) -> Decision:
         if first == 20 and self.count == 0:
-            flip(tmp_path / "run/checkpoints/step_00000016/__0_0.distcp")
+            self.saver.finish()
+            for file in files:
+                flip(file)
         return decide(self, first, steps)
 
     monkeypatch.setattr(Rollbacks, "decide", damage)
-    lines = run(tmp_path, "run", 30, not_finite="back", deviations=None, back=3)
-    assert any("went back to step 12" in text for line in lines for text in line.get("alerts", []))
-    assert (tmp_path / "run/checkpoints/step_00000016.damaged").is_dir()
+
+
+def alerts_of(lines: list[dict]) -> list[str]:
+    return [text for line in lines for text in line.get("alerts", [])]
+
+
+@pytest.mark.parametrize(("file", "problem"), [
+    ("__0_0.distcp", "__0_0.distcp was altered"), ("checkpoint.json", "its checkpoint.json cannot be read")])
+def test_a_damaged_checkpoint_is_not_gone_back_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, problem: str
+) -> None:
+    spoil(monkeypatch, TWENTY_ONE)
+    kept = tmp_path / "run/checkpoints"
+    damage_at_twenty(monkeypatch, kept / "step_00000016" / file)
+    if file == "checkpoint.json":
+        monkeypatch.setattr("tests.end_to_end.test_spikes.flip", lambda file: file.write_text("{"))
+    first, second = alerts_of(run(tmp_path, "run", 30, not_finite="back", deviations=None, back=3))
+    assert first == (f"step_00000016 is damaged: {problem}; it is kept as step_00000016.damaged, and the run goes back "
+                     "to step_00000012")
+    assert "went back to step 12" in second
+    assert (kept / "step_00000016.damaged").is_dir()
+
+
+@pytest.mark.parametrize("spike", [True, False], ids=["spike", "not finite"])
+def test_nothing_newer_is_removed_where_no_whole_checkpoint_is_old_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spike: bool
+) -> None:
+    if spike:
+        poison(monkeypatch, TWENTY_ONE)
+    else:
+        spoil(monkeypatch, TWENTY_ONE)
+    kept, present = tmp_path / "run/checkpoints", list[list[str]]()
+    damage_at_twenty(monkeypatch, kept / "step_00000016/__0_0.distcp")
+    before = Rollbacks._checkpoint_before
+
+    def find(self: Rollbacks, *args: Any) -> Path | None:
+        found = before(self, *args)
+        present.append(sorted(folder.name for folder in kept.iterdir()))
+        return found
+
+    monkeypatch.setattr(Rollbacks, "_checkpoint_before", find)
+    told, tell = list[str](), Output.tell
+    monkeypatch.setattr(Output, "tell", lambda self, *notes: (told.extend(notes), tell(self, *notes))[1])
+    words = "and no whole checkpoint lies spikes.back=4 steps before to go back to"
+    keys = {"checkpoint": {"keep": 2}}
+    if spike:
+        run(tmp_path, "run", 22, **keys)
+    else:
+        with pytest.raises(TrainingError, match=words):
+            run(tmp_path, "run", 22, not_finite="back", deviations=None, **keys)
+    assert present[0] == ["step_00000016.damaged", "step_00000020"]
+    damaged, *others = told
+    assert damaged == ("step_00000016 is damaged: __0_0.distcp was altered; it is kept as step_00000016.damaged, and "
+                       "no checkpoint before it is whole")
+    assert [f"at step 21, {words}, so that training goes on" in text for text in others] == [True] * spike
+
+
+def test_what_is_newer_and_cannot_be_removed_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(13, "Permission denied")
+
+    spoil(monkeypatch, TWENTY_ONE)
+    monkeypatch.setattr("moescale.saving.remove_after", refuse)
+    with pytest.raises(ConfigError, match=r"newer than .*step_00000016, to which .*: permission denied; remove it and"):
+        run(tmp_path, "run", 30, not_finite="back", deviations=None)
 
 
 def spoil_moment(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
