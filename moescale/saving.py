@@ -114,7 +114,7 @@ class Saving:
         """place: where copies in memory are kept; None keeps none. storage: where checkpoints are copied to, if
         anywhere. The others are those of `Saver`, for the disk.
         """
-        self._every, self._mesh = config.in_memory, mesh
+        self._every, self._mesh, self._storage, self._report = config.in_memory, mesh, storage, report
 
         def write(moment: Capture) -> Path:
             folder = moment.write(run_dir, config.keep, mesh.checkpoint_group)
@@ -145,7 +145,8 @@ class Saving:
     def go_back(self, checkpoint: Path) -> None:
         """Let go of all that is newer than a whole checkpoint, from which a run takes another course; all ranks call.
 
-        Raises ConfigError on every rank where a checkpoint cannot be removed from the disk.
+        Raises ConfigError on every rank where a checkpoint cannot be removed from the disk. Where one cannot be removed
+        from the storage that is told, and the run goes on.
         """
         self.disk.go_back(checkpoint)
         if self._copies is not None and self._memory is not None:
@@ -156,6 +157,11 @@ class Saving:
         except Failed as error:
             raise ConfigError(f"what is newer than {checkpoint}, to which the run goes back, cannot be removed: "
                               f"{error}; remove it and start again") from None
+        if self._storage is not None:
+            try:
+                self._storage.remove_after(checkpoint, self._mesh.checkpoint_group)
+            except ConfigError as error:
+                self._report(str(error))
 
     def end(self, capture: Callable[[HostCopy | None], Capture]) -> Path | None:
         """Save the last moment of a run and let go of copies in memory; all ranks call.

@@ -102,6 +102,58 @@ def test_what_is_not_whole_does_not_count_and_what_is_damaged_is_refused(tmp_pat
     assert not list((run / "checkpoints").iterdir())
 
 
+def test_the_course_that_a_run_has_left_is_let_go_of(tmp_path: Path, url: str) -> None:
+    storage, run = RemoteStorage(url), tmp_path / "run"
+    for step in (1, 4, 5, 6):
+        storage.push(save(run, step), 4, None)
+    storage.remove_after(run / "checkpoints/step_00000001", None)
+    assert storage.steps() == [1]
+    for step in (2, 3):
+        storage.push(save(run, step, keep=9), 2, None)
+    assert storage.steps() == [2, 3]
+
+
+def test_a_push_keeps_its_own_steps_beside_later_ones_that_stayed(tmp_path: Path) -> None:
+    storage, run = RemoteStorage(f"file://{tmp_path}/elsewhere"), tmp_path / "run"
+    for step in (4, 5, 6):
+        storage.push(save(run, step), 3, None)
+    shutil.rmtree(run)
+    (tmp_path / "elsewhere/step_00000004/__9_0.distcp").write_text("of other ranks")
+    for step, keep, left in ((1, 1, [1, 4, 5, 6]), (2, 2, [1, 2, 4, 5, 6]), (3, 2, [2, 3, 4, 5, 6]), (4, 1, [4, 5, 6])):
+        storage.push(save(run, step, keep=9), keep, None)
+        assert storage.steps() == left
+    assert not (tmp_path / "elsewhere/step_00000004/__9_0.distcp").exists(), "this step was written anew"
+
+
+def push_where_no_list_comes(folder: Path, url: str) -> list[str]:
+    """Push on ranks of which the first one cannot list the storage, and go back. Returns what each is told."""
+    dist.init_process_group("gloo")
+    storage, said = RemoteStorage(url), []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage._files, "ls", refuse)
+        for work in (lambda: storage.push(folder, 1, None), lambda: storage.remove_after(folder, None)):
+            try:
+                work()
+            except ConfigError as error:
+                said.append(str(error))
+    return said
+
+
+def test_a_storage_that_cannot_be_listed_is_told_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    url = f"file://{tmp_path}/elsewhere"
+    folder = save(tmp_path / "run")
+    first, second = run_ranks(2, push_where_no_list_comes, folder, url, timeout_seconds=30)
+    assert first == second
+    pushed, removed = first
+    assert pushed == f"{folder} is on the disk, but could not be copied to {url}: {url}: permission denied"
+    assert removed.startswith("what is newer than step 1, to which the run goes back, could not be removed from")
+
+
 def push_and_fetch(run_dir: Path, again: Path, url: str) -> list[str]:
     ranks = Agreement(read_launch())
     ranks.meet(30)

@@ -16,6 +16,7 @@ import yaml
 
 from moescale.checkpoint.background import BackgroundWriter
 from moescale.checkpoint.memory import MemoryCopies
+from moescale.checkpoint.remote import RemoteStorage
 from moescale.comm.collectives import local_tensor
 from moescale.config import ConfigError, TrainingError, parse_config
 from moescale.data.batches import Batch, Batches
@@ -174,6 +175,23 @@ def test_updates_are_not_left_out_for_ever(tmp_path: Path, monkeypatch: pytest.M
     spoil(monkeypatch, range(16 * BATCH, 10_000))
     with pytest.raises(TrainingError, match=r"after the updates of spikes\.most=3 steps in a row were left out"):
         run(tmp_path, "run", 30, not_finite="skip", most=3)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "a storage that keeps all"])
+def test_a_run_that_goes_back_lets_go_of_later_steps_in_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    spoil(monkeypatch, TWENTY_ONE)
+    url, there, go_back = f"file://{tmp_path}/elsewhere", list[list[int]](), Output.go_back
+    if fails:
+        monkeypatch.setattr(RemoteStorage, "_remove", lambda *_: 1 / 0)
+    monkeypatch.setattr(Output, "go_back", lambda self, *args: (
+        there.append(RemoteStorage(url).steps()), go_back(self, *args))[1])
+    lines = run(tmp_path, "run", 22, not_finite="back", deviations=None, back=8, checkpoint={"keep": 6, "url": url})
+    assert there == [[4, 8, 12, 16, 20] if fails else [4, 8, 12]]
+    assert RemoteStorage(url).steps() == [4, 8, 12, 16, 20, 22]
+    told = [text for text in alerts_of(lines) if "could not be removed from file://" in text]
+    assert len(told) == fails
 
 
 def test_a_run_goes_back_from_a_step_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
