@@ -8,6 +8,7 @@
 // torch's own products run on: those of another team would wait for the cores on which these look for work. Every
 // function returns 0, or what torch returned when it failed. Compiled at its first use by moescale/ops/native.py.
 
+#include <algorithm>
 #include <cmath>
 
 #include "native_attention.h"
@@ -39,6 +40,29 @@ void add(const T* in, const int64_t* token, int64_t rows, int64_t width, float* 
         float* to = total + token[row] * width;
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) to[i] += load(from[i]);
+    }
+}
+
+// out: of each token the sum of its rows, each times its factor; without factors they count once, and row -1 not at all.
+template <typename T>
+void sum_rows(const T* rows, const float* factor, const int64_t* row, int64_t tokens, int64_t choices, int64_t width,
+              T* out) {
+    constexpr int64_t most = 256;
+    float sum[most];
+    for (int64_t token = 0; token < tokens; ++token) {
+        for (int64_t begin = 0; begin < width; begin += most) {
+            const int64_t size = std::min(most, width - begin);
+            std::fill(sum, sum + size, 0.0f);
+            for (int64_t choice = token * choices; choice < (token + 1) * choices; ++choice) {
+                if (row[choice] < 0) continue;
+                const T* from = rows + row[choice] * width + begin;
+                const float f = factor ? factor[choice] : 1.0f;
+#pragma omp simd
+                for (int64_t i = 0; i < size; ++i) sum[i] += load(from[i]) * f;
+            }
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i) store(out[token * width + begin + i], sum[i]);
+        }
     }
 }
 
@@ -487,6 +511,14 @@ int64_t run_shares(const Kind* shares, int64_t count, const Body& body) {
     int64_t add_##NAME(int64_t parts, const T* in, const int64_t* token, int64_t rows, int64_t width, float* total) {  \
         split_rows(rows, parts, [&](int64_t low, int64_t high, int64_t) {                                              \
             add(in + low * width, token + low, high - low, width, total);                                              \
+        });                                                                                                            \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    int64_t sum_rows_##NAME(int64_t parts, const T* rows, const float* factor, const int64_t* row, int64_t tokens,     \
+                            int64_t choices, int64_t width, T* out) {                                                  \
+        split_rows(tokens, parts, [&](int64_t low, int64_t high, int64_t) {                                            \
+            sum_rows(rows, factor ? factor + low * choices : nullptr, row + low * choices, high - low, choices, width, \
+                     out + low * width);                                                                               \
         });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \

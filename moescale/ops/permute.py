@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moescale.ops import native
 from moescale.ops.device import triton_runs
 
 
@@ -53,12 +54,19 @@ def _sum_of_rows(rows: Tensor, weight: Tensor | None, row: Tensor) -> Tensor:
     """Sum weight * rows[row] over choices in at least float32.
 
     rows: [assignments, d_model]. weight: [tokens, choices], None = ones. row: [tokens, choices], -1 = none.
-    -> [tokens, d_model]
+    -> [tokens, d_model] in the dtype of rows
     """
     dtype = torch.promote_types(rows.dtype, torch.float32)
     partial = len(rows) != row.numel()  # some choices have no row
     if len(rows) == 0:
-        return rows.new_zeros(row.shape[0], rows.shape[1], dtype=dtype)
+        return rows.new_zeros(row.shape[0], rows.shape[1])
+    if native.runs(rows) and native.runs(row):
+        (tokens, choices), width = row.shape, rows.shape[1]
+        out = rows.new_empty(tokens, width)
+        factor = None if weight is None else weight.to(dtype).contiguous()
+        native.call("sum_rows", rows.dtype, native.parts(len(rows), width), rows.contiguous(), factor, row.contiguous(),
+                    tokens, choices, width, out)
+        return out
     total: Tensor | None = None
     for choice in range(row.shape[1]):
         index = row[:, choice]
@@ -74,7 +82,7 @@ def _sum_of_rows(rows: Tensor, weight: Tensor | None, row: Tensor) -> Tensor:
         else:
             total.addcmul_(chosen, factor)
     assert total is not None, "a token has at least one choice"
-    return total
+    return total.to(rows.dtype)
 
 
 class _Permute(torch.autograd.Function):
@@ -88,7 +96,7 @@ class _Permute(torch.autograd.Function):
         (row,) = ctx.saved_tensors
         if row.shape[1] == 1 and len(grad) == len(row):
             return grad.index_select(0, row[:, 0]), None, None
-        return _sum_of_rows(grad, None, row).to(grad.dtype), None, None
+        return _sum_of_rows(grad, None, row), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -98,7 +106,7 @@ class _Unpermute(torch.autograd.Function):
         by_choice = None
         if weight is not None:
             by_choice = weight.new_zeros(row.shape) if len(rows) == 0 else weight[row.clamp(min=0)]
-        return _sum_of_rows(rows, by_choice, row).to(rows.dtype)
+        return _sum_of_rows(rows, by_choice, row)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:

@@ -210,6 +210,28 @@ def test_permute_and_unpermute_equal_indexing(partial: bool) -> None:
     assert torch.autograd.gradcheck(lambda r, w: unpermute(r, w, token, row), (rows.detach().requires_grad_(), weight))
 
 
+@pytest.mark.parametrize("weighed", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_rows_in_float64(dtype: torch.dtype, compiled: bool, weighed: bool,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded once, on two threads, of more features than are added at a time; some choices have no row."""
+    if not compiled:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    row = torch.randperm(900).view(300, 3)
+    row[row >= 700] = -1
+    row[5] = -1
+    rows, weight = torch.randn(700, 500).to(dtype), torch.rand(700) if weighed else None
+    expected = torch.zeros(300, 500, dtype=torch.float64)
+    for token, choice in (row >= 0).nonzero().tolist():
+        index = row[token, choice]
+        expected[token] += rows[index].double() * (1 if weight is None else weight[index])
+    with torch_threads(2):
+        found = unpermute(rows, weight, torch.zeros(700, dtype=torch.int64), row)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=1e-6)
+
+
 def test_permute_without_a_row() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     none, row = torch.zeros(0, dtype=torch.int64), torch.full((4, 2), -1)
