@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,6 @@ from moescale.files.locks import FileLock
 
 SHARED_SECONDS = 30.0  # until a node sees on a network disk, when a run starts, what another one wrote
 CLAIM_SECONDS = 10.0  # ranks of a run that was killed may be about to end
-LEASE_SECONDS = 120.0  # until a network disk takes back the lock of a node that is gone; 90 by default of NFS 4
-LOCK = ".lock"  # in the run directory, as long as a run holds it
 
 
 @contextmanager
@@ -30,62 +28,35 @@ def shared_directory(ranks: Agreement, name: str) -> Iterator[Path]:
     path = Path(name).expanduser()
     first = ranks.launch.rank == 0
     made = [folder for folder in (path, *path.parents) if not folder.exists()] if first else []
-    held = ExitStack()
+    claim: FileLock | None = None
     try:
-        ranks.together(lambda: _claim(path, name, held) if first else None)
+        if first:
+            claim = ranks.together(lambda: _claim(path, name))
+        else:
+            ranks.together(lambda: None)
         if ranks.launch.size > 1:
             _probe(ranks, path, name)
         yield path
     finally:
-        held.close()
+        if claim is not None:
+            claim.close()
         with suppress(OSError):  # not empty: a run's
             for folder in made:
                 folder.rmdir()
 
 
-def _claim(path: Path, name: str, held: ExitStack) -> None:
-    """Make the directory and lock it, so that no two runs write into it; a process that ends lets go.
-
-    The folder itself is locked for this machine: network disks know no locks of folders. A file in it is locked for all
-    nodes; where it cannot be made nothing can be written, and no other run writes either. held: takes what to let go.
-    """
+def _claim(path: Path, name: str) -> FileLock:
+    """Make the directory and lock it, so that no two runs write into it; a process that ends lets go."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        held.enter_context(_take(lambda: FileLock(path), path, CLAIM_SECONDS))
+        deadline = time.monotonic() + CLAIM_SECONDS
+        while not (claim := FileLock(path)).taken:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"run.dir={path} is in use by another run: wait for it, or write another run.dir")
+            time.sleep(0.2)
+        return claim
     except OSError as error:
         raise ConfigError(f"run.dir={name} cannot be made: {error.strerror}: write another") from None
-    with suppress(OSError):
-        file = path / LOCK
-        held.enter_context(_take(lambda: _lock_file(file), path, LEASE_SECONDS))
-        held.callback(_remove, file)  # before it is let go: afterwards it may be another run's
-
-
-def _take(attempt: Callable[[], FileLock | None], path: Path, seconds: float) -> FileLock:
-    """Try to get a lock for so long. Raises ConfigError where another run keeps it, and OSError."""
-    deadline = time.monotonic() + seconds
-    while (lock := attempt()) is None or not lock.taken:
-        if time.monotonic() > deadline:
-            raise ConfigError(f"run.dir={path} is in use by another run: wait for it, or write another run.dir")
-        time.sleep(0.2)
-    return lock
-
-
-def _lock_file(file: Path) -> FileLock | None:
-    """Make a file and try to lock it. Returns None where another run that lets go removes it meanwhile."""
-    file.touch()
-    try:
-        lock = FileLock(file)
-        if lock.is_of(file):
-            return lock
-        lock.close()
-    except FileNotFoundError:
-        pass
-    return None
-
-
-def _remove(file: Path) -> None:
-    with suppress(OSError):
-        file.unlink()
 
 
 def _probe(ranks: Agreement, path: Path, name: str) -> None:

@@ -17,7 +17,6 @@ from moescale.cluster.directory import choose_checkpoint, shared_directory
 from moescale.cluster.identity import describe_run, refuse_differences
 from moescale.cluster.launch import Launch, read_launch
 from moescale.config import Config, ConfigError, LostRanksError, Silenced, Stopped, parse_config
-from moescale.files.locks import FileLock, is_locked
 from moescale.parallel.ranks import run_ranks
 from tests.support.saved import flip, save
 
@@ -250,53 +249,6 @@ def test_a_directory_that_is_not_shared_is_refused_and_left_as_it_was(tmp_path: 
     assert "rank 1" in str(results[0][1])
     assert read_launch().host in str(results[0][1])
     assert sorted(tmp_path.rglob("*")) == places
-
-
-def test_a_run_on_another_node_keeps_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a network disk the lock of the folder is known to one node alone, that of a file to all."""
-    monkeypatch.setattr(directory, "LEASE_SECONDS", 0.1)
-    run_dir, ranks = tmp_path / "run", Agreement(Launch())
-    with shared_directory(ranks, str(run_dir)):
-        assert is_locked(run_dir, unknown=False)
-        assert is_locked(run_dir / directory.LOCK, unknown=False)
-    assert not run_dir.exists(), "nothing empty is left"
-    run_dir.mkdir()
-    (run_dir / directory.LOCK).touch()  # of a run that was killed
-    with FileLock(run_dir / directory.LOCK):
-        with pytest.raises(ConfigError, match=r"run\.dir=.*run is in use by another run: wait for it"), \
-                shared_directory(ranks, str(run_dir)):
-            pass
-        assert not is_locked(run_dir, unknown=True), "who is refused lets go of the folder"
-    with shared_directory(ranks, str(run_dir)):
-        pass
-    assert not list(run_dir.iterdir())
-
-
-@pytest.mark.parametrize("another", [False, True])
-def test_the_lock_of_a_file_that_the_run_before_removed_counts_for_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, another: bool
-) -> None:
-    class Late(FileLock):
-        def __init__(self, path: Path) -> None:
-            super().__init__(path)
-            path.unlink()
-            if another:
-                path.touch()  # of a third run, which may hold it
-
-    monkeypatch.setattr(directory, "FileLock", Late)
-    assert directory._lock_file(tmp_path / directory.LOCK) is None
-
-
-def test_a_directory_where_no_file_can_be_made_is_held_by_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: Path) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "touch", refuse)
-    with shared_directory(Agreement(Launch()), str(tmp_path)) as run_dir:
-        assert is_locked(run_dir, unknown=False)
-    assert not list(tmp_path.iterdir())
 
 
 def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_chooses(tmp_path: Path) -> None:
