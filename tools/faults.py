@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,16 @@ SAVED = ["parallel.ep=2", "checkpoint.every=10", f"run.timeout_seconds={TIMEOUT_
 class Job:
     """One run on all hosts of a cluster, whose agents are started again when they end."""
 
-    def __init__(self, cluster: Cluster, ranks: int, run_dir: Path, words: Sequence[str]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        ranks: int,
+        run_dir: Path,
+        words: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.cluster, self.ranks, self.run_dir = cluster, ranks, run_dir
+        self.environment = environment
         cache = f"data.cache_dir={cluster.folder}/cache"
         self.words = ["train", *SMALL_RUN, *SAVED, cache, f"run.dir={run_dir}", *words]
         self.agents: dict[int, subprocess.Popen[Any]] = {}
@@ -74,7 +82,12 @@ class Job:
                 self.statuses.append(status)
             with self.said(host).open("a") as output:
                 self.agents[host] = self.cluster.launch(
-                    host, self.words, ranks=self.ranks, restarts=RESTARTS, output=output
+                    host,
+                    self.words,
+                    ranks=self.ranks,
+                    restarts=RESTARTS,
+                    environment=self.environment,
+                    output=output,
                 )
         return over == self.cluster.size
 

@@ -1,5 +1,6 @@
 """The small run that tools train on simulated hosts: the words of a command line, to which each adds its own."""
 
+SPOILT_EVERY = 25  # steps, of which tools/spoilt_run.py spoils the last
 SMALL_RUN = [
     "configs/quickstart.yaml",
     "data.files=[docs/*.md]",

@@ -3,7 +3,8 @@
     python tools/soak.py [--shape 2x2] [--faults 100] [--steps 1400] [--seed 0] [--record]
 
 The same run is trained twice on hosts of this machine: undisturbed, and with faults of the kinds of
-tools/faults.py, drawn by the seed, one every few steps. Fails unless the disturbed run ends by
+tools/faults.py, drawn by the seed, one every few steps. In both a gradient is no number in every
+25th step (tools/spoilt_run.py), whose update is left out. Fails unless the disturbed run ends by
 itself, its last checkpoint has the same bytes, each time it went on from the newest checkpoint or a
 later step, and no process, namespace or file is left.
 """
@@ -19,8 +20,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import Cluster, leftovers
+from cluster import ROOT, Cluster, leftovers
 from faults import KINDS, RECOVER_SECONDS, Job, impossible, note, shared_disk, strike
+from small_run import SPOILT_EVERY
 
 LOSES = {"newest_checkpoint_damaged"}  # which goes on from the one before
 END_SECONDS = 110.0
@@ -63,10 +65,11 @@ def train(
     problems: list[str] = []
     saved: dict[str, list[int]] = {}
     done: Counter[str] = Counter()
-    words = [f"run.steps={steps}", f"checkpoint.every={CHECKPOINT_EVERY}"]
+    words = [f"run.steps={steps}", f"checkpoint.every={CHECKPOINT_EVERY}", "spikes.not_finite=skip"]
+    spoilt = {"PYTHON_EXEC": str(ROOT / "tools/spoilt_run.py")}
     with Cluster(hosts) as cluster:
         run_dir = shared_disk(cluster) / "run"
-        job = Job(cluster, ranks, run_dir, words)
+        job = Job(cluster, ranks, run_dir, words, spoilt)
         possible = [kind for kind in kinds if kind not in impossible(cluster)]
         while sum(done.values()) < count and not problems:
             if not job.wait_for_steps(draw.randint(*STEPS_BETWEEN)):
@@ -94,6 +97,11 @@ def train(
             problems.append(f"it ended after step {job.last_step()} of {steps}")
         else:
             saved = saved_bytes(run_dir)
+        problems += [
+            f"step {step['step']} was to be spoilt, and has a gradient norm"
+            for step in job.steps()
+            if step["step"] % SPOILT_EVERY == 0 and "grad_norm" in step
+        ]
         problems += [
             f"{path} is left"
             for path in run_dir.rglob("*")

@@ -16,7 +16,7 @@ from typing import TypeVar
 import fsspec
 import torch.distributed as dist
 
-from moescale.checkpoint.store import MANIFEST, NAME, read_files
+from moescale.checkpoint.store import MANIFEST, NAME, read_files, step_of
 from moescale.checkpoint.tensor_files import unlike
 from moescale.checkpoint.together import Failed, Ranks, describe
 from moescale.config import ConfigError
@@ -45,7 +45,7 @@ class RemoteStorage:
 
         Raises ConfigError on every rank where it could not be copied; what lay there of other steps stays.
         """
-        ranks, target, step = Ranks(group), f"{self._root}/{folder.name}", _step(folder.name)
+        ranks, target, step = Ranks(group), f"{self._root}/{folder.name}", step_of(folder.name)
         old: list[int] = []
 
         def begin() -> None:
@@ -76,7 +76,7 @@ class RemoteStorage:
 
         Raises ConfigError on every rank where they could not be removed.
         """
-        step = _step(checkpoint.name)
+        step = step_of(checkpoint.name)
 
         def remove() -> None:
             for later in reversed(self.steps()):
@@ -96,7 +96,7 @@ class RemoteStorage:
             if not self._files.exists(self._root):
                 return []
             names = [str(path).rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
-            return sorted(_step(name) for name in names
+            return sorted(step_of(name) for name in names
                           if NAME.fullmatch(name) and self._files.exists(f"{self._root}/{name}/{MANIFEST}"))
 
         return self._told(find)
@@ -124,7 +124,3 @@ class RemoteStorage:
             return work()
         except Exception as error:
             raise ConfigError(f"{self.url}: {describe(error)}") from None
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step_"))

@@ -274,8 +274,13 @@ def _all(parent: Path) -> list[Path]:
     return [folder for folder in found if NAME.fullmatch(folder.name) and (folder / MANIFEST).exists()]
 
 
+def step_of(name: str) -> int:
+    """Read the step in a checkpoint's name."""
+    return int(name.removeprefix("step_"))
+
+
 def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+    return step_of(folder.name)
 
 
 def _make_room(partial: Path, files: Mapping[str, str | bytes]) -> None:
