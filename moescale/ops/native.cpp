@@ -3,16 +3,18 @@
 // for no other in Python.
 //
 // Rows are contiguous; `stride` is the distance between two rows of a matrix that is a part of a wider one. Arithmetic
-// is float and is rounded once, when it is stored. Products are torch's, called through the stable C interface that
-// torch.export's compiled models use (torch/csrc/inductor/aoti_torch/c/shim.h). Work is split among the threads that
-// torch's own products run on: those of another team would wait for the cores on which these look for work. Every
-// function returns 0, or what torch returned when it failed. Compiled at its first use by moescale/ops/native.py.
+// is float and is rounded once, when it is stored. Products are those of native_products.h where there are such, and
+// torch's elsewhere, called through the stable C interface that torch.export's compiled models use
+// (torch/csrc/inductor/aoti_torch/c/shim.h). Work is split among the threads that torch's own products run on: those of
+// another team would wait for the cores on which these look for work. Every function returns 0, or what torch returned
+// when it failed. Compiled at its first use by moescale/ops/native.py.
 
 #include <algorithm>
 #include <cmath>
 
 #include "native_attention.h"
 #include "native_numbers.h"
+#include "native_products.h"
 
 namespace {
 
@@ -326,9 +328,18 @@ class Tensor {
     int32_t error;
 };
 
-// Writes the product of a and b, each transposed where it says so, into `out`, or adds it to what is there.
+// Writes the product of a and b, each transposed where it says so, into `out`, or adds it to what is there. What
+// native_products.h cannot multiply, torch does.
 template <typename T>
 int32_t multiply(Matrix<T> a, bool a_transposed, Matrix<T> b, bool b_transposed, Matrix<T> out, bool accumulate) {
+#ifdef OWN_PRODUCTS
+    const int64_t inner = a_transposed ? a.rows : a.columns;
+    if (can_multiply(out.rows, inner, out.columns, a_transposed)) {
+        const Factor<T> left{a.data, a.stride, a_transposed}, right{b.data, b.stride, b_transposed};
+        multiply_here(out.rows, inner, out.columns, left, right, const_cast<T*>(out.data), out.stride, accumulate);
+        return 0;
+    }
+#endif
     const Tensor<T> left(a, a_transposed), right(b, b_transposed), to(out, false);
     if (left.error || right.error || to.error) return 1;
     return torch.addmm_out(to.handle, to.handle, left.handle, right.handle, accumulate, 1.0);
@@ -625,6 +636,7 @@ void use_torch(void* addmm_out, void* from_blob, void* drop, void* parallel) {
     torch.drop = reinterpret_cast<decltype(torch.drop)>(drop);
     run_team = reinterpret_cast<decltype(run_team)>(parallel);
 }
+int64_t own_panel() { return panel; }
 int64_t adamw_float32(int64_t parts, float* weight, const float* grad, bfloat16* mean, bfloat16* square,
                       const int32_t* number, int64_t rows, int64_t width, double decay, double kept1, double beta2,
                       double kept2, double rate, double root, double eps) {

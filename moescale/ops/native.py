@@ -55,6 +55,15 @@ def call_shares(
     call(name, dtype, table, len(shares), *arguments)
 
 
+def multiplies(*sizes: int) -> bool:
+    """Say whether products within compiled functions are their own, which no new number of rows makes compile.
+
+    sizes: of the matrices, but for numbers of rows, which must be even. Only where `runs` said so before.
+    """
+    panel = _function("own_panel", ())()
+    return panel > 0 and all(size % panel == 0 for size in sizes)
+
+
 def parts(rows: int, width: int) -> int:
     """Say on how many threads a pass over so many rows is computed: as many as torch has and as pay. width: of a row"""
     return max(1, min(torch.get_num_threads(), rows, rows * width // PART_NUMBERS))

@@ -72,8 +72,8 @@ class Share(NamedTuple):
 def cut(sizes: list[int], d_model: int, d_ff: int, *, round_up: bool, compiled: bool) -> list[Share]:
     """Share the rows among threads, and cut each expert's into equal blocks that fit the cache.
 
-    sizes: rows of each expert; one without rows has an empty block. round_up: round block lengths up to few sizes.
-    compiled: whether a thread computes its share without Python.
+    sizes: rows of each expert; one without rows has an empty block. round_up: round block lengths up to few sizes, and
+    not only to even ones. compiled: whether a thread computes its share without Python.
     """
     # How many threads, and where their shares begin: next to the end of an expert, when one is near.
     total, ends = sum(sizes), list(accumulate(sizes))
@@ -98,7 +98,7 @@ def cut(sizes: list[int], d_model: int, d_ff: int, *, round_up: bool, compiled: 
             for number in range(count):
                 low = start + (stop - start) * number // count
                 high = start + (stop - start) * (number + 1) // count
-                length = _rounded(high - low) if round_up else high - low
+                length = _rounded(high - low) if round_up else (high - low + 1) // 2 * 2
                 blocks.append(RowBlock(expert, low - rows.start, high - low, length, first=number == 0,
                                     borrowed=end - size < rows.start))
     return shares

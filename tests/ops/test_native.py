@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from moescale.ops import expert_feed_forward_blocks as blocks
 from moescale.ops import native, shares
@@ -75,6 +76,37 @@ def test_a_compiled_share_has_the_bits_of_its_steps(dtype: torch.dtype, narrow: 
             found.append([out, *(leaf.grad for leaf in leaves)])
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("narrow", [0, 256], ids=["wide", "narrow"])
+def test_experts_of_whole_panels_equal_float64(
+    dtype: torch.dtype, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose products are our own on some processors: of odd and even rows, one, and several blocks of an expert."""
+    monkeypatch.setattr(blocks, "NARROW", narrow)
+    monkeypatch.setattr(shares, "BLOCK_NUMBERS", 1)  # of 256 rows
+    sizes = [301, 0, 522, 41, 1, 64]
+    token = torch.cat([torch.randperm(540)[:size].sort().values for size in sizes])
+    shapes = [(540, 128), (6, 192, 128), (6, 192, 128), (6, 128, 192)]
+    x, gate, up, down = (torch.randn(shape).div(shape[-1] ** 0.5).to(dtype) for shape in shapes)
+    weight, grad = torch.rand(len(token)), torch.randn(540, 128).to(dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, gate, up, down, weight)]
+    with torch_threads(2):
+        out = blocks.feed_forward_in_blocks(*leaves, token, sizes, "silu")
+        out.backward(grad)
+    exact = [tensor.double().requires_grad_() for tensor in (x, gate, up, down, weight)]
+    answers = []
+    for expert, (rows, factors) in enumerate(zip(exact[0][token].split(sizes), exact[4].split(sizes), strict=True)):
+        hidden = F.silu(rows @ exact[1][expert].T) * (rows @ exact[2][expert].T) * factors.unsqueeze(1)
+        answers.append(hidden @ exact[3][expert].T)
+    wanted = torch.zeros(540, 128, dtype=torch.float64).index_add(0, token, torch.cat(answers))
+    wanted.backward(grad.double())
+    bound = 2e-6 if dtype == torch.float32 else 1e-2
+    found = [out.detach(), *(leaf.grad for leaf in leaves)]
+    for ours, theirs in zip(found, [wanted.detach(), *(leaf.grad for leaf in exact)], strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < bound
 
 
 @needs_compiler
