@@ -9,6 +9,7 @@ cannot say, and listens at one address alone (`rendezvous.py`).
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -236,7 +237,15 @@ def _advise(endpoint: str, nodes: str, ranks: str) -> str:
 
 def run(arguments: list[str]) -> int:
     """Start ranks as these options of torchrun say, and watch them. Returns the exit status of the node."""
-    options = parse_args(arguments)
+    usage = io.StringIO()
+    try:
+        with redirect_stderr(usage):
+            options = parse_args(arguments)
+    except SystemExit as ended:
+        if ended.code == 0:  # --help
+            return 0
+        _say(f"an option of torchrun cannot be taken: {usage.getvalue().strip().rpartition('error: ')[2]}")
+        return 2
     endpoint = "localhost:0" if options.standalone else options.rdzv_endpoint
     advice = _advise(endpoint, options.nnodes, options.nproc_per_node)
     if advice:

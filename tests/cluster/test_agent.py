@@ -152,6 +152,8 @@ def test_an_agent_that_looks_for_the_first_node_leaves_when_asked_to(
     ("--nproc-per-node", "two", "RANKS=two (--nproc-per-node) is no number of ranks: write how many this node has"),
     ("--nproc-per-node", "0", "RANKS=0 (--nproc-per-node) is no number of ranks: write how many this node has"),
     ("--max-restarts", "-1", "an option of torchrun cannot be taken: max_restarts must be >= 0"),
+    ("--max-restarts", "few", "an option of torchrun cannot be taken: argument --max-restarts/--max_restarts: invalid "
+                              "int value: 'few'"),
 ])
 def test_numbers_that_are_none_are_refused_for_good(
     capfd: pytest.CaptureFixture[str], option: str, value: str, words: str
