@@ -42,6 +42,7 @@ START_SECONDS = 110.0
 RECOVER_SECONDS = 110.0
 RESTARTS = 1000
 SECOND_PORT = 29501  # of another job on the first host
+LAST_STEPS = 10  # more than ranks finish once they were struck; those that were just starting go on all the same
 REFUSED = 2  # the status of a job that cannot work as it was asked for
 DISK = "256m"
 TAIL_BYTES = 1 << 18
@@ -285,7 +286,7 @@ def strike(job: Job, kind: str, draw: random.Random) -> dict[str, Any]:
 
     def good(step: dict[str, Any]) -> bool:
         anew = step["time"] - step["seconds"] > began  # by ranks that were started since
-        return bool(anew or (kind in GOES_ON and step["step"] > before + 1))
+        return bool(anew or step["step"] > before + (1 if kind in GOES_ON else LAST_STEPS))
 
     found = job.wait_for(good, RECOVER_SECONDS)
     shape = f"{job.cluster.size}x{job.ranks}"
