@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -42,7 +43,7 @@ START_SECONDS = 110.0
 RECOVER_SECONDS = 110.0
 RESTARTS = 1000
 SECOND_PORT = 29501  # of another job on the first host
-LAST_STEPS = 10  # more than ranks finish once they were struck; those that were just starting go on all the same
+LAST_STEPS = 10  # more than ranks finish behind a cut link; those that were just starting go on all the same
 REFUSED = 2  # the status of a job that cannot work as it was asked for
 DISK = "256m"
 TAIL_BYTES = 1 << 18
@@ -286,7 +287,8 @@ def strike(job: Job, kind: str, draw: random.Random) -> dict[str, Any]:
 
     def good(step: dict[str, Any]) -> bool:
         anew = step["time"] - step["seconds"] > began  # by ranks that were started since
-        return bool(anew or step["step"] > before + (1 if kind in GOES_ON else LAST_STEPS))
+        goes_on = 1 if kind in GOES_ON else LAST_STEPS if kind in OF_LINKS else math.inf
+        return bool(anew or step["step"] > before + goes_on)
 
     found = job.wait_for(good, RECOVER_SECONDS)
     shape = f"{job.cluster.size}x{job.ranks}"

@@ -244,7 +244,7 @@ def run(arguments: list[str]) -> int:
     except SystemExit as ended:
         if ended.code == 0:  # --help
             return 0
-        _say(f"an option of torchrun cannot be taken: {usage.getvalue().strip().rpartition('error: ')[2]}")
+        _say(f"an option of torchrun cannot be taken: {usage.getvalue().strip().partition('error: ')[2]}")
         return 2
     endpoint = "localhost:0" if options.standalone else options.rdzv_endpoint
     advice = _advise(endpoint, options.nnodes, options.nproc_per_node)

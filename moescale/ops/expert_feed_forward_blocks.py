@@ -39,9 +39,9 @@ class _Blocks(torch.autograd.Function):
 
     Backward keeps x and the products of gate and up, and computes gathered rows and activations again. oneDNN compiles
     a kernel for every new number of rows, which takes ten times longer than to run it, and routing brings new numbers
-    at every step: row counts are rounded up for it, and to even ones for products of our own. A block is then
-    multiplied together with some of the rows behind it; what that writes is overwritten when their turn comes, or
-    multiplied by zeros.
+    at every step: row counts are rounded up for it, and always to even ones, as products of our own need them. A block
+    is then multiplied together with some of the rows behind it; what that writes is overwritten when their turn comes,
+    or multiplied by zeros.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class _Blocks(torch.autograd.Function):
     ) -> Tensor:
         d_ff, d_model = up.shape[1:]
         compiled = is_compiled(x, gate, up, down, activation)
-        round_up = by_onednn(x) and not (compiled and native.multiplies(d_model, d_ff))
+        round_up = by_onednn(x) and not (compiled and native.multiplies(x.dtype, d_model, d_ff))
         shares = cut(sizes, d_model, d_ff, round_up=round_up, compiled=compiled)
         # Per share, so that threads write apart: the products of gate and up, and a sum over tokens.
         products = [_Features.empty(gate, up, share.length) for share in shares]

@@ -334,7 +334,7 @@ template <typename T>
 int32_t multiply(Matrix<T> a, bool a_transposed, Matrix<T> b, bool b_transposed, Matrix<T> out, bool accumulate) {
 #ifdef OWN_PRODUCTS
     const int64_t inner = a_transposed ? a.rows : a.columns;
-    if (can_multiply(out.rows, inner, out.columns, a_transposed)) {
+    if (can_multiply<T>(out.rows, inner, out.columns, a_transposed)) {
         const Factor<T> left{a.data, a.stride, a_transposed}, right{b.data, b.stride, b_transposed};
         multiply_here(out.rows, inner, out.columns, left, right, const_cast<T*>(out.data), out.stride, accumulate);
         return 0;
@@ -591,6 +591,7 @@ int64_t run_shares(const Kind* shares, int64_t count, const Body& body) {
         });                                                                                                            \
         return 0;                                                                                                      \
     }                                                                                                                  \
+    int64_t multiplies_##NAME(int64_t d_model, int64_t d_ff) { return can_multiply_experts<T>(d_model, d_ff); }        \
     int64_t forward_shares_##NAME(const Forward<T>* shares, int64_t count, int64_t d_model, int64_t d_ff, T* gate,     \
                                   T* up, T* down, const T* x, int64_t stride) {                                        \
         return run_shares(shares, count, [&](const Forward<T>& share) {                                                \
@@ -636,7 +637,6 @@ void use_torch(void* addmm_out, void* from_blob, void* drop, void* parallel) {
     torch.drop = reinterpret_cast<decltype(torch.drop)>(drop);
     run_team = reinterpret_cast<decltype(run_team)>(parallel);
 }
-int64_t own_panel() { return panel; }
 int64_t adamw_float32(int64_t parts, float* weight, const float* grad, bfloat16* mean, bfloat16* square,
                       const int32_t* number, int64_t rows, int64_t width, double decay, double kept1, double beta2,
                       double kept2, double rate, double root, double eps) {

@@ -55,13 +55,12 @@ def call_shares(
     call(name, dtype, table, len(shares), *arguments)
 
 
-def multiplies(*sizes: int) -> bool:
-    """Say whether products within compiled functions are their own, which no new number of rows makes compile.
+def multiplies(dtype: torch.dtype, d_model: int, d_ff: int) -> bool:
+    """Say whether compiled functions multiply such experts by themselves, which no new number of rows makes compile.
 
-    sizes: of the matrices, but for numbers of rows, which must be even. Only where `runs` said so before.
+    Numbers of rows must be even. Only where `runs` said so before.
     """
-    panel = _function("own_panel", ())()
-    return panel > 0 and all(size % panel == 0 for size in sizes)
+    return bool(_function(f"multiplies_{TYPES[dtype]}", (False, False))(d_model, d_ff))
 
 
 def parts(rows: int, width: int) -> int:

@@ -1,9 +1,9 @@
-// Products of matrices on one thread, for processors that multiply bfloat16 and have no tiles (AVX512-BF16 without AMX).
+// Products of matrices on one thread, for processors that multiply bfloat16 but have no tiles (AVX512-BF16, no AMX).
 //
-// There they take less time than oneDNN's, which compiles a kernel for every shape, and whose call costs a tenth of what
-// a small product does. Numbers go through in words of 32 bits: a float, or two bfloat16 of neighbouring steps of the
-// inner dimension, which one instruction multiplies and adds up. The factor on the right is rewritten a panel of 64
-// columns at a time, a row of words for each of its steps. Sums are floats, and are rounded once.
+// There they take less time than oneDNN's, which compiles a kernel for every shape, and whose call costs a tenth of a
+// small product. Numbers go through in words of 32 bits: a float, or two bfloat16 of neighbouring steps of the inner
+// dimension, which one instruction multiplies and adds up. The factor on the right is rewritten a panel of 64 columns
+// at a time, a row for each step of words. Sums are floats, and are rounded once.
 #pragma once
 
 #include "native_numbers.h"
@@ -16,7 +16,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <type_traits>
 
 namespace {
 
@@ -160,7 +159,7 @@ void multiply_panel(int64_t rows, int64_t words, Left<T> a, const Word* b, T* ou
     if (rows == 2) multiply_rows<2>(words, a, b, out, stride, accumulate);
 }
 
-// A factor whose numbers lie elsewhere, stride 1 along the rows of what is transposed or not.
+// A factor whose numbers lie elsewhere, stride 1 along its rows, before it is transposed.
 template <typename T>
 struct Factor {
     const T* data;
@@ -168,9 +167,18 @@ struct Factor {
     bool transposed;
 };
 
-// Whether `multiply_here` can.
-inline bool can_multiply(int64_t rows, int64_t inner, int64_t columns, bool a_transposed) {
-    return columns % panel == 0 && inner % 2 == 0 && rows % (a_transposed ? panel : 2) == 0;
+// Whether `multiply_here` can, and takes less time: panels that lie far out of the cache are read again and again.
+template <typename T>
+bool can_multiply(int64_t rows, int64_t inner, int64_t columns, bool a_transposed) {
+    const bool near = a_transposed || inner * int64_t(sizeof(T)) <= 8192;
+    return near && columns % panel == 0 && inner % 2 == 0 && rows % (a_transposed ? panel : 2) == 0;
+}
+
+// Whether it does so for all products of experts of these sizes, whose rows are even.
+template <typename T>
+bool can_multiply_experts(int64_t d_model, int64_t d_ff) {
+    return can_multiply<T>(2, d_model, d_ff, false) && can_multiply<T>(2, d_ff, d_model, false) &&
+           can_multiply<T>(d_model, 2, d_ff, true) && can_multiply<T>(d_ff, 2, d_model, true);
 }
 
 // Writes a b into `out`, [rows, columns], or adds it to what is there.
@@ -204,6 +212,9 @@ void multiply_here(int64_t rows, int64_t inner, int64_t columns, Factor<T> a, Fa
 
 #else
 namespace {
-constexpr int64_t panel = 0;  // there are none
+template <typename T>
+bool can_multiply_experts(int64_t, int64_t) {
+    return false;
 }
+}  // namespace
 #endif
