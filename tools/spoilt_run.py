@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from unittest import mock
 
 import torch.distributed as dist
 from small_run import SPOILT_EVERY
@@ -35,6 +36,6 @@ def forward_backward(self: NativeEngine, batches: Sequence[Batch], *, watch: boo
 
 
 if __name__ == "__main__":
-    NativeEngine.forward_backward = forward_backward  # type: ignore[method-assign]
     sys.argv[1:] = sys.argv[sys.argv.index("moescale") + 1:]  # of: -u -m moescale train ...
-    main()
+    with mock.patch.object(NativeEngine, "forward_backward", forward_backward):
+        main()
