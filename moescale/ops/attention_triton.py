@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ def flash_attention(
     bfloat16 or float16, computed in float32. remembered: as in `attention`. -> like q. Every gradient is added up in a
     fixed order.
     """
+    if pattern.slopes is not None:
+        pattern = replace(pattern, slopes=pattern.slopes.contiguous())
     later = (None if x is None else padded(x) for x in remembered)
     return unpadded(_Flash.apply(padded(q), padded(k), padded(v), pattern, *later), q.shape[3])
 

@@ -24,8 +24,8 @@ def fused_experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, routing: As
     x: [tokens, d_model]. gate, up: [experts, d_ff, d_model]. down: [experts, d_model, d_ff]. -> like x
     """
     out = _FusedExperts.apply(
-        padded(x), padded(gate, 2), padded(up, 2), padded(down, 2), routing.weight, routing.token, routing.row,
-        routing.tokens_per_expert,
+        padded(x).contiguous(), padded(gate, 2), padded(up, 2), padded(down, 2), routing.weight.contiguous(),
+        routing.token.contiguous(), routing.row, routing.tokens_per_expert,
     )
     return unpadded(out, x.shape[1])
 

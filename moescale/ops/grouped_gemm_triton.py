@@ -101,14 +101,14 @@ def grad_weight(grad: Tensor, rows: Tensor, tokens_per_expert: Tensor) -> Tensor
 
     grad: [assignments, d_out]. rows: [assignments, d_in]. -> [experts, d_out, d_in]
     """
-    ends, grad, rows = _ends(tokens_per_expert), fitting(grad), fitting(rows)
+    ends, grad, rows = ends_of(tokens_per_expert), whole(grad), whole(rows)
     if len(rows) and rows.dtype == torch.bfloat16 and is_hopper(rows):
         return F.grouped_mm(grad.mT, rows, offs=ends[1:])  # a twentieth faster; wrong on a Blackwell, for idle experts
     experts, d_out, d_in, tile = len(tokens_per_expert), grad.shape[1], rows.shape[1], tile_of(rows, "OUTER")
     out = rows.new_empty(experts, d_out, d_in)
     tiles = triton.cdiv(d_out, tile.m) * triton.cdiv(d_in, tile.n) * experts
     allow_descriptors()
-    _outer[(min(_processors(rows), tiles),)](
+    _outer[(min(processors(rows), tiles),)](
         grad, rows, out, ends, experts, d_out, d_in, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
         UPCAST=rows.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
     )
@@ -122,28 +122,38 @@ def _launch(
     """Run `_multiply` over all tiles. outs: one buffer, or the three of SWIGLU. form: as in `_multiply`"""
     if outs[0].numel() == 0:
         return
-    rows, rows2 = fitting(rows), fitting(rows2)
-    across = not fits(weight) and fits(weight.mT) and fits(weight2.mT)  # rows of a matrix lie along N
+    rows, rows2 = whole(rows), whole(rows2)
+    across = not is_whole(weight) and is_whole(weight.mT) and is_whole(weight2.mT)  # rows of a matrix lie along N
     if not across:
-        weight, weight2 = fitting(weight), fitting(weight2)
+        weight, weight2 = whole(weight), whole(weight2)
     tile, (experts, d_out, d_in) = tile_of(rows, form), weight.shape
-    tile_ends = _ends((tokens_per_expert + tile.m - 1) // tile.m)
+    tile_ends = ends_of((tokens_per_expert + tile.m - 1) // tile.m)
     most = (triton.cdiv(len(outs[0]), tile.m) + experts) * triton.cdiv(d_out, tile.n)
     allow_descriptors()
-    _multiply[(min(_processors(rows), most),)](
-        rows, rows2, weight, weight2, *outs, _ends(tokens_per_expert), tile_ends, token, scale, len(rows), experts,
+    _multiply[(min(processors(rows), most),)](
+        rows, rows2, weight, weight2, *outs, ends_of(tokens_per_expert), tile_ends, token, scale, len(rows), experts,
         d_out, d_in, EXPERTS=triton.next_power_of_2(experts), FORM=form, GATHER=token is not None,
         SCALE=scale is not None, ACROSS=across, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
         FLAT=tile.flat, UPCAST=rows.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
     )
 
 
-def _ends(counts: Tensor) -> Tensor:
+def is_whole(x: Tensor) -> bool:
+    """Say whether kernels, which know the sizes of x and not its strides, find its numbers."""
+    return x.is_contiguous() and fits(x)
+
+
+def whole(x: Tensor) -> Tensor:
+    """Copy x where they would not. -> like x"""
+    return fitting(x.contiguous())
+
+
+def ends_of(counts: Tensor) -> Tensor:
     """Count where each group ends, after a leading zero. -> [groups + 1] int32; more rows would not fit into memory"""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
-def _processors(x: Tensor) -> int:
+def processors(x: Tensor) -> int:
     """Count the device's multiprocessors."""
     if x.device.type == "cuda":
         return torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -151,12 +161,12 @@ def _processors(x: Tensor) -> int:
 
 
 @triton.jit
-def _product(a, b, total):
+def product(a, b, total):
     return tl.dot(a, b, total, input_precision="tf32x3")  # for float32: three passes, nearly as exact as float32
 
 
 @triton.jit
-def _tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+def tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Find the row and column of a tile: tiles of GROUP row tiles follow each other, column by column."""
     first_m = tile // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first_m, GROUP)
@@ -164,7 +174,7 @@ def _tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _matrices(W, experts, N, K, ACROSS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def matrices_of(W, experts, N, K, ACROSS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Describe the experts' matrices. ACROSS: rows lie along N instead of K."""
     stride_expert = tl.cast(N, tl.int64) * K
     if ACROSS:
@@ -174,7 +184,7 @@ def _matrices(W, experts, N, K, ACROSS: tl.constexpr, BLOCK_N: tl.constexpr, BLO
 
 
 @triton.jit
-def _load_weight(matrices, expert, n, k, ACROSS: tl.constexpr, UPCAST: tl.constexpr):
+def load_weight(matrices, expert, n, k, ACROSS: tl.constexpr, UPCAST: tl.constexpr):
     """Load a tile of one expert's matrix. -> [BLOCK_K, BLOCK_N], zeros beyond K and N"""
     if ACROSS:
         w = matrices.load([expert, k, n]).reshape(matrices.block_shape[1], matrices.block_shape[2])
@@ -184,7 +194,7 @@ def _load_weight(matrices, expert, n, k, ACROSS: tl.constexpr, UPCAST: tl.conste
 
 
 @triton.jit
-def _load_rows(X, rows, start, offset_x, here, k, K, GATHER: tl.constexpr, UPCAST: tl.constexpr):
+def load_rows(X, rows, start, offset_x, here, k, K, GATHER: tl.constexpr, UPCAST: tl.constexpr):
     """Load rows from column k on. -> [BLOCK_M, BLOCK_K]; beyond the group, rows that the caller does not store"""
     if GATHER:
         column = k + tl.arange(0, rows.block_shape[1])
@@ -209,11 +219,11 @@ def _multiply(
     tiles_m, tiles_n = tl.load(TileEnds + experts), tl.cdiv(N, BLOCK_N)
     rows = tl.make_tensor_descriptor(X, [num_rows, K], [K, 1], [BLOCK_M, BLOCK_K])
     rows2 = tl.make_tensor_descriptor(X2, [num_rows, K], [K, 1], [BLOCK_M, BLOCK_K])
-    matrices = _matrices(W, experts, N, K, ACROSS, BLOCK_N, BLOCK_K)
-    matrices2 = _matrices(W2, experts, N, K, ACROSS, BLOCK_N, BLOCK_K)
+    matrices = matrices_of(W, experts, N, K, ACROSS, BLOCK_N, BLOCK_K)
+    matrices2 = matrices_of(W2, experts, N, K, ACROSS, BLOCK_N, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLAT):
         # Which rows and columns, and whose: the expert is the number of those whose tiles end before this one.
-        tile_m, tile_n = _tile_position(tile, tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP)
         expert = tl.sum((ends <= tile_m).to(tl.int32))
         start = tl.load(RowEnds + expert) + (tile_m - tl.load(TileEnds + expert)) * BLOCK_M
         row = start + tl.arange(0, BLOCK_M)
@@ -223,14 +233,14 @@ def _multiply(
         one = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         two = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            x = _load_rows(X, rows, start, offset_x, here, k, K, GATHER, UPCAST)
-            one = _product(x, _load_weight(matrices, expert, tile_n * BLOCK_N, k, ACROSS, UPCAST), one)
+            x = load_rows(X, rows, start, offset_x, here, k, K, GATHER, UPCAST)
+            one = product(x, load_weight(matrices, expert, tile_n * BLOCK_N, k, ACROSS, UPCAST), one)
             if FORM == "SWIGLU":
-                two = _product(x, _load_weight(matrices2, expert, tile_n * BLOCK_N, k, ACROSS, UPCAST), two)
+                two = product(x, load_weight(matrices2, expert, tile_n * BLOCK_N, k, ACROSS, UPCAST), two)
         if FORM == "SUM":
             for k in range(0, K, BLOCK_K):
-                x = _load_rows(X2, rows2, start, offset_x, here, k, K, GATHER, UPCAST)
-                one = _product(x, _load_weight(matrices2, expert, tile_n * BLOCK_N, k, ACROSS, UPCAST), one)
+                x = load_rows(X2, rows2, start, offset_x, here, k, K, GATHER, UPCAST)
+                one = product(x, load_weight(matrices2, expert, tile_n * BLOCK_N, k, ACROSS, UPCAST), one)
         # Activate, scale and store.
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         offset_tile = start.to(tl.int64) * N  # separate from the offsets within a tile, or both take registers
@@ -258,7 +268,7 @@ def _outer(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), experts * tiles_m * tiles_n, tl.num_programs(0)):
         expert = tile // (tiles_m * tiles_n)
-        tile_m, tile_n = _tile_position(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = tile_position(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
         end = tl.load(RowEnds + expert + 1)
         grad_rows = tl.make_tensor_descriptor(Grad, [tl.maximum(end, 1), M], [M, 1], [BLOCK_K, BLOCK_M])
         x_rows = tl.make_tensor_descriptor(X, [tl.maximum(end, 1), N], [N, 1], [BLOCK_K, BLOCK_N])
@@ -267,7 +277,7 @@ def _outer(
             grad, x = grad_rows.load([start, tile_m * BLOCK_M]), x_rows.load([start, tile_n * BLOCK_N])
             if UPCAST:
                 grad, x = grad.to(tl.float32), x.to(tl.float32)
-            total = _product(tl.trans(grad), x, total)
+            total = product(tl.trans(grad), x, total)
         m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         ptr_out = Out + expert.to(tl.int64) * M * N + m[:, None].to(tl.int64) * N + n[None, :]
         tl.store(ptr_out, total.to(Out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

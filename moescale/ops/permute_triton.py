@@ -22,7 +22,7 @@ def permute(x: Tensor, token: Tensor, row: Tensor) -> Tensor:
 
 def unpermute(rows: Tensor, weight: Tensor, token: Tensor, row: Tensor) -> Tensor:
     """Unpermute as `ops.permute.unpermute` does. -> [tokens, d_model]"""
-    return _Unpermute.apply(rows, weight, token, row)
+    return _Unpermute.apply(rows, weight.contiguous(), token.contiguous(), row)
 
 
 def sum_of_rows(rows: Tensor, weight: Tensor | None, row: Tensor) -> Tensor:
