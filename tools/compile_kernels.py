@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +32,7 @@ from moescale.moe.routing import Routing
 from moescale.ops import device
 from moescale.ops.attention_pattern import AttentionPattern, Visibility
 from moescale.ops.attention_triton import flash_attention
-from moescale.ops.expert_feed_forward_triton import fused_experts
+from moescale.ops.expert_feed_forward_triton import BACKWARDS, fused_experts
 from moescale.ops.grouped_gemm_triton import grouped_gemm
 from moescale.ops.head_losses_triton import grad_logits, normalise
 from moescale.ops.permute_triton import permute, unpermute
@@ -142,7 +143,9 @@ def experts() -> Cases:
             gate, up = empty(num, d_ff, d_model, dtype=dtype), empty(num, d_ff, d_model, dtype=dtype)
             down, token, counts = empty(num, d_model, d_ff, dtype=dtype), integers(tokens * top_k), integers(num)
             name = f"{size}, {name_of(dtype)}"
-            yield f"fused, {name}", fused_experts, (x, gate, up, down, Routing(token, weight, counts, row))
+            for backward in BACKWARDS:
+                yield f"fused, {backward}, {name}", partial(fused_experts, backward=backward), (
+                    x, gate, up, down, Routing(token, weight, counts, row))
             yield name, grouped_gemm, (empty(tokens * top_k, d_model, dtype=dtype), gate, counts)
             yield f"permute, {name}", there_and_back, (x, weight, token, row)
 

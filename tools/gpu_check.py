@@ -1,4 +1,4 @@
-"""Check every kernel on this machine's GPU and time it beside its peers, in less than eight minutes.
+"""Check every kernel on this machine's GPU and time it beside its peers, in less than ten minutes.
 
     python tools/gpu_check.py [exact] [attention] [experts] [scan] [step]
 
@@ -9,6 +9,7 @@ of milliseconds; a peer that cannot do what is asked has its reason in place of 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +29,11 @@ from moescale.config import parse_config
 from moescale.data.batches import Batch
 from moescale.engine.native import NativeEngine
 from moescale.layers.positions import alibi_slopes
+from moescale.moe.routers.token_choice import MixtralRouter
 from moescale.moe.routing import Routing, sort_by_expert
+from moescale.ops import expert_feed_forward_triton
 from moescale.ops.attention import attention
-from moescale.ops.expert_feed_forward import expert_feed_forward
+from moescale.ops.expert_feed_forward_triton import BACKWARDS, fused_experts
 from moescale.ops.grouped_gemm import grouped_gemm_reference
 from moescale.ops.head_losses import head_losses, head_losses_reference
 from moescale.ops.permute import permute, unpermute
@@ -95,8 +99,9 @@ def error(ours: Callable[..., Any], exact: Callable[..., Any], inputs: tuple[Ten
 
 
 def exact() -> list[Row]:
-    """Every kernel against float64, in bfloat16 and float32."""
+    """Every kernel against float64, in bfloat16 and float32, in memory that torch fills with NaN before."""
     rows: list[Row] = []
+    torch.use_deterministic_algorithms(True, warn_only=True)
     for dtype, usual in ((BFLOAT16, 2e-2), (torch.float32, 2e-5)):
         for name, ours, reference, inputs in exact_cases(dtype):
             bound, worst = usual, error(ours, reference, inputs)
@@ -105,6 +110,7 @@ def exact() -> list[Row]:
                 row["error of sdpa"] = sdpa = error(lambda *qkv: attention(*qkv, backend="sdpa"), reference, inputs)
                 row["bound"] = bound = max(1.2 * sdpa, 2e-5)
             rows.append({**row, "passed": worst <= bound})
+    torch.use_deterministic_algorithms(False)
     return rows
 
 
@@ -133,8 +139,10 @@ def exact_cases(dtype: torch.dtype) -> list[tuple[str, Callable[..., Any], Calla
         ("grouped GEMM", lambda r, w: grouped_gemm_triton.grouped_gemm(r, w, counts),
          lambda r, w: grouped_gemm_reference(r, w, counts),
          (randn(1000, 128, dtype=dtype), weights[0])),
-        ("experts", partial(fused, routing), partial(apart, grouped_gemm_reference, routing), experts),
-        ("experts, odd sizes", partial(fused, routing), partial(apart, grouped_gemm_reference, routing), odd),
+        ("experts, wide", partial(wide, routing), partial(apart, grouped_gemm_reference, routing), experts),
+        *((f"{name}, {backward}", partial(fused, routing, backward=backward),
+           partial(apart, grouped_gemm_reference, routing), given)
+          for name, given in (("experts", experts), ("experts, odd sizes", odd)) for backward in BACKWARDS),
         ("router", lambda x: route(x, valid, 2, True)[:3], lambda x: route_reference(x, valid, 2, True)[:3],
          (randn(4, 250, 64, dtype=torch.float32),)),
         ("norm", lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5),
@@ -155,8 +163,16 @@ def routing_of(tokens: int, experts: int, top_k: int, idle: int = 0) -> Routing:
                           experts)
 
 
-def fused(routing: Routing, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
-    return expert_feed_forward(x, gate, up, down, replace(routing, weight=weight), "silu")
+def fused(
+    routing: Routing, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weight: Tensor, *, backward: str = BACKWARDS[0]
+) -> Tensor:
+    return fused_experts(x, gate, up, down, replace(routing, weight=weight), backward=backward)
+
+
+def wide(routing: Routing, *inputs: Tensor) -> Tensor:
+    """The mixture with the passes of wide experts."""
+    with mock.patch.object(expert_feed_forward_triton, "WIDE", 0):
+        return fused(routing, *inputs)
 
 
 def apart(grouped: Callable[..., Tensor], routing: Routing, x: Tensor, gate: Tensor, up: Tensor, down: Tensor,
@@ -217,7 +233,8 @@ def experts_part() -> list[Row]:
     """A mixture's experts beside torch's grouped product, a loop of products, and a dense layer of equal FLOPs."""
     rows: list[Row] = []
     for size, (tokens, d_model, d_ff, num, top_k) in {
-        "Mixtral 8x7B": (16384, 4096, 14336, 8, 2), "fine-grained": (32768, 2048, 768, 128, 8)
+        "Mixtral 8x7B": (16384, 4096, 14336, 8, 2), "fine-grained": (32768, 2048, 768, 128, 8),
+        "finer": (24576, 1536, 256, 128, 8)
     }.items():
         routing, scale = routing_of(tokens, num, top_k), d_model**-0.5
         inputs = (randn(tokens, d_model), *(randn(num, d_ff, d_model, scale=scale) for _ in range(2)),
@@ -225,7 +242,7 @@ def experts_part() -> list[Row]:
         wide = [randn(top_k * d_ff, d_model, scale=scale) for _ in range(2)]
         dense = (inputs[0], *wide, randn(d_model, top_k * d_ff, scale=scale))
         calls: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = [
-            ("fused", partial(fused, routing), inputs),
+            *((f"fused, {backward}", partial(fused, routing, backward=backward), inputs) for backward in BACKWARDS),
             ("grouped_mm, our permutation", partial(apart, torch_grouped, routing), inputs),
             ("grouped_mm, torch alone", partial(torch_alone, routing), inputs),
             ("loop", partial(apart, grouped_gemm_reference, routing), inputs),
@@ -262,6 +279,16 @@ def scan_part() -> list[Row]:
     return rows
 
 
+def force_balance(settle: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a router choose experts in turns, and weigh them as it would."""
+    def forced(self: MixtralRouter, logits: Tensor, token_id: Tensor, valid_whole: Tensor) -> Any:
+        turns = token_id.unsqueeze(-1) * self.top_k + torch.arange(self.top_k, device=logits.device)
+        favour = torch.zeros_like(logits).scatter(-1, turns % logits.shape[-1], 1e4)
+        return settle(self, logits + favour, token_id, valid_whole)
+
+    return forced
+
+
 def step_part() -> list[Row]:
     """The whole training step of a Mixtral-style model of about 1B active parameters, in bfloat16."""
     batch, seq = 4, 4096  # of a micro-batch
@@ -276,19 +303,21 @@ def step_part() -> list[Row]:
     token_id = torch.arange(batch * seq, device="cuda").view(batch, seq)
     data = Batch(tokens[:, :-1], tokens[:, 1:], token_id % seq, token_id)
     rows: list[Row] = []
-    for passes in (1, 4):
+    learned = MixtralRouter.settle
+    for routing, passes in itertools.product(("learned", "forced"), (1, 4)):
         seconds = []
-        for _ in range(10):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            engine.forward_backward([data] * passes)
-            engine.step()
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
+        with mock.patch.object(MixtralRouter, "settle", force_balance(learned) if routing == "forced" else learned):
+            for _ in range(10):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                engine.forward_backward([data] * passes)
+                engine.step()
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - begin)
         median = sorted(seconds[3:])[3]
         flops = model_flops_per_token(config) * passes * batch * seq / median
         peak = peak_flops(torch.cuda.get_device_name(), "bfloat16")
-        rows.append({"active parameters": count_parameters(config).active, "micro-batches": passes,
+        rows.append({"active parameters": count_parameters(config).active, "routing": routing, "micro-batches": passes,
                      "step, ms": 1000 * median, "tokens/s": passes * batch * seq / median,
                      "model TFLOP/s": flops / 1e12, "mfu": peak and flops / peak,
                      "peak memory, GB": torch.cuda.max_memory_allocated() / 1e9})

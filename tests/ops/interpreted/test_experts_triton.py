@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moescale.moe.routing import Routing
 from moescale.ops import expert_feed_forward_triton
 from moescale.ops.expert_feed_forward import expert_feed_forward_reference
-from moescale.ops.expert_feed_forward_triton import fused_experts
+from moescale.ops.expert_feed_forward_triton import BACKWARDS, fused_experts
 from moescale.ops.grouped_gemm import grouped_gemm_reference
 from moescale.ops.grouped_gemm_triton import grouped_gemm
 from moescale.ops.permute_triton import permute, unpermute
@@ -54,8 +54,11 @@ def test_permute_and_unpermute(tokens: int, choices: int, experts: int, dtype: t
 
 
 @settings(QUICK, max_examples=8)
-@given(st.integers(1, 12), st.integers(1, 3), st.integers(3, 6), DTYPES, st.booleans())
-def test_fused_experts(tokens: int, choices: int, experts: int, dtype: torch.dtype, wide: bool) -> None:
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(3, 6), DTYPES, st.booleans(),
+       st.sampled_from(BACKWARDS))
+def test_fused_experts(
+    tokens: int, choices: int, experts: int, dtype: torch.dtype, wide: bool, backward: str
+) -> None:
     """In bfloat16 of a few tokens at least: of one, the gradient of a weight may be what rounding leaves of a sum."""
     assume(dtype != torch.bfloat16 or tokens > 2)
     torch.manual_seed(tokens)
@@ -67,5 +70,5 @@ def test_fused_experts(tokens: int, choices: int, experts: int, dtype: torch.dty
         return lambda *x: function(*x[:4], Routing(token=token, weight=x[4], tokens_per_expert=counts, row=row))
 
     with mock.patch.object(expert_feed_forward_triton, "WIDE", 0 if wide else 1100):
-        check(of(fused_experts), of(partial(expert_feed_forward_reference, activation="silu")), inputs,
-              [dtype] * 4 + [torch.float32])
+        check(of(partial(fused_experts, backward=backward)),
+              of(partial(expert_feed_forward_reference, activation="silu")), inputs, [dtype] * 4 + [torch.float32])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from moescale.moe.routing import Routing
 from moescale.ops import head_losses as module
 from moescale.ops.attention import attention
-from moescale.ops.expert_feed_forward_triton import fused_experts
+from moescale.ops.expert_feed_forward_triton import BACKWARDS, fused_experts
 from moescale.ops.grouped_gemm_triton import grouped_gemm
 from moescale.ops.head_losses import head_losses
 from moescale.ops.permute_triton import permute, unpermute
@@ -41,12 +42,13 @@ def cases() -> dict[str, Case]:
     counts, weight = torch.bincount(expert.flatten(), minlength=EXPERTS), rand(len(order))
     matrices = [randn(EXPERTS, 72, 16), randn(EXPERTS, 72, 16), randn(EXPERTS, 16, 72)]
 
-    def experts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *others: Tensor) -> Tensor:
+    def experts(backward: str, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *others: Tensor) -> Tensor:
         weight, token, row = others
-        return fused_experts(x, gate, up, down, Routing(token, weight, counts, row))
+        return fused_experts(x, gate, up, down, Routing(token, weight, counts, row), backward=backward)
 
     return {
-        "experts": (experts, [randn(TOKENS, 16), *matrices, weight, token, row]),
+        **{f"experts, {backward}": (partial(experts, backward), [randn(TOKENS, 16), *matrices, weight, token, row])
+           for backward in BACKWARDS},
         "grouped_gemm": (lambda rows, w: grouped_gemm(rows, w, counts), [randn(len(order), 16), matrices[0]]),
         "permute": (permute, [randn(TOKENS, 24), token, row]),
         "unpermute": (unpermute, [randn(len(order), 24), weight, token, row]),
