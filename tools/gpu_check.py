@@ -139,7 +139,7 @@ def exact_cases(dtype: torch.dtype) -> list[tuple[str, Callable[..., Any], Calla
         ("grouped GEMM", lambda r, w: grouped_gemm_triton.grouped_gemm(r, w, counts),
          lambda r, w: grouped_gemm_reference(r, w, counts),
          (randn(1000, 128, dtype=dtype), weights[0])),
-        ("experts, wide", partial(wide, routing), partial(apart, grouped_gemm_reference, routing), experts),
+        ("experts, wide", partial(fused_wide, routing), partial(apart, grouped_gemm_reference, routing), experts),
         *((f"{name}, {backward}", partial(fused, routing, backward=backward),
            partial(apart, grouped_gemm_reference, routing), given)
           for name, given in (("experts", experts), ("experts, odd sizes", odd)) for backward in BACKWARDS),
@@ -169,7 +169,7 @@ def fused(
     return fused_experts(x, gate, up, down, replace(routing, weight=weight), backward=backward)
 
 
-def wide(routing: Routing, *inputs: Tensor) -> Tensor:
+def fused_wide(routing: Routing, *inputs: Tensor) -> Tensor:
     """The mixture with the passes of wide experts."""
     with mock.patch.object(expert_feed_forward_triton, "WIDE", 0):
         return fused(routing, *inputs)

@@ -39,3 +39,13 @@ def fits(x: Tensor) -> bool:
 def fitting(x: Tensor) -> Tensor:
     """Copy x when a descriptor cannot describe it. Its last dim must be a multiple of 16 bytes. -> like x"""
     return x if fits(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def is_whole(x: Tensor) -> bool:
+    """Say whether kernels, which know the sizes of x and not its strides, can describe it and find its numbers."""
+    return x.is_contiguous() and fits(x)
+
+
+def whole(x: Tensor) -> Tensor:
+    """Copy x where they cannot. Its last dim must be a multiple of 16 bytes. -> like x"""
+    return fitting(x.contiguous())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moescale.ops.descriptors_triton import padded, unpadded
 from moescale.ops.expert_feed_forward import Assignments
-from moescale.ops.expert_gradients_triton import grad_hidden, grad_matrices
+from moescale.ops.expert_gradients_triton import grad_matrices, grad_through_activation
 from moescale.ops.grouped_gemm_triton import grad_weight, multiply, multiply_swiglu
 from moescale.ops.permute_triton import sum_of_rows
 
@@ -31,7 +31,7 @@ def fused_experts(
     """
     assert backward in BACKWARDS
     out = _FusedExperts.apply(
-        padded(x).contiguous(), padded(gate, 2), padded(up, 2), padded(down, 2), routing.weight.contiguous(),
+        padded(x), padded(gate, 2), padded(up, 2), padded(down, 2), routing.weight.contiguous(),
         routing.token.contiguous(), routing.row, routing.tokens_per_expert, backward,
     )
     return unpadded(out, x.shape[1])
@@ -59,16 +59,16 @@ class _FusedExperts(torch.autograd.Function):
         x, gate, up, down, weight, token, row, counts, act_gate, act_up = saved
         # Down: the gradient of the hidden features, not weighed yet, for the gradient of the weights needs it so.
         grad_rows = grad.index_select(0, token)  # one copy, which both products load faster than if each gathered
-        grad_inner = multiply(grad_rows, down.mT, counts)
+        grad_hidden = multiply(grad_rows, down.mT, counts)
         # The activation: hidden features again, and the gradients of both products; that of the gate's overwrites
         # the gradient of the hidden features.
         hidden, grad_act_up, grad_scale = torch.empty_like(act_gate), torch.empty_like(act_up), torch.empty_like(weight)
         if len(token):
             _swiglu_backward[(len(token),)](
-                grad_inner, act_gate, act_up, weight, hidden, grad_act_up, grad_scale, act_gate.shape[1], BLOCK=BLOCK,
+                grad_hidden, act_gate, act_up, weight, hidden, grad_act_up, grad_scale, act_gate.shape[1], BLOCK=BLOCK,
                 num_warps=4, num_stages=1,
             )
-        grad_act_gate = grad_inner
+        grad_act_gate = grad_hidden
         # The experts' matrices; rows are let go as soon as they are no longer needed.
         grad_down = grad_weight(grad_rows, hidden, counts)
         del grad_rows, hidden
@@ -88,7 +88,8 @@ def _fused_backward(
     """Compute the gradients of x, of the matrices and of weight by products that activate. gathers: and gather"""
     index = token if gathers else None
     grad_rows = grad if index is not None else grad.index_select(0, token)
-    hidden, grad_acts, grad_scale = grad_hidden(grad_rows, index, down, act_gate, act_up, weight, counts)
+    hidden, grad_acts, grad_scale = grad_through_activation(
+        grad_rows, index, down, act_gate, act_up, weight, counts)
     if index is not None:
         (grad_down,) = grad_matrices(grad.unsqueeze(0), hidden, counts, left_token=index)
         grad_gate, grad_up = grad_matrices(grad_acts, x, counts, right_token=index)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moescale.ops.descriptors_triton import allow_descriptors
+from moescale.ops.descriptors_triton import allow_descriptors, whole
 from moescale.ops.grouped_gemm_triton import (
     GemmTile,
     ends_of,
@@ -24,7 +24,6 @@ from moescale.ops.grouped_gemm_triton import (
     processors,
     product,
     tile_position,
-    whole,
 )
 
 
@@ -37,7 +36,7 @@ def tile_of(x: Tensor, form: str) -> GemmTile:
     return GemmTile(128, 128, 64, 8, 5) if form == "HIDDEN" else GemmTile(128, 256, 64, 8, 7)
 
 
-def grad_hidden(
+def grad_through_activation(
     grad: Tensor, token: Tensor | None, down: Tensor, act_gate: Tensor, act_up: Tensor, weight: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what follows from the gradient of the hidden features, which itself is never stored.

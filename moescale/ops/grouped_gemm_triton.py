@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moescale.ops.descriptors_triton import allow_descriptors, fits, fitting, padded, unpadded
+from moescale.ops.descriptors_triton import allow_descriptors, is_whole, padded, unpadded, whole
 from moescale.ops.device import is_hopper, shared_bytes
 
 
@@ -136,16 +136,6 @@ def _launch(
         SCALE=scale is not None, ACROSS=across, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
         FLAT=tile.flat, UPCAST=rows.device.type == "cpu", num_warps=tile.warps, num_stages=tile.stages,
     )
-
-
-def is_whole(x: Tensor) -> bool:
-    """Say whether kernels, which know the sizes of x and not its strides, find its numbers."""
-    return x.is_contiguous() and fits(x)
-
-
-def whole(x: Tensor) -> Tensor:
-    """Copy x where they would not. -> like x"""
-    return fitting(x.contiguous())
 
 
 def ends_of(counts: Tensor) -> Tensor:

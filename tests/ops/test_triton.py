@@ -22,7 +22,7 @@ def run(*command: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
-@pytest.mark.timeout(900)  # twenty seconds of one core, if it is not shared
+@pytest.mark.timeout(900)  # thirty seconds of one core, if it is not shared
 def test_kernels_in_the_interpreter() -> None:
     run("-m", "pytest", "-x", "tests/ops/interpreted", TRITON_INTERPRET="1")
 
